@@ -1,0 +1,42 @@
+"""rloo_fast: a kernel-optimized, high-throughput RLOO trainer for language models."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rloo_kernels import (
+        leave_one_out,
+        linear_logprob,
+        rloo_advantages,
+        rloo_objective,
+        selective_log_softmax,
+        token_level_advantages,
+    )
+
+    from .config import RLOOConfig
+    from .trainer import RLOOTrainer
+
+__version__ = version("rloo-fast")
+
+__all__ = [
+    "RLOOConfig",
+    "RLOOTrainer",
+    "leave_one_out",
+    "linear_logprob",
+    "rloo_advantages",
+    "rloo_objective",
+    "selective_log_softmax",
+    "token_level_advantages",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # loaded when first used: the command line's --help needs neither torch nor transformers
+    if name == "RLOOConfig":
+        return import_module(".config", __name__).RLOOConfig
+    if name == "RLOOTrainer":
+        return import_module(".trainer", __name__).RLOOTrainer
+    if name in __all__:
+        return getattr(import_module("rloo_kernels"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

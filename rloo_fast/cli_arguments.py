@@ -1,0 +1,133 @@
+"""What a run is told: TrainArguments and RLOOConfig, from a recipe and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cli_input import read_command_line, read_yaml
+from .cli_options import Option, UsageError
+from .config import RLOOConfig
+from .names_2024 import RENAMED
+
+REQUIRED = {
+    "model_name_or_path": "DIR_OR_HUB_ID",
+    "dataset_name": "FILE.jsonl (or DIR, HUB_ID, reasoning_gym:TASK)",
+    "reward_funcs": "module:function (or file.py:function, a builtin's name, a reward model)",
+}
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class TrainArguments:
+    """What a run trains on; the names are those of TRL's scripts. How it trains: RLOOConfig."""
+
+    model_name_or_path: str | None = _option(None, "Policy: a directory or a hub id.")
+    dataset_name: str | None = _option(
+        None, ".jsonl, .json, .csv or .parquet file, directory, hub id, reasoning_gym:TASK."
+    )
+    reward_funcs: list[str] | None = _option(
+        None, "module:function, file.py:function, builtin name, reward model; or several."
+    )
+    config: str | None = _option(None, "YAML file of options, or the name of a built-in recipe.")
+    model_revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
+    dtype: str | None = _option(
+        None,
+        "Type the weights are loaded in. Default: float32.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    attn_implementation: str | None = _option(
+        None, "sdpa, flash_attention_2, eager, ... Default: transformers' choice."
+    )
+    dataset_subset: str | None = _option(None, "Configuration of a hub dataset.")
+    dataset_config: dict | str | None = _option(None, "Settings of a reasoning_gym task, as JSON.")
+    dataset_size: int = _option(10_000, "Items made for a reasoning_gym task.")
+    dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_split: str | None = _option(
+        None, "Split to evaluate on. Default: test, if eval_strategy is set."
+    )
+    eval_dataset_name: str | None = _option(
+        None, "Where to find the evaluation split. Default: dataset_name."
+    )
+    eval_dataset_size: int = _option(200, "Items made to evaluate on a reasoning_gym task.")
+    dataset_streaming: bool = _option(False, "Read the dataset while training; needs max_steps.")
+    use_peft: bool = _option(
+        False, "Train LoRA adapters, and none of the model's weights."
+    )
+    lora_r: int = _option(16, "Rank of the adapters.")
+    lora_alpha: int = _option(32, "The adapters' product is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.0, "Dropout before the adapters; see disable_dropout.")
+    lora_target_modules: list[str] | None = _option(
+        None, "Modules that get adapters. Default: every linear layer but the head."
+    )
+
+
+def gather(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The command line over the recipe it names. Raises UsageError."""
+    given = read_command_line(argv, options)
+    if given.get("config") is None:
+        return given
+    recipe = read_yaml(_recipe_path(given["config"]), options)
+    if "config" in recipe:
+        raise UsageError(f"{given['config']}: a recipe cannot name another one as config.")
+    # one thing under two names: the command line wins there too
+    for one, other in [*RENAMED.items(), ("total_episodes", "max_steps")]:
+        for winner, loser in ((one, other), (other, one)):
+            if winner in given and loser not in given:
+                recipe.pop(loser, None)
+    return {**recipe, **given}
+
+
+def _recipe_path(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    folder = Path(__file__).parent / "recipes"
+    if (folder / f"{name}.yaml").is_file():
+        return folder / f"{name}.yaml"
+    builtin = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml")))
+    hint = f" (built-in recipes: {builtin})" if builtin else ""
+    raise UsageError(f"there is no file {name}{hint}.")
+
+
+def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
+    """The two dataclasses. Raises UsageError for what is missing, or what RLOOConfig refuses."""
+    missing = [f"--{name} {how}" for name, how in REQUIRED.items() if not values.get(name)]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}. The same names go into a recipe.")
+    mine = {f.name for f in dataclasses.fields(TrainArguments)}
+    stray = [k for k in values if k.startswith("lora_")]
+    if stray and not values.get("use_peft"):
+        raise UsageError(f"{stray[0]} is set, but use_peft is not: write --use_peft.")
+    script = TrainArguments(**{k: v for k, v in values.items() if k in mine})
+    with as_usage_errors(Exception):
+        config = RLOOConfig(**{k: v for k, v in values.items() if k not in mine})
+    loading = {
+        "dtype": script.dtype,
+        "attn_implementation": script.attn_implementation,
+        "revision": script.model_revision,
+    }
+    loading = {name: value for name, value in loading.items() if value is not None}
+    twice = loading.keys() & (config.model_init_kwargs or {}).keys()
+    if twice:
+        raise UsageError(f"{min(twice)} is in model_init_kwargs too: set it in one place.")
+    if loading:
+        config.model_init_kwargs = {**(config.model_init_kwargs or {}), **loading}
+    return script, config
+
+
+@contextmanager
+def as_usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become one line for the user; their tracebacks stay attached."""
+    try:
+        yield
+    except kinds as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(text) from error

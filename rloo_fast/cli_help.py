@@ -1,0 +1,112 @@
+"""`rloo-fast train --help`: the options most runs need, a line each, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .cli_options import Option
+
+WIDTH = 100
+USAGE = """\
+usage: rloo-fast train --model_name_or_path M --dataset_name D --reward_funcs R [--option value ...]
+       rloo-fast train --config recipe.yaml [--option value ...]
+
+Train a causal language model with RLOO. Recipes have the same names; the command line wins.
+"""
+# Section -> fields. Text in place of None is for fields that transformers describes at length.
+SECTIONS: dict[str, dict[str, str | None]] = {
+    "Data and model": {
+        "model_name_or_path": None,
+        "dataset_name": None,
+        "reward_funcs": None,
+        "reward_weights": None,
+        "config": None,
+        "dataset_config": None,
+        "dataset_size": None,
+        "eval_dataset_name": None,
+        "dtype": None,
+        "use_peft": None,
+        "lora_r": None,
+    },
+    "Algorithm": {
+        "num_generations": None,
+        "beta": None,
+        "epsilon": None,
+        "num_iterations": None,
+        "steps_per_generation": None,
+        "normalize_advantages": None,
+        "reward_clip_range": None,
+        "missing_eos_penalty": None,
+    },
+    "Sampling": {
+        "max_completion_length": None,
+        "temperature": None,
+        "top_p": None,
+        "generation_kwargs": None,
+    },
+    "Optimisation": {
+        "learning_rate": None,
+        "lr_scheduler_type": "Schedule: linear, cosine, constant, ...",
+        "warmup_steps": "Steps of linear warmup; below 1: share of the run.",
+        "max_grad_norm": "Largest gradient norm; 0: no clipping.",
+        "per_device_train_batch_size": "Completions per forward and process.",
+        "gradient_accumulation_steps": "Forwards per optimizer step.",
+        "num_train_epochs": "Passes over the prompts.",
+        "max_steps": "Optimizer steps; -1: from num_train_epochs.",
+        "bf16": None,
+        "gradient_checkpointing": None,
+        "seed": "Seed of prompts' order, sampling and adapters.",
+    },
+    "Logging and saving": {
+        "output_dir": "Where checkpoints, metrics.jsonl and the model go.",
+        "logging_steps": None,
+        "log_completions": None,
+        "report_to": "Trackers: wandb, tensorboard, trackio, ..., none.",
+        "eval_strategy": "When to evaluate: no, steps, epoch.",
+        "eval_steps": "Steps between evaluations. Default: logging_steps.",
+        "save_steps": "Steps between checkpoints.",
+        "save_total_limit": "Checkpoints kept. Default: all.",
+        "resume_from_checkpoint": "true: the last checkpoint in output_dir; or a path.",
+        "disable_tqdm": "No progress bar.",
+    },
+}
+FOOTER = """
+Every other field of RLOOConfig and of transformers' TrainingArguments is an option too:
+`rloo-fast train --help all` lists them. RLOO_FAST_DEBUG=1 shows tracebacks of errors."""
+
+
+def short_help(options: Mapping[str, Option]) -> str:
+    """The options of SECTIONS, one line each."""
+    lines = [USAGE]
+    for section, names in SECTIONS.items():
+        lines.append(f"{section}:")
+        lines += [_line(options[name], text) for name, text in names.items()]
+    return "\n".join(lines) + "\n" + FOOTER
+
+
+def full_help(options: Mapping[str, Option]) -> str:
+    """Every option, with the class that declares it."""
+    lines = [USAGE]
+    for owner in dict.fromkeys(option.owner for option in options.values()):
+        lines.append(f"{owner}:")
+        for option in sorted(options.values(), key=lambda option: option.name):
+            if option.owner == owner:
+                lines.append(f"  --{option.name}: {option.expected}{_default(option)}")
+                lines += [f"      {option.help}"] if option.help else []
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _line(option: Option, text: str | None) -> str:
+    text = text or option.help
+    line = f"  --{option.name:<29}{text}"
+    return line + (_default(option) if "default" not in text.lower() else "")
+
+
+def _default(option: Option) -> str:
+    default = getattr(option.default, "value", option.default)  # a member of an Enum
+    if default is None or default == "":
+        return ""
+    if isinstance(default, bool):
+        default = str(default).lower()
+    return f" [{default:g}]" if isinstance(default, float) else f" [{default}]"

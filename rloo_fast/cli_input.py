@@ -1,0 +1,118 @@
+"""What was asked for -> {field: value}: the command line and YAML files.
+
+Not argparse, nor HfArgumentParser over it: those read `-1e-3` as an option, accept abbreviations,
+take no mapping, and name no near match.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .cli_options import PATH_OR_TRUE, Option, UsageError, convert
+
+# Options of TRL's scripts, today's and of 2024, that are written differently here
+ELSEWHERE = {
+    "reward_model_name_or_path": "a reward model goes to reward_funcs",
+    "reward_model_path": "a reward model goes to reward_funcs",
+    "sft_model_path": "the policy, and reference, is model_name_or_path",
+    "torch_dtype": "its name is dtype",
+    "no_progress": "write disable_tqdm",
+    "max_prompt_length": "prompts are never cut: drop long ones from the dataset",
+}
+
+
+def read_command_line(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
+    """`--name value ...`, `--name=value`, `--flag`, `--no_flag`; of a repeated one the last counts.
+
+    Everything up to the next `--` belongs to an option, so negative numbers need no quoting.
+    Raises UsageError.
+    """
+    given: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            name, has_value, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            given[name] = [value] if has_value else []
+        elif name is None:
+            raise UsageError(f"expected an option that begins with --, got {token!r}.")
+        else:
+            given[name].append(token)
+    values = {}
+    for name, words in given.items():
+        flag = options.get(name.removeprefix("no_"))
+        if name not in options and name.startswith("no_") and flag and bool in flag.kinds:
+            if words:
+                raise UsageError(f"--{name} takes no value, got {' '.join(words)}.")
+            values[flag.name] = False
+            continue
+        if name not in options:
+            raise UsageError(f"unknown option --{name}{_nearest(name, options, '--')}")
+        values[name] = _from_words(options[name], words)
+    return values
+
+
+def _from_words(option: Option, words: list[str]) -> Any:
+    try:
+        if not words and (bool in option.kinds or option.name in PATH_OR_TRUE):
+            return convert(option, True)
+        if not words:
+            raise UsageError(f"{option.name}: expected {option.expected}, got nothing.")
+        if len(words) > 1 and not option.takes_list:
+            raise UsageError(
+                f"{option.name}: expected {option.expected}, got {len(words)} values: "
+                f"{' '.join(words)}"
+            )
+        return convert(option, words if len(words) > 1 else words[0])
+    except UsageError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def read_yaml(path: str | Path, options: Mapping[str, Option]) -> dict[str, Any]:
+    """The mapping in a YAML file, converted. Raises UsageError with file, line and key."""
+    file = Path(path).expanduser()
+    try:
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node is not None else {}  # pyright: ignore
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"{path}: expected a mapping, lines such as `learning_rate: 1e-6`, got a "
+            f"{type(data).__name__}."
+        )
+    values = {}
+    for key_node, _ in node.value if node is not None else ():  # pyright: ignore
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        if name not in options:
+            hint = _nearest(name, options)
+            raise UsageError(f"unknown key {name!r} in {path}, line {line}{hint}")
+        if name in values:
+            raise UsageError(f"{path}, line {line}: the key {name!r} is there a second time.")
+        try:
+            values[name] = convert(options[name], data[name])
+        except UsageError as error:
+            raise UsageError(f"{path}, line {line}: {error}") from None
+    return values
+
+
+def _nearest(name: str, options: Iterable[str], dashes: str = "") -> str:
+    if name in ELSEWHERE:
+        return f": {ELSEWHERE[name]}."
+    close = difflib.get_close_matches(name, options, n=1)
+    if close:
+        return f": did you mean {dashes}{close[0]}?" if dashes else f": did you mean {close[0]!r}?"
+    return ". `rloo-fast train --help all` lists every one."

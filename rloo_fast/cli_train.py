@@ -1,0 +1,190 @@
+"""`rloo-fast train`: everything cheap is checked, then the model is loaded and trained."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .checkpoint import check_output_dir, find_checkpoint
+from .cli_arguments import TrainArguments, as_usage_errors, build, gather
+from .cli_help import full_help, short_help
+from .cli_options import options_of
+from .config import RLOOConfig
+from .data import TASK, has_one_split, load_prompts
+from .models import check_model_path
+from .report import CompactProgress
+from .rewards import BUILTINS, RewardFunc, Rewards, load_reward_functions
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `rloo-fast train` with these arguments. Raises UsageError before anything is trained."""
+    options = options_of(TrainArguments, RLOOConfig)
+    if {"-h", "--help"} & {*argv}:
+        print(full_help(options) if "all" in argv else short_help(options))
+        return 0
+    script, config = build(gather(argv, options))
+    trainer = prepare(script, config)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    save(trainer, script, config)
+    return 0
+
+
+def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
+    """The trainer; what costs little is checked before the model is loaded. Raises UsageError."""
+    assert script.model_name_or_path
+    assert script.reward_funcs
+    _show_log_lines(config)
+    with as_usage_errors(ValueError, OSError, ImportError):
+        check_model_path(script.model_name_or_path)
+        check_output_dir(str(config.output_dir))
+        config.resume_from_checkpoint = checkpoint_of(config)
+        rewards = check_rewards(script.reward_funcs, config.reward_weights)
+        train_set, eval_set = load_datasets(script, config)
+        if rewards is not None and train_set.column_names and not config.remove_unused_columns:
+            rewards.check_columns(train_set.column_names)
+        peft_config = lora_config(script)
+
+        from .trainer import RLOOTrainer
+
+        trainer = RLOOTrainer(
+            model=script.model_name_or_path,
+            reward_funcs=list(script.reward_funcs),
+            args=config,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            peft_config=peft_config,
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LinesOnly() if config.disable_tqdm else CompactProgress())
+    return trainer
+
+
+def checkpoint_of(config: RLOOConfig) -> str | None:
+    """What resume_from_checkpoint stands for; `true` and `last` may find none, which is said."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None or wanted.lower() in ("false", "no", "none"):
+        return None
+    if wanted.lower() not in ("true", "last", "yes"):
+        return find_checkpoint(wanted, str(config.output_dir))
+    newest = get_last_checkpoint(str(config.output_dir))
+    found = f"resuming from {newest}" if newest else f"no checkpoint in {config.output_dir} yet"
+    _say(config, f"{found}{'' if newest else ': starting from the beginning'}.")
+    return newest
+
+
+def check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> Rewards | None:
+    """The functions among the rewards, imported; None if all are models. Raises ValueError."""
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"reward_weights has {len(weights)} numbers for {len(names)} reward_funcs: give as many."
+        )
+    functions: list[RewardFunc] = []
+    for name in names:
+        if Path(name).is_dir():
+            check_model_path(name)
+        elif name in BUILTINS or ":" in name or "/" not in name or name.endswith(".py"):
+            functions.append(name)
+    return load_reward_functions(functions) if functions else None
+
+
+def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]:
+    """The rows to train on, and those to evaluate on or None. Raises ValueError."""
+    name = script.dataset_name
+    assert name is not None
+    common: dict[str, Any] = {"seed": config.seed, "subset": script.dataset_subset}
+    common["task_config"] = _task_config(script)
+    train_set = load_prompts(
+        name,
+        split=script.dataset_train_split,
+        size=script.dataset_size,
+        streaming=script.dataset_streaming,
+        **common,
+    )
+    if config.eval_strategy == "no" and not config.eval_on_start:
+        if script.eval_dataset_name or script.dataset_test_split:
+            raise ValueError(
+                "an evaluation set is named, but eval_strategy is 'no': add --eval_strategy steps."
+            )
+        return train_set, None
+    eval_name = script.eval_dataset_name or name
+    alone = script.eval_dataset_name is not None and has_one_split(eval_name)
+    split = script.dataset_test_split or ("train" if alone else "test")
+    if eval_name.startswith(TASK):
+        # items of seed .. seed + dataset_size - 1 are trained on
+        common["seed"] = config.seed + script.dataset_size
+    return train_set, load_prompts(eval_name, split=split, size=script.eval_dataset_size, **common)
+
+
+def _task_config(script: TrainArguments) -> dict[str, Any] | None:
+    config = script.dataset_config
+    assert config is None or isinstance(config, dict), config  # `str` is its JSON, read by now
+    return config
+
+
+def lora_config(script: TrainArguments) -> Any:
+    """peft's LoraConfig, or None without use_peft."""
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = script.lora_target_modules or ["all-linear"]
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save(trainer: Any, script: TrainArguments, config: RLOOConfig) -> None:
+    """Model, tokenizer and model card in output_dir, and a last line that says how it went."""
+    trainer.save_model(config.output_dir)
+    trainer.create_model_card(dataset_name=script.dataset_name)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    logs = [row for row in trainer.state.log_history if "reward" in row]
+    parts = [f"{trainer.state.global_step} steps"]
+    if logs:
+        parts.append(f"reward {logs[-1]['reward']:.3g}")
+        rate = logs[-1].get("throughput/completion_tokens_per_s")
+        parts += [f"{rate:.0f} completion tokens/s"] if rate is not None else []
+    _say(config, f"The model is in {config.output_dir} ({', '.join(parts)}).")
+    getattr(trainer, "end", trainer.accelerator.end_training)()  # `end`: transformers >= 5.18
+
+
+class LinesOnly(CompactProgress):
+    """The lines of CompactProgress without its bar."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, disable=True)
+        self.current_step = state.global_step
+
+
+class _ToStderr(logging.Handler):
+    """Looks sys.stderr up at each line, so that whoever redirects it is obeyed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _show_log_lines(config: RLOOConfig) -> None:
+    """rloo_fast's notes (which path was taken and why) on stderr, of the main process only."""
+    logger = logging.getLogger(__package__)
+    logger.setLevel(logging.INFO if config.process_index == 0 else logging.ERROR)
+    if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        logger.addHandler(_ToStderr())
+
+
+def _say(config: RLOOConfig, line: str) -> None:
+    if config.process_index == 0:
+        print(line, flush=True)

@@ -1,0 +1,174 @@
+"""Names, formulas and reductions of everything a run logs.
+
+Rows are completions, of all processes. Two families of names are logged side by side: TRL's current
+ones and those of its 2024 trainer (`objective/*`, `policy/*`, `val/*`), the latter without that
+trainer's slips: padding is left out of every sum and mean.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+# Logged names that depend on the clock: a resumed run repeats every value but these.
+TIMING = ("time/", "throughput/", "step_time", "eps", "train_runtime", "eval_runtime")
+TIMING_SUFFIXES = ("_per_second", "_runtime")
+
+
+def is_timing(name: str) -> bool:
+    bare = name.removeprefix("eval_")
+    return bare.startswith(TIMING) or bare.endswith(TIMING_SUFFIXES)
+
+
+class Metrics:
+    """Values gathered between two logs, averaged when flushed (NaN left out, as in TRL)."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, list[float]]] = {
+            "train": defaultdict(list),
+            "eval": defaultdict(list),
+        }
+        self.stages: dict[str, float] = defaultdict(float)  # seconds of this step, per stage
+
+    def add(self, mode: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.values[mode][name].append(float(value))
+
+    def set_last(self, mode: str, name: str, value: float) -> None:
+        """A running total: the newest value is logged, not a mean."""
+        self.values[mode][name] = [float(value)]
+
+    def flush(self, mode: str) -> dict[str, float]:
+        means = {}
+        for name, values in self.values[mode].items():
+            kept = [v for v in values if not math.isnan(v)]
+            if kept:
+                means[name] = sum(kept) / len(kept)
+        self.values[mode].clear()
+        return means
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Adds the seconds spent inside to stage `name` of the current step."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.stages[name] += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return dict(self.values["train"])
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.values["train"].clear()
+        self.values["train"].update(state)
+
+
+def gather_rows(accelerator: Accelerator, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per-row tensors (R,) of this process -> those of all processes (R x processes,), on the CPU.
+
+    One collective for all columns; every process must have the same number of rows.
+    """
+    names = list(columns)
+    matrix = torch.stack([columns[name].double().cpu() for name in names], dim=1)
+    if accelerator.num_processes > 1:
+        matrix = accelerator.gather(matrix.to(accelerator.device)).cpu()  # pyright: ignore
+    return {name: matrix[:, i] for i, name in enumerate(names)}
+
+
+def _mean(values: Tensor) -> float:
+    kept = values[~values.isnan()]
+    return kept.mean().item() if kept.numel() else float("nan")
+
+
+def _std(values: Tensor) -> float:
+    kept = values[~values.isnan()]
+    return kept.std().item() if kept.numel() > 1 else float("nan")
+
+
+def rollout_metrics(
+    rows: dict[str, Tensor], reward_names: list[str], num_generations: int, beta: float
+) -> dict[str, float]:
+    """Metrics of one generation batch from its gathered rows.
+
+    Columns of `rows`: length (tokens), tokens (those that count in the loss), truncated, num_eos,
+    reward_0.. (NaN: not applicable), reward (weighted sum), score (after penalty, normalisation
+    and clip), kl (sum over tokens), shaped (score - beta kl), surprisal (sum of -logp; NaN where
+    no pass over the batch was needed before the update).
+    """
+    length, truncated = rows["length"], rows["truncated"].bool()
+    ended = length[~truncated]
+    ended = ended if len(ended) else length.new_zeros(1)
+    shaped = rows["shaped"].view(-1, num_generations)
+    if num_generations > 1:
+        spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(())
+                              for g in shaped])  # fmt: skip
+    else:
+        spread = shaped.new_zeros(len(shaped))
+    out = {
+        "completions/mean_length": length.mean().item(),
+        "completions/min_length": length.min().item(),
+        "completions/max_length": length.max().item(),
+        "completions/clipped_ratio": truncated.double().mean().item(),
+        "completions/mean_terminated_length": ended.mean().item(),
+        "completions/min_terminated_length": ended.min().item(),
+        "completions/max_terminated_length": ended.max().item(),
+        "reward": _mean(rows["reward"]),
+        "reward_std": _std(rows["reward"]),
+        "frac_reward_zero_std": torch.isclose(spread, torch.zeros_like(spread), atol=1e-6)
+        .double()
+        .mean()
+        .item(),
+        "objective/scores": _mean(rows["score"]),
+        "objective/kl": rows["kl"].mean().item(),
+        "objective/non_score_reward": -beta * rows["kl"].mean().item(),
+        "objective/rlhf_reward": _mean(rows["shaped"]),
+        "objective/entropy": _mean(rows["surprisal"]),
+        "val/num_eos_tokens": rows["num_eos"].sum().item(),
+    }
+    for i, name in enumerate(reward_names):
+        out[f"rewards/{name}/mean"] = _mean(rows[f"reward_{i}"])
+        out[f"rewards/{name}/std"] = _std(rows[f"reward_{i}"])
+    if beta != 0:
+        out["kl"] = (rows["kl"].sum() / rows["tokens"].sum().clamp(min=1)).item()
+    return out
+
+
+def update_metrics(rows: dict[str, Tensor], micro_batch: Tensor) -> dict[str, float]:
+    """Metrics of one optimizer step from its gathered rows.
+
+    Columns of `rows`: tokens, entropy (sum over tokens), low, high (clipped), log_ratio (sum over
+    tokens), token_ratio (sum over tokens), loss (of the row). `micro_batch`: the micro-batch each
+    row went through, for the 2024 trainer's variance of the mean ratio over micro-batches.
+    """
+    tokens = rows["tokens"].sum().clamp(min=1)
+    low, high = rows["low"], rows["high"]
+    num = int(micro_batch.max()) + 1
+    sums = torch.zeros(2, num, dtype=torch.double)
+    sums[0].index_add_(0, micro_batch, rows["token_ratio"])
+    sums[1].index_add_(0, micro_batch, rows["tokens"])
+    ratios = (sums[0] / sums[1])[sums[1] > 0]
+    mean_ratio = ratios.mean().item() if len(ratios) else 1.0
+    entropy = (rows["entropy"].sum() / tokens).item()
+    region = torch.clamp(low + high, max=1).mean().item()
+    return {
+        "entropy": entropy,
+        "clip_ratio/low_mean": low.mean().item(),
+        "clip_ratio/low_min": low.min().item(),
+        "clip_ratio/high_mean": high.mean().item(),
+        "clip_ratio/high_max": high.max().item(),
+        "clip_ratio/region_mean": region,
+        "policy/approxkl_avg": 0.5 * rows["log_ratio"].square().mean().item(),
+        "policy/clipfrac_avg": region,
+        "policy/entropy_avg": entropy,
+        "loss/policy_avg": rows["loss"].mean().item(),
+        "val/ratio": mean_ratio,
+        "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,
+    }

@@ -1,0 +1,70 @@
+"""Field names of TRL's 2024 trainer (v0.15.1), accepted beside the current ones.
+
+They mean what they say. Where the 2024 code did something else (`token_level_kl` changed nothing,
+`whiten_rewards` was never read, `reward_clip_range` acted only with `normalize_reward`), the name's
+promise is kept, not the code's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+RENAMED = {
+    "rloo_k": "num_generations",
+    "kl_coef": "beta",
+    "cliprange": "epsilon",
+    "num_ppo_epochs": "num_iterations",
+    "response_length": "max_completion_length",
+    "normalize_reward": "normalize_rewards",
+    "normalize_advantage": "normalize_advantages",
+    "local_rollout_forward_batch_size": "rollout_forward_batch_size",
+}
+
+
+def _old(text: str) -> Any:
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass
+class Names2024:
+    """Fields of the 2024 trainer that have another name, or another unit, today."""
+
+    rloo_k: int | None = _old("2024 name of num_generations.")
+    kl_coef: float | None = _old("2024 name of beta.")
+    cliprange: float | None = _old("2024 name of epsilon.")
+    num_ppo_epochs: int | None = _old("2024 name of num_iterations.")
+    response_length: int | None = _old("2024 name of max_completion_length.")
+    normalize_reward: bool | None = _old("2024 name of normalize_rewards.")
+    normalize_advantage: bool | None = _old("2024 name of normalize_advantages.")
+    local_rollout_forward_batch_size: int | None = _old("2024 name of rollout_forward_batch_size.")
+    num_mini_batches: int | None = _old(
+        "Optimizer steps per pass over a generation batch: steps_per_generation becomes "
+        "gradient_accumulation_steps times this."
+    )
+    total_episodes: int | None = _old("Length of the run in completions; sets max_steps.")
+
+    def apply_names_2024(self) -> None:
+        """Write every 2024 value that was given under its current name.
+
+        Raises ValueError where both names were given and disagree.
+        """
+        defaults = {f.name: f.default for f in fields(self)}
+        for old, new in RENAMED.items():
+            value, current = getattr(self, old), getattr(self, new)
+            if value is None:
+                continue
+            if current not in (defaults[new], value):
+                raise ValueError(
+                    f"{old}={value} and {new}={current} say the same thing twice: set {new}."
+                )
+            setattr(self, new, value)
+        if self.num_mini_batches is not None:
+            steps = self.num_mini_batches * self.gradient_accumulation_steps
+            given = self.steps_per_generation
+            if self.num_mini_batches < 1 or given not in (None, steps):
+                raise ValueError(
+                    f"num_mini_batches={self.num_mini_batches} means steps_per_generation={steps}, "
+                    f"but that is {given}: set steps_per_generation."
+                )
+            self.steps_per_generation = steps

@@ -1,0 +1,245 @@
+"""Stage 1: dataset -> prompts, in an order that a resumed run repeats.
+
+The loader yields one item per optimizer step: the generation batches that start in that step, each
+a list of dataset rows (none in a step that only reuses earlier completions). Every process reads
+the same items and takes its own completions from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from .types import Prompt
+
+Row = dict[str, Any]
+NUM_CHECKED = 10_000  # prompts that are tokenised when the trainer is made, to fail early
+
+
+def is_conversational(text: Any) -> bool:
+    return isinstance(text, list) and bool(text) and isinstance(text[0], dict) and "role" in text[0]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Dataset rows of every optimizer step of an epoch; the order follows from (seed, epoch).
+
+    A generation batch of P prompts lasts `micro_steps_per_batch` micro-steps, an optimizer step
+    takes `micro_steps_per_update`. Prompts that do not fill a generation batch wait for the next
+    epoch, as in TRL.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        prompts_per_batch: int,
+        micro_steps_per_batch: int,
+        micro_steps_per_update: int,
+        *,
+        shuffle: bool,
+        seed: int,
+    ):
+        self.num_rows, self.prompts_per_batch = num_rows, prompts_per_batch
+        self.micro_steps_per_batch = micro_steps_per_batch
+        self.micro_steps_per_update = micro_steps_per_update
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        micro_steps = (self.num_rows // self.prompts_per_batch) * self.micro_steps_per_batch
+        return -(-micro_steps // self.micro_steps_per_update)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.num_rows))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_rows, generator=generator).tolist()
+        num_batches = self.num_rows // self.prompts_per_batch
+        for update in range(len(self)):
+            first = update * self.micro_steps_per_update
+            last = min(
+                first + self.micro_steps_per_update, num_batches * self.micro_steps_per_batch
+            )
+            begin = -(-first // self.micro_steps_per_batch)
+            end = -(-last // self.micro_steps_per_batch)
+            yield order[begin * self.prompts_per_batch : end * self.prompts_per_batch]
+
+
+class StepLoader(DataLoader):
+    """DataLoader over a StepSampler that passes the epoch on."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # pyright: ignore
+
+
+class StreamedSteps(IterableDataset):
+    """The same for a streamed dataset: one endless pass, reshuffled whenever the stream ends."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        prompts_per_batch: int,
+        micro_steps_per_batch: int,
+        micro_steps_per_update: int,
+    ):
+        self.dataset, self.prompts_per_batch = dataset, prompts_per_batch
+        self.micro_steps_per_batch = micro_steps_per_batch
+        self.micro_steps_per_update = micro_steps_per_update
+
+    def _rows(self) -> Iterator[Row]:
+        epoch = 0
+        while True:
+            self.dataset.set_epoch(epoch)
+            row = None
+            for row in self.dataset:
+                yield row
+            if row is None:
+                raise ValueError("train_dataset is empty: the stream ended without a single row.")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        rows, micro_step = self._rows(), 0
+        while True:
+            step: list[Row] = []
+            for _ in range(self.micro_steps_per_update):
+                if micro_step % self.micro_steps_per_batch == 0:
+                    step += [next(rows) for _ in range(self.prompts_per_batch)]
+                micro_step += 1
+            yield step
+
+
+def tokenize(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: dict[str, Any],
+    max_prompt_tokens: int | None,
+    keep_columns: bool = True,
+) -> list[Prompt]:
+    """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
+
+    Raises ValueError for a prompt that is empty, of a wrong type, or leaves no room for the
+    completion in the model's context.
+    """
+    prompts = []
+    for row in rows:
+        text = row["prompt"]
+        if is_conversational(text):
+            ids = tokenizer.apply_chat_template(
+                text, add_generation_prompt=True, tokenize=True, return_dict=True,
+                **chat_template_kwargs,
+            )["input_ids"]  # fmt: skip
+        elif isinstance(text, str):
+            ids = tokenizer(text)["input_ids"]
+        else:
+            raise ValueError(
+                "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
+                f"got {_shown(text)}."
+            )
+        if not ids or text == "":
+            raise ValueError(
+                f"a prompt is empty ({_shown(text)}): there is no token to continue. "
+                "Drop such rows from the dataset."
+            )
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, but only {max_prompt_tokens} fit into the "
+                "model's context beside max_completion_length: shorten or drop it, or lower "
+                f"max_completion_length. The prompt begins {_shown(text)}."
+            )
+        columns = {
+            k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
+        }
+        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
+    return prompts
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
+def check_dataset(dataset: Any, name: str, tokenize_rows: Any) -> None:
+    """Raise ValueError/TypeError unless `dataset` is a non-empty datasets.Dataset (or a stream)
+    with a `prompt` column whose first rows (up to NUM_CHECKED) can be tokenised.
+    """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}."
+        )
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns:
+        hint = " Rename it, as in dataset.rename_column('question', 'prompt')."
+        if "input_ids" in columns:
+            hint = " Tokenised datasets of the 2024 trainer are not taken: give the text."
+        raise ValueError(f"{name} has no column 'prompt', only {sorted(columns)}.{hint}")
+    if columns is not None and {"image", "images"} & set(columns):
+        raise ValueError(f"{name} has an image column; rloo_fast trains text models: remove it.")
+    if isinstance(dataset, datasets.IterableDataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: it must have at least one row with a 'prompt'.")
+    for start in range(0, min(len(dataset), NUM_CHECKED), 1000):
+        rows = dataset.select(range(start, min(start + 1000, len(dataset))))
+        texts = rows["prompt"]
+        try:
+            tokenize_rows([{"prompt": text} for text in texts])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def train_loader(
+    dataset: Any, *, prompts_per_batch: int, micro_steps_per_batch: int,
+    micro_steps_per_update: int, shuffle: bool, seed: int, num_workers: int = 0,
+) -> DataLoader:  # fmt: skip
+    """One item per optimizer step. Raises ValueError if no generation batch can be filled."""
+    import datasets
+
+    sizes = (prompts_per_batch, micro_steps_per_batch, micro_steps_per_update)
+    if isinstance(dataset, datasets.IterableDataset):
+        if shuffle:
+            dataset = dataset.shuffle(seed=seed)
+        return DataLoader(StreamedSteps(dataset, *sizes), batch_size=None, collate_fn=_same)
+    sampler = StepSampler(len(dataset), *sizes, shuffle=shuffle, seed=seed)
+    if len(sampler) == 0:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} prompts, but a generation batch takes "
+            f"{prompts_per_batch}: give more prompts, or lower per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
+        )
+    return StepLoader(dataset, batch_sampler=sampler, collate_fn=_same, num_workers=num_workers)  # pyright: ignore
+
+
+def _same(rows: Any) -> Any:
+    return rows
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Consecutive prompts, `prompts_per_batch` at a time, the last batch shorter."""
+
+    def __init__(self, num_rows: int, prompts_per_batch: int):
+        self.num_rows, self.prompts_per_batch = num_rows, prompts_per_batch
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.prompts_per_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self.num_rows, self.prompts_per_batch):
+            yield list(range(start, min(start + self.prompts_per_batch, self.num_rows)))
+
+
+def eval_loader(dataset: Any, *, prompts_per_batch: int) -> DataLoader:
+    """Every prompt of an evaluation set once, in order."""
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset):
+        return DataLoader(dataset, batch_size=prompts_per_batch, collate_fn=_same)  # pyright: ignore
+    sampler = EvalSampler(len(dataset), prompts_per_batch)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_same)  # pyright: ignore

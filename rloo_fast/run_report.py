@@ -1,0 +1,190 @@
+"""What the trainer writes down: metrics of each stage, logs, completions table, model card."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import models, report
+from .metrics import gather_rows, rollout_metrics, update_metrics
+from .model_card import write_model_card
+from .types import Samples
+
+
+class RunReportMixin:
+    """Trainer methods; they read the trainer's stages and never change what is computed."""
+
+    accelerator: Any
+    args: Any
+    buffer: Any
+    collector: Any
+    metrics: Any
+    model: Any
+    processing_class: Any
+    rewards: Any
+    state: Any
+    termination: Any
+    updater: Any
+
+    loss_total = 0.0  # of every step so far, for the mean that is logged at the end
+    _run_start: float | None = None
+    _step_start = 0.0
+    _step_loss = 0.0
+    _step_tokens = 0
+    _writer: report.MetricsWriter | None = None
+
+    def _record_update(self, rows: dict[str, Tensor]) -> None:
+        """Metrics of an optimizer step from its rows on this process."""
+        num_batches = int(rows["micro_batch"].max()) + 1
+        rows["micro_batch"] = rows["micro_batch"] + self.accelerator.process_index * num_batches
+        everyone = gather_rows(self.accelerator, rows)
+        micro_batch = everyone.pop("micro_batch").long()
+        aux = everyone.pop("aux_loss", None)
+        values = update_metrics(everyone, micro_batch)
+        if aux is not None:
+            values["aux_loss"] = aux.mean().item()
+        self._step_tokens = int(everyone["tokens"].sum())
+        self.metrics.add("train", values)
+
+    def _record_rollout(self, samples: Samples, mode: str, num_real: int | None = None) -> None:
+        """Metrics of a generation batch, once; `num_real`: rows that are not repeats."""
+        if "recorded" in samples.stats:
+            return
+        columns = dict(samples.stats)
+        entropy = columns.pop("entropy", None)
+        if mode == "eval":
+            columns["entropy_sum"] = entropy
+        advantages = samples.advantages
+        if self.args.token_level_kl:  # shown for the first token: the sequence's own advantage
+            starts = samples.cu_seqlens[:-1].clamp(max=max(len(advantages) - 1, 0))
+            advantages = advantages[starts] if len(advantages) else torch.zeros(samples.num_rows)
+        columns["advantage"] = advantages
+        everyone = gather_rows(self.accelerator, columns)
+        everyone = {name: column[:num_real] for name, column in everyone.items()}
+        self.collector.table.advantages = everyone["advantage"].tolist()
+        entropy_sum = everyone.pop("entropy_sum", None)
+        values = rollout_metrics(
+            everyone, self.rewards.names, samples.num_generations, self.args.beta
+        )
+        if entropy_sum is not None:
+            values["entropy"] = float(entropy_sum.sum() / everyone["tokens"].sum().clamp(min=1))
+        self.metrics.add(mode, values)
+        self.metrics.set_last(mode, "num_tokens", self.state.num_input_tokens_seen)
+        samples.stats = {"recorded": torch.tensor(True)}
+
+    def finish_step(self, optimizer_s: float) -> None:
+        """Clock and counters of a step, after the optimizer."""
+        self.loss_total += self._step_loss
+        now = time.perf_counter()
+        step_s = now - self._step_start
+        stages = {**self.metrics.stages, "optimizer": optimizer_s}
+        self.metrics.add("train", {f"time/{name}_s": seconds for name, seconds in stages.items()})
+        episodes = self.buffer.num_added * self.args.generation_batch_size
+        rate = self._step_tokens / step_s
+        self.metrics.add("train", {"step_time": step_s, "throughput/completion_tokens_per_s": rate})
+        self.metrics.set_last("train", "episode", episodes)
+        if self._run_start is None:
+            self._run_start, self._first_episode = self._step_start, episodes
+        else:
+            seconds = now - self._run_start
+            self.metrics.set_last("train", "eps", int((episodes - self._first_episode) / seconds))
+        if self._samples_due():
+            self.print_completions()
+
+    def _samples_due(self) -> bool:
+        """num_sample_generations: that many tables, evenly spread over the run."""
+        n = self.args.num_sample_generations
+        step = self.state.global_step + 1
+        return bool(n) and step % max(1, self.state.max_steps // n) == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        if "train_loss" in logs:  # transformers' covers this call of train() only
+            logs["train_loss"] = self.loss_total / max(self.state.global_step, 1)
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({prefix + k: v for k, v in self.metrics.flush(mode).items()})
+        if "learning_rate" in logs:
+            logs["lr"] = logs["learning_rate"]
+        super().log(logs, start_time)  # pyright: ignore
+        if not self.accelerator.is_main_process:
+            return
+        if not self.termination.requested or "train_loss" not in logs:
+            self._metrics_file().write(self.state.global_step, logs)
+        if self.args.log_completions and "train_loss" not in logs:
+            self.print_completions()
+
+    def print_completions(self) -> None:
+        """The newest samples with their rewards: to the terminal and the trackers in use."""
+        table = self.collector.table
+        if not self.accelerator.is_main_process or not table.prompts:
+            return
+        shown = {
+            "prompts": table.prompts,
+            "completions": table.completions,
+            "rewards": table.rewards,
+            "advantages": table.advantages,
+            "step": self.state.global_step,
+            "extra": table.extra,
+        }
+        unique = self.args.log_unique_prompts
+        report.print_completions(
+            **shown, num_samples=self.args.num_completions_to_print, unique_prompts=unique
+        )
+        frame = report.completions_dataframe(**shown, unique_prompts=unique)
+        report.log_completions_table(self.args.report_to, frame)
+
+    def _metrics_file(self) -> report.MetricsWriter:
+        if self._writer is None:
+            done = self._initial_global_step if self._initial_global_step else None  # pyright: ignore
+            self._writer = report.MetricsWriter(self.args.output_dir, resume_step=done)
+        return self._writer
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """README.md with base model, data, command, versions, and the newest metrics."""
+        if not self.accelerator.is_main_process:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        base = models.base_causal_lm(self.model)
+        hub_id = self.args.hub_model_id
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        write_model_card(
+            directory / "README.md",
+            model_name=model_name or (hub_id or Path(self.args.output_dir).name).split("/")[-1],
+            base_model=getattr(base.config, "_name_or_path", "") or None,
+            dataset_name=dataset_name,
+            tags=tags,
+            is_peft=models.is_peft_model(self.model),
+            has_chat_template=bool(getattr(self.processing_class, "chat_template", None)),
+            hub_model_id=hub_id,
+            local_path=str(self.args.output_dir),
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            versions={
+                name: version(name)
+                for name in ("rloo-fast", "torch", "transformers", "accelerate", "datasets")
+            },
+            metrics=[row for row in self.state.log_history if "reward" in row],
+            tracker_urls=_tracker_urls(),
+        )
+
+
+def _tracker_urls() -> dict[str, str]:
+    """Addresses of the trackers' pages of this run, where one is active."""
+    wandb = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    url = getattr(run, "url", None)
+    return {"wandb": url} if url else {}

@@ -1,0 +1,450 @@
+"""RLOOTrainer: TRL's RLOOTrainer on transformers' Trainer, with a step of our own.
+
+    prompts -> rollout -> rewards -> [reference] -> policy forward, loss, backward -> update
+
+One step of the Trainer is one optimizer step over the whole effective batch; the micro-batches in
+it are ours, so transformers runs with gradient_accumulation_steps = 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from . import models, prompts
+from .buffer import RolloutBuffer
+from .callbacks import StepCallback, SyncReference
+from .checkpoint import CheckpointMixin, Termination, check_output_dir, find_checkpoint, load_state
+from .collect import Collector
+from .config import RLOOConfig
+from .metrics import Metrics
+from .policy import Policy
+from .rewards import RewardFunc, load_reward_functions
+from .rollout import HFEngine
+from .rollout.engine import step_seed
+from .run_report import RunReportMixin
+from .types import Prompt, Samples, Sampling
+from .update import Updater
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+logger = logging.getLogger(__name__)
+
+EvalDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
+
+
+class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
+    """REINFORCE Leave-One-Out (arXiv:2402.14740) for causal language models.
+
+    Arguments are those of TRL 1.16's RLOOTrainer:
+    model: a directory or hub id, a PreTrainedModel, or a PeftModel.
+    reward_funcs: one or several of: a function f(prompts, completions, completion_ids, **columns)
+        that returns a float or None per completion (async too), a builtin name, "module:function",
+        a sequence-classification model as object, directory or hub id.
+    args: RLOOConfig. train_dataset: rows with a `prompt` (string or messages); other columns go to
+    the reward functions. eval_dataset: the same, or a dict of them. processing_class: tokenizer.
+
+    Bad input raises ValueError or TypeError with what to write, before training starts.
+    """
+
+    loss_is_scaled_for_ga = False
+    _tag_names = ("rloo", "rloo_fast")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: RLOOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = _own_copy(args, model)
+        check_output_dir(args.output_dir)  # pyright: ignore
+        set_seed(args.seed)  # new adapters are drawn at random
+        policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
+        tokenizer = models.load_tokenizer(processing_class, policy_model, args)
+        stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
+        self._tokenize = _tokenizer_of_rows(tokenizer, policy_model, args)
+        _check_datasets(train_dataset, eval_dataset, self._tokenize)
+        if args.disable_dropout:
+            models.disable_dropout(policy_model)
+        policy_model = models.add_adapters(policy_model, peft_config, args)
+        reference = models.make_reference(policy_model, args)
+        self.rewards = load_reward_functions(
+            reward_funcs,
+            reward_processing_classes,
+            weights=args.reward_weights,
+            model_init_kwargs=args.model_init_kwargs,  # pyright: ignore
+            trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore
+            timeout_s=args.reward_timeout_s,
+            batch_size=args.rollout_forward_batch_size,
+        )
+        super().__init__(
+            model=policy_model,
+            args=args,
+            data_collator=lambda rows: rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,  # pyright: ignore
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        _refuse_engines(self)
+        self.metrics = Metrics()
+        self.termination = Termination()
+        self.last_grad_norm = 0.0
+        self.num_skipped_steps = self.num_eval_batches = 0
+        self._said: set[str] = set()
+        self._resume_from: str | None = None
+        self._wire(reference, stop_ids)
+
+    def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
+        """The stages, each with the values it needs."""
+        args, device = self.args, self.accelerator.device
+        coef = _router_coef(self.model, args)
+        pad_id = self.processing_class.pad_token_id  # pyright: ignore
+        self.policy = Policy(self.model, temperature=args.temperature, aux_loss=coef != 0)
+        self.reference = None
+        if reference is not None:
+            self.reference = Policy(reference.to(device), temperature=args.temperature)
+            if args.sync_ref_model:
+                self.add_callback(SyncReference(self, reference))
+        self.engine = HFEngine(
+            self.model,
+            pad_id,
+            rows_per_call=args.rollout_forward_batch_size,
+            pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore
+            autocast=self.accelerator.autocast,
+        )
+        self.rewards.to(device)
+        self.collector = Collector(
+            self.engine,
+            self.processing_class,  # pyright: ignore
+            self.rewards,
+            _sampling(args, stop_ids),
+            args,
+            self.accelerator,
+            self.metrics,
+        )
+        self.updater = Updater(
+            self.policy,
+            self.reference,
+            args,
+            self.accelerator,
+            pad_token_id=pad_id,
+            aux_loss_coef=coef,
+            has_dropout=models.has_dropout(self.model),
+        )
+        self.buffer = RolloutBuffer(
+            args.per_device_train_batch_size,
+            int(args.steps_per_generation),  # pyright: ignore
+            args.num_iterations,
+            args.seed,
+        )
+        self.add_callback(StepCallback(self))
+
+    # Stage 1: prompts
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        return prompts.train_loader(
+            self.train_dataset,
+            prompts_per_batch=args.prompts_per_generation,
+            micro_steps_per_batch=args.steps_per_generation * args.num_iterations,
+            micro_steps_per_update=args.micro_steps_per_update,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed,
+            num_workers=args.dataloader_num_workers,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]  # pyright: ignore
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset: pass one to the trainer.")
+        rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        return prompts.eval_loader(
+            dataset, prompts_per_batch=max(1, rows // self._num_generations("eval"))
+        )
+
+    # The step
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One optimizer step's rollouts, loss and gradients. `inputs`: the prompts that start in
+        it."""
+        self._step_start = time.perf_counter()
+        self.metrics.stages.clear()
+        model.train()
+        size = self.args.prompts_per_generation
+        for start in range(0, len(inputs), size):
+            self.buffer.add(self._collect_train(inputs[start : start + size], model))
+        pieces = self.buffer.take(self.args.micro_steps_per_update)
+        with self.metrics.stage("policy", self.accelerator.device):
+            loss, rows = self.updater.backward(pieces, model, self.compute_loss)
+        self.buffer.mark_off_policy()
+        self._step_loss = loss.item()
+        self._record_update(rows)
+        for samples in {id(s): s for s, _ in pieces}.values():
+            self._record_rollout(samples, "train")
+        return loss
+
+    def _collect_train(self, rows: list[prompts.Row], model: nn.Module) -> Samples:
+        number = self.buffer.num_added
+        seed = step_seed(self.args.seed, number, self.accelerator.process_index)
+        samples = self._collect(self._tokenize(rows), seed, "train")
+        with self.metrics.stage("reference", self.accelerator.device):
+            self.updater.score_reference(samples, model)
+        waiting = self.buffer.pending_micro_steps()
+        covered = waiting + self.args.steps_per_generation <= self.args.micro_steps_per_update
+        reason = self.updater.first_pass_reason(samples, covered)
+        if reason is not None:
+            self._say_once(f"A policy pass without gradients runs before the update: {reason}.")
+            with self.metrics.stage("old_logps", self.accelerator.device):
+                self.updater.first_pass(samples, model)
+        elif self.args.beta == 0:
+            self.updater.credit_all(samples)
+        return samples
+
+    def _collect(self, batch: list[Prompt], seed: int, mode: str) -> Samples:
+        k = self._num_generations(mode)
+        samples = self.collector(batch, k, seed, mode, self.state)
+        lengths = samples.stats["length"] + torch.tensor([len(p) for p in samples.prompt_ids])
+        if mode == "train":
+            total = lengths.sum().reshape(1).to(self.accelerator.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(total).sum())  # pyright: ignore
+        return samples
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The RLOO loss of one micro-batch, as a share of the step's (see Updater.loss).
+
+        The step's loss is the sum over its micro-batches.
+        """
+        if return_outputs:
+            raise ValueError(
+                "RLOOTrainer has no outputs to return: call with return_outputs=False."
+            )
+        return self.updater.loss(model, inputs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Samples, scores, and returns the loss -mean A (the ratio is 1: nothing was updated)."""
+        world = self.accelerator.num_processes
+        k = self._num_generations("eval")
+        num_real = len(inputs) * k
+        while len(inputs) * k % world:  # every process needs as many rows: repeat, do not count
+            inputs = [*inputs, inputs[-1]]
+        seed = step_seed(
+            self.args.seed, -1, self.state.global_step, self.num_eval_batches,
+            self.accelerator.process_index,
+        )  # fmt: skip
+        self.num_eval_batches += 1
+        samples = self._collect(self._tokenize(inputs), seed, "eval")
+        self.updater.score_reference(samples, model)
+        self.updater.first_pass(samples, model)
+        self._record_rollout(samples, "eval", num_real)
+        advantages = samples.advantages
+        assert advantages is not None
+        return -advantages.mean().to(self.accelerator.device), None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.num_eval_batches = 0
+        return super().evaluate(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; True resumes from the newest checkpoint of output_dir, a string from that one.
+
+        SIGTERM: the step is finished, a checkpoint saved, and the process exits with status 0.
+        """
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)  # pyright: ignore
+        self._resume_from = checkpoint
+        with self.termination:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.termination.requested:
+            logger.warning("SIGTERM: saved after step %d, exiting.", self.state.global_step)
+            sys.exit(0)
+        return output
+
+    # What the callbacks and the checkpoints ask for
+
+    def termination_requested(self) -> bool:
+        return self._any_process(self.termination.requested)
+
+    def run_state(self) -> dict[str, Any]:
+        """What, beside transformers' own state, the next step depends on."""
+        state = {
+            "buffer": self.buffer.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "tr_loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "loss_total": self.loss_total,
+            "num_skipped_steps": self.num_skipped_steps,
+        }
+        if self.args.sync_ref_model and self.reference is not None:
+            state["reference"] = self.reference.model.state_dict()
+        return state
+
+    def restore_run_state(self) -> None:
+        if self._resume_from is None:
+            return
+        state = load_state(self._resume_from, self.args.process_index)
+        self._resume_from = None
+        self.buffer.load_state_dict(state["buffer"])
+        self.metrics.load_state_dict(state["metrics"])
+        self._tr_loss += state["tr_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+        self.loss_total = state["loss_total"]
+        self.num_skipped_steps = state["num_skipped_steps"]
+        if "reference" in state and self.reference is not None:
+            self.reference.model.load_state_dict(state["reference"])
+
+    # transformers' own, adapted
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return super().get_total_train_batch_size(args) * self.args.micro_steps_per_update
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.last_grad_norm = float(norm)
+        return norm
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt"]
+
+    def _num_generations(self, mode: str) -> int:
+        args = self.args
+        return (
+            args.num_generations
+            if mode == "train"
+            else (args.num_generations_eval or args.num_generations)
+        )
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said and self.accelerator.is_main_process:
+            self._said.add(sentence)
+            logger.info(sentence)
+
+
+def _own_copy(args: RLOOConfig | None, model: Any) -> RLOOConfig:
+    """The configuration the Trainer runs with: the user's, with gradient accumulation left to
+    us."""
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        args = RLOOConfig(f"{(name or 'model').rstrip('/').split('/')[-1]}-RLOO")
+    if not isinstance(args, RLOOConfig):
+        raise TypeError(
+            f"args must be a rloo_fast.RLOOConfig, got {type(args).__module__}."
+            f"{type(args).__name__}: change the import."
+        )
+    args = copy.copy(args)
+    args.gradient_accumulation_steps = 1
+    return args
+
+
+def _tokenizer_of_rows(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, args: RLOOConfig
+) -> Callable[[list[prompts.Row]], list[Prompt]]:
+    context = models.context_length(model)
+    room = None if context is None else context - args.max_completion_length
+
+    def tokenize(rows: list[prompts.Row]) -> list[Prompt]:
+        return prompts.tokenize(
+            rows,
+            tokenizer,
+            chat_template_kwargs=args.chat_template_kwargs or {},  # pyright: ignore
+            max_prompt_tokens=room,
+            keep_columns=not args.remove_unused_columns,
+        )
+
+    return tokenize
+
+
+def _check_datasets(train: Any, evaluation: Any, tokenize: Any) -> None:
+    if train is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
+    prompts.check_dataset(train, "train_dataset", tokenize)
+    if isinstance(evaluation, dict):
+        for name, dataset in evaluation.items():
+            prompts.check_dataset(dataset, f"eval_dataset[{name!r}]", tokenize)
+    elif evaluation is not None:
+        prompts.check_dataset(evaluation, "eval_dataset", tokenize)
+
+
+def _refuse_engines(trainer: Trainer) -> None:
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError(
+            "DeepSpeed and FSDP are not in this version: launch with `accelerate launch "
+            "--multi_gpu`, or as one process."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "several GPUs are visible to one process: launch with `accelerate launch`, or show one "
+            "with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _router_coef(model: nn.Module, args: RLOOConfig) -> float:
+    config = models.base_causal_lm(model).config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    coef = args.router_aux_loss_coef
+    if coef and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef={coef}, but {type(model).__name__} has no router whose load "
+            "could be balanced: leave it out."
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef)
+
+
+def _sampling(args: RLOOConfig, stop_ids: tuple[int, ...]) -> Sampling:
+    extra = dict(args.generation_kwargs or {})
+    if args.cache_implementation is not None:
+        extra.setdefault("cache_implementation", args.cache_implementation)
+    return Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        max_new_tokens=args.max_completion_length,
+        stop_token_ids=stop_ids,
+        extra=extra,
+    )
