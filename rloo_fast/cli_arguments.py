@@ -21,51 +21,77 @@ REQUIRED = {
 }
 
 
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
+def _help(text: str, **more: Any) -> dict[str, Any]:
+    return {"help": text, **more}
 
 
 @dataclass
 class TrainArguments:
     """What a run trains on; the names are those of TRL's scripts. How it trains: RLOOConfig."""
 
-    model_name_or_path: str | None = _option(None, "Policy: a directory or a hub id.")
-    dataset_name: str | None = _option(
-        None, ".jsonl, .json, .csv or .parquet file, directory, hub id, reasoning_gym:TASK."
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("Policy: a directory or a hub id.")
     )
-    reward_funcs: list[str] | None = _option(
-        None, "module:function, file.py:function, builtin name, reward model; or several."
+    dataset_name: str | None = field(
+        default=None,
+        metadata=_help("A .jsonl, .csv, .parquet, directory, hub id, reasoning_gym:TASK."),
     )
-    config: str | None = _option(None, "YAML file of options, or the name of a built-in recipe.")
-    model_revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
-    dtype: str | None = _option(
-        None,
-        "Type the weights are loaded in. Default: float32.",
-        choices=("auto", "bfloat16", "float16", "float32"),
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata=_help("module:function, file.py:function, builtin, reward model; several."),
     )
-    attn_implementation: str | None = _option(
-        None, "sdpa, flash_attention_2, eager, ... Default: transformers' choice."
+    config: str | None = field(
+        default=None, metadata=_help("YAML file of options, or the name of a built-in recipe.")
     )
-    dataset_subset: str | None = _option(None, "Configuration of a hub dataset.")
-    dataset_config: dict | str | None = _option(None, "Settings of a reasoning_gym task, as JSON.")
-    dataset_size: int = _option(10_000, "Items made for a reasoning_gym task.")
-    dataset_train_split: str = _option("train", "Split to train on.")
-    dataset_test_split: str | None = _option(
-        None, "Split to evaluate on. Default: test, if eval_strategy is set."
+    model_revision: str | None = field(
+        default=None, metadata=_help("Branch, tag or commit of a model on the hub.")
     )
-    eval_dataset_name: str | None = _option(
-        None, "Where to find the evaluation split. Default: dataset_name."
+    dtype: str | None = field(
+        default=None,
+        metadata=_help(
+            "Type the weights are loaded in. Default: float32.",
+            choices=("auto", "bfloat16", "float16", "float32"),
+        ),
     )
-    eval_dataset_size: int = _option(200, "Items made to evaluate on a reasoning_gym task.")
-    dataset_streaming: bool = _option(False, "Read the dataset while training; needs max_steps.")
-    use_peft: bool = _option(
-        False, "Train LoRA adapters, and none of the model's weights."
+    attn_implementation: str | None = field(
+        default=None,
+        metadata=_help("sdpa, flash_attention_2, eager, ... Default: transformers' choice."),
     )
-    lora_r: int = _option(16, "Rank of the adapters.")
-    lora_alpha: int = _option(32, "The adapters' product is scaled by lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.0, "Dropout before the adapters; see disable_dropout.")
-    lora_target_modules: list[str] | None = _option(
-        None, "Modules that get adapters. Default: every linear layer but the head."
+    dataset_subset: str | None = field(
+        default=None, metadata=_help("Configuration of a hub dataset.")
+    )
+    dataset_config: dict | str | None = field(
+        default=None, metadata=_help("Settings of a reasoning_gym task, as JSON.")
+    )
+    dataset_size: int = field(
+        default=10_000, metadata=_help("Items made for a reasoning_gym task.")
+    )
+    dataset_train_split: str = field(default="train", metadata=_help("Split to train on."))
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata=_help("Split to evaluate on. Default: test, if eval_strategy is set."),
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata=_help("Where the evaluation split is. Default: in dataset_name.")
+    )
+    eval_dataset_size: int = field(
+        default=200, metadata=_help("Items made to evaluate on a reasoning_gym task.")
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata=_help("Read the dataset while training; needs max_steps.")
+    )
+    use_peft: bool = field(
+        default=False, metadata=_help("Train LoRA adapters, and none of the model's weights.")
+    )
+    lora_r: int = field(default=16, metadata=_help("Rank of the adapters."))
+    lora_alpha: int = field(
+        default=32, metadata=_help("The adapters' product is scaled by lora_alpha / lora_r.")
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata=_help("Dropout before the adapters; see disable_dropout.")
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata=_help("Default: every linear layer but the head.")
     )
 
 
@@ -115,11 +141,13 @@ def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
         "revision": script.model_revision,
     }
     loading = {name: value for name, value in loading.items() if value is not None}
-    twice = loading.keys() & (config.model_init_kwargs or {}).keys()
+    init_kwargs = config.model_init_kwargs or {}
+    assert isinstance(init_kwargs, dict), init_kwargs  # its JSON is read by now
+    twice = loading.keys() & init_kwargs.keys()
     if twice:
         raise UsageError(f"{min(twice)} is in model_init_kwargs too: set it in one place.")
     if loading:
-        config.model_init_kwargs = {**(config.model_init_kwargs or {}), **loading}
+        config.model_init_kwargs = {**init_kwargs, **loading}
     return script, config
 
 

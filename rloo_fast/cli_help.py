@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from .cli_options import Option
@@ -13,7 +14,7 @@ usage: rloo-fast train --model_name_or_path M --dataset_name D --reward_funcs R 
 
 Train a causal language model with RLOO. Recipes have the same names; the command line wins.
 """
-# Section -> fields. Text in place of None is for fields that transformers describes at length.
+# Section -> fields; a text in place of None where the field's own is too long for a line
 SECTIONS: dict[str, dict[str, str | None]] = {
     "Data and model": {
         "model_name_or_path": None,
@@ -31,18 +32,18 @@ SECTIONS: dict[str, dict[str, str | None]] = {
     "Algorithm": {
         "num_generations": None,
         "beta": None,
-        "epsilon": None,
+        "epsilon": "Clip of the ratio to 1 -+ epsilon (or + epsilon_high).",
         "num_iterations": None,
-        "steps_per_generation": None,
-        "normalize_advantages": None,
-        "reward_clip_range": None,
+        "steps_per_generation": "Forwards per generation batch. Default: until the next update.",
+        "normalize_advantages": "Advantages to mean 0, std 1 over the generation batch.",
+        "reward_clip_range": "Clip the weighted reward to MIN MAX, or to (-C, C).",
         "missing_eos_penalty": None,
     },
     "Sampling": {
         "max_completion_length": None,
         "temperature": None,
         "top_p": None,
-        "generation_kwargs": None,
+        "generation_kwargs": "JSON of more GenerationConfig arguments; they win.",
     },
     "Optimisation": {
         "learning_rate": None,
@@ -53,12 +54,12 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "gradient_accumulation_steps": "Forwards per optimizer step.",
         "num_train_epochs": "Passes over the prompts.",
         "max_steps": "Optimizer steps; -1: from num_train_epochs.",
-        "bf16": None,
-        "gradient_checkpointing": None,
+        "bf16": "bfloat16 autocast. Default: where a GPU supports it.",
+        "gradient_checkpointing": "Recompute activations: less memory, one more forward.",
         "seed": "Seed of prompts' order, sampling and adapters.",
     },
     "Logging and saving": {
-        "output_dir": "Where checkpoints, metrics.jsonl and the model go.",
+        "output_dir": "For checkpoints, metrics, the model. Default: trainer_output.",
         "logging_steps": None,
         "log_completions": None,
         "report_to": "Trackers: wandb, tensorboard, trackio, ..., none.",
@@ -90,16 +91,20 @@ def full_help(options: Mapping[str, Option]) -> str:
     for owner in dict.fromkeys(option.owner for option in options.values()):
         lines.append(f"{owner}:")
         for option in sorted(options.values(), key=lambda option: option.name):
-            if option.owner == owner:
-                lines.append(f"  --{option.name}: {option.expected}{_default(option)}")
-                lines += [f"      {option.help}"] if option.help else []
+            if option.owner != owner or option.help == "Not offered yet.":
+                continue
+            line = f"--{option.name}: {option.expected}{_default(option)}"
+            lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                option.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def _line(option: Option, text: str | None) -> str:
     text = text or option.help
-    line = f"  --{option.name:<29}{text}"
+    line = f"  --{option.name:<28}{text}"
     return line + (_default(option) if "default" not in text.lower() else "")
 
 

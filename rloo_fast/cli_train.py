@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from .checkpoint import check_output_dir, find_checkpoint
 from .cli_arguments import TrainArguments, as_usage_errors, build, gather
@@ -44,7 +45,7 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
     with as_usage_errors(ValueError, OSError, ImportError):
         check_model_path(script.model_name_or_path)
         check_output_dir(str(config.output_dir))
-        config.resume_from_checkpoint = checkpoint_of(config)
+        config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
         rewards = check_rewards(script.reward_funcs, config.reward_weights)
         train_set, eval_set = load_datasets(script, config)
         if rewards is not None and train_set.column_names and not config.remove_unused_columns:
@@ -67,24 +68,34 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
     return trainer
 
 
-def checkpoint_of(config: RLOOConfig) -> str | None:
-    """What resume_from_checkpoint stands for; `true` and `last` may find none, which is said."""
+def checkpoint_of(config: RLOOConfig, use_peft: bool) -> str | None:
+    """What resume_from_checkpoint stands for; `true` and `last` may find none, which is said.
+
+    Raises ValueError for a directory that is no complete checkpoint, or one without adapters.
+    """
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "no", "none"):
         return None
-    if wanted.lower() not in ("true", "last", "yes"):
-        return find_checkpoint(wanted, str(config.output_dir))
-    newest = get_last_checkpoint(str(config.output_dir))
-    found = f"resuming from {newest}" if newest else f"no checkpoint in {config.output_dir} yet"
-    _say(config, f"{found}{'' if newest else ': starting from the beginning'}.")
-    return newest
+    if wanted.lower() in ("true", "last", "yes"):
+        found = get_last_checkpoint(str(config.output_dir))
+        if found is None:
+            _say(config, f"No checkpoint in {config.output_dir} yet: starting from the beginning.")
+            return None
+    else:
+        found = find_checkpoint(wanted, str(config.output_dir))
+    if use_peft and found and not (Path(found) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{found} was saved without adapters: leave out use_peft, or resume_from_checkpoint."
+        )
+    _say(config, f"Resuming from {found}.")
+    return found
 
 
 def check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> Rewards | None:
     """The functions among the rewards, imported; None if all are models. Raises ValueError."""
     if weights is not None and len(weights) != len(names):
         raise ValueError(
-            f"reward_weights has {len(weights)} numbers for {len(names)} reward_funcs: give as many."
+            f"reward_weights: {len(weights)} numbers for {len(names)} reward_funcs, give one each."
         )
     functions: list[RewardFunc] = []
     for name in names:
@@ -179,6 +190,8 @@ class _ToStderr(logging.Handler):
 
 def _show_log_lines(config: RLOOConfig) -> None:
     """rloo_fast's notes (which path was taken and why) on stderr, of the main process only."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, of reading and writing weights
     logger = logging.getLogger(__package__)
     logger.setLevel(logging.INFO if config.process_index == 0 else logging.ERROR)
     if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):

@@ -5,13 +5,14 @@ Read once, checked once, before a model is loaded. Names of TRL's 2024 trainer: 
 
 from __future__ import annotations
 
-import math
+import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
+from . import config_checks
 from .names_2024 import Names2024
 
 
@@ -28,7 +29,7 @@ class RLOOConfig(Names2024, TrainingArguments):
     gradient_accumulation_steps x number of processes of them; num_generations belong to one prompt.
     """
 
-    _VALID_DICT_FIELDS = [
+    _VALID_DICT_FIELDS: ClassVar = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "generation_kwargs",
@@ -178,12 +179,7 @@ class RLOOConfig(Names2024, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.apply_names_2024()
-        for engine in ("deepspeed", "fsdp"):
-            if getattr(self, engine):
-                raise ValueError(
-                    f"{engine} is not in this version: train with one process, or several with "
-                    "`accelerate launch --multi_gpu`."
-                )
+        config_checks.refuse_engines(self)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -194,10 +190,10 @@ class RLOOConfig(Names2024, TrainingArguments):
             if self.activation_checkpointing_kwargs is None:
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
-        self._clean()
-        self._check_ranges()
-        self._refuse()
-        self._batch_sizes()
+        config_checks.clean(self)
+        config_checks.check_ranges(self)
+        config_checks.refuse(self)
+        config_checks.batch_sizes(self)
 
     # Sizes that follow from the fields, in completions and micro-steps (TRL's unit: one
     # per_device_train_batch_size of completions per process)
@@ -217,163 +213,21 @@ class RLOOConfig(Names2024, TrainingArguments):
         """Prompts of one generation batch, all processes."""
         return int(self.generation_batch_size or 0) // self.num_generations
 
-    def _clean(self) -> None:
-        clip = self.reward_clip_range
-        if isinstance(clip, (int, float)):
-            clip = [clip]
-        if clip is not None:
-            clip = [float(c) for c in clip]
-            clip = [-clip[0], clip[0]] if len(clip) == 1 else clip
-            if len(clip) != 2 or not clip[0] < clip[1]:
-                raise ValueError(
-                    f"reward_clip_range must be (min, max) with min < max, or one number c > 0 for "
-                    f"(-c, c), got {self.reward_clip_range}."
-                )
-        self.reward_clip_range = clip
-        pad = self.pad_to_multiple_of
-        if isinstance(pad, str):
-            pad = None if pad.lower() in ("auto", "none", "null") else int(pad)
-        self.pad_to_multiple_of = pad
 
-    def _check_ranges(self) -> None:
-        def need(ok: bool, sentence: str) -> None:
-            if not ok:
-                raise ValueError(sentence)
+def trainer_args(args: RLOOConfig | None, model: Any) -> RLOOConfig:
+    """The configuration a Trainer runs with: the user's, gradient accumulation left to our step.
 
-        k = self.num_generations
-        need(
-            k is not None and k >= 2,
-            f"num_generations must be >= 2 for a leave-one-out baseline, got {k}.",
+    A copy; `micro_steps_per_update` keeps the number that was asked for. Without `args`, defaults
+    with an output_dir named after the model.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        args = RLOOConfig(f"{(name or 'model').rstrip('/').split('/')[-1]}-RLOO")
+    if not isinstance(args, RLOOConfig):
+        raise TypeError(
+            f"args must be a rloo_fast.RLOOConfig, got {type(args).__module__}."
+            f"{type(args).__name__}: change the import."
         )
-        need(self.temperature > 0, f"temperature must be > 0, got {self.temperature}.")
-        need(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}.")
-        need(self.top_k is None or self.top_k >= 0, f"top_k must be >= 0, got {self.top_k}.")
-        need(self.beta >= 0, f"beta must be >= 0, got {self.beta}.")
-        need(self.num_iterations >= 1, f"num_iterations must be >= 1, got {self.num_iterations}.")
-        need(
-            self.max_completion_length >= 1,
-            f"max_completion_length must be >= 1 token, got {self.max_completion_length}.",
-        )
-        need(self.epsilon >= 0, f"epsilon must be >= 0, got {self.epsilon}.")
-        need(
-            self.max_nonfinite_steps >= 1,
-            f"max_nonfinite_steps must be >= 1, got {self.max_nonfinite_steps}.",
-        )
-        need(
-            self.layout in ("auto", "padded"),
-            f"layout must be 'auto' or 'padded', got {self.layout!r}.",
-        )
-        need(
-            self.stop_token in (None, "eos"),
-            f"stop_token must be 'eos', got {self.stop_token!r}; write the id of another token as "
-            "stop_token_id.",
-        )
-        need(
-            not self.sync_ref_model or self.beta > 0,
-            "sync_ref_model=True needs a reference model, which beta=0 does not keep: set beta > 0 "
-            "or sync_ref_model=False.",
-        )
-
-    def _refuse(self) -> None:
-        """Settings that this version does not carry out: a sentence each, with what to write."""
-        if self.use_vllm:
-            raise ValueError(
-                "use_vllm=True: rollouts by vLLM are not in this version. Leave use_vllm=False: "
-                "completions are then sampled with transformers' generate."
-            )
-        if self.use_transformers_continuous_batching or self.use_transformers_paged:
-            raise ValueError(
-                "use_transformers_continuous_batching=True is not in this version. Leave it False: "
-                "completions are then sampled with transformers' generate."
-            )
-        for name, spec in self.__dataclass_fields__.items():
-            if name.startswith(("vllm_", "transformers_continuous_")) and (
-                getattr(self, name) != spec.default
-            ):
-                raise ValueError(
-                    f"{name} has no effect here, as its engine is not in this version: leave it out."
-                )
-        refused = {  # field: (values that are fine, why the others are not)
-            "auto_find_batch_size": (
-                (False,),
-                "it would split groups; lower per_device_train_batch_size and raise "
-                "gradient_accumulation_steps by the same factor, which does not change the result",
-            ),
-            "label_smoothing_factor": ((0.0,), "RLOO has no labels; leave it at 0"),
-            "ds3_gather_for_generation": ((True,), "ZeRO-3 is not in this version; leave it True"),
-            "log_multimodal": ((True,), "there are no images here; leave it True"),
-            "torch_compile": ((False,), "it is not in this version; leave it False"),
-            "neftune_noise_alpha": (
-                (None, 0.0),
-                "noise in the embeddings makes the update's log-probs differ from the sampled "
-                "ones; leave it out",
-            ),
-            "train_sampling_strategy": (("random",), "see shuffle_dataset; leave it out"),
-        }
-        for name, (fine, why) in refused.items():
-            value = getattr(self, name, fine[0])  # not every transformers version has every field
-            if value not in fine:
-                raise ValueError(f"{name}={value!r} is refused: {why}.")
-        parallel = getattr(self, "parallelism_config", None)
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError(
-                "context and sequence parallelism (cp_size, sp_size > 1) are not in this version: "
-                "set both to 1."
-            )
-
-    def _batch_sizes(self) -> None:
-        # the trainer works through the micro-steps itself and runs transformers' loop with 1; a
-        # pickled config keeps the number that was asked for
-        if not hasattr(self, "_micro_steps_per_update"):
-            self._micro_steps_per_update = self.gradient_accumulation_steps
-        per_micro_step = self.per_device_train_batch_size * self.world_size
-        steps, size = self.steps_per_generation, self.generation_batch_size
-        if steps is not None and size is not None and size != steps * per_micro_step:
-            raise ValueError(
-                f"steps_per_generation={steps} means {steps * per_micro_step} completions, but "
-                f"generation_batch_size is {size}: set one of the two."
-            )
-        if steps is None:
-            if size is not None and size % per_micro_step:
-                raise ValueError(
-                    f"generation_batch_size must be a multiple of per_device_train_batch_size x "
-                    f"processes = {per_micro_step}, got {size}."
-                )
-            steps = size // per_micro_step if size is not None else self.micro_steps_per_update
-        self.steps_per_generation = steps
-        self.generation_batch_size = steps * per_micro_step
-        if self.generation_batch_size % self.num_generations:
-            raise ValueError(
-                f"generation_batch_size ({self.generation_batch_size} completions: per device "
-                f"{self.per_device_train_batch_size} x {steps} micro-steps x {self.world_size} "
-                f"processes) must be a multiple of num_generations ({self.num_generations}), so "
-                "that it holds whole groups."
-            )
-        self._eval_batch_size()
-        self._episodes()
-
-    def _eval_batch_size(self) -> None:
-        if self.eval_strategy == "no":
-            return
-        k = self.num_generations_eval or self.num_generations
-        rows = self.per_device_eval_batch_size * self.world_size
-        if rows % k:
-            raise ValueError(
-                f"per_device_eval_batch_size x processes ({rows}) must be a multiple of the "
-                f"completions per prompt in evaluation ({k})."
-            )
-
-    def _episodes(self) -> None:
-        """total_episodes (completions) -> max_steps (optimizer steps), as the 2024 trainer
-        counted."""
-        if self.total_episodes is None:
-            return
-        batches = math.ceil(self.total_episodes / int(self.generation_batch_size or 1))
-        micro_steps = batches * self.num_iterations * int(self.steps_per_generation or 1)
-        steps = math.ceil(micro_steps / self.micro_steps_per_update)
-        if self.max_steps not in (-1, steps):
-            raise ValueError(
-                f"total_episodes={self.total_episodes} means {steps} optimizer steps, but max_steps "
-                f"is {self.max_steps}: set one of the two."
-            )
-        self.max_steps = steps
+    args = copy.copy(args)
+    args.gradient_accumulation_steps = 1
+    return args

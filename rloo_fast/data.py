@@ -127,7 +127,7 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
             f"dataset {str(path)!r}: a file has one split, 'train', not {split!r}. For evaluation "
             "name another file, as eval_dataset_name."
         )
-    options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     try:
         return load_dataset(
             builder, data_files=str(path), split=split, streaming=streaming, **options

@@ -57,6 +57,24 @@ def find_head(model: nn.Module) -> Head:
     return Head(linear, getattr(config, "final_logit_softcapping", None), scale)
 
 
+def router_coef(model: nn.Module, coef: float | None) -> float:
+    """Weight of the load-balancing loss: `coef`, or what the model's config declares; 0 without
+    one.
+
+    Raises ValueError if a weight is asked for and the model has no router.
+    """
+    config = base_causal_lm(model).config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    if coef and not has_router:
+        raise ValueError(
+            f"router_aux_loss_coef={coef}, but {type(model).__name__} has no router whose load "
+            "could be balanced: leave it out."
+        )
+    if not has_router:
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef)
+
+
 class Policy:
     """Scores micro-batches with a model through whatever wraps it (DDP, autocast).
 

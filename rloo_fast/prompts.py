@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from .config import RLOOConfig
 from .types import Prompt
 
 Row = dict[str, Any]
@@ -159,6 +160,27 @@ def tokenize(
     return prompts
 
 
+class RowTokenizer:
+    """`tokenize` with a run's settings: dataset rows -> prompts."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, context_length: int | None, args: RLOOConfig
+    ):
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs = dict(args.chat_template_kwargs or {})
+        self.room = None if context_length is None else context_length - args.max_completion_length
+        self.keep_columns = not args.remove_unused_columns
+
+    def __call__(self, rows: list[Row]) -> list[Prompt]:
+        return tokenize(
+            rows,
+            self.tokenizer,
+            chat_template_kwargs=self.chat_template_kwargs,
+            max_prompt_tokens=self.room,
+            keep_columns=self.keep_columns,
+        )
+
+
 def _shown(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 120 else shown[:117] + "..."
@@ -193,6 +215,18 @@ def check_dataset(dataset: Any, name: str, tokenize_rows: Any) -> None:
             tokenize_rows([{"prompt": text} for text in texts])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+def check_datasets(train: Any, evaluation: Any, tokenize_rows: Any) -> None:
+    """check_dataset for the training set, which must be there, and each evaluation set."""
+    if train is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
+    check_dataset(train, "train_dataset", tokenize_rows)
+    if isinstance(evaluation, dict):
+        for name, dataset in evaluation.items():
+            check_dataset(dataset, f"eval_dataset[{name!r}]", tokenize_rows)
+    elif evaluation is not None:
+        check_dataset(evaluation, "eval_dataset", tokenize_rows)
 
 
 def train_loader(

@@ -8,11 +8,9 @@ it are ours, so transformers runs with gradient_accumulation_steps = 1.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +30,15 @@ from .buffer import RolloutBuffer
 from .callbacks import StepCallback, SyncReference
 from .checkpoint import CheckpointMixin, Termination, check_output_dir, find_checkpoint, load_state
 from .collect import Collector
-from .config import RLOOConfig
+from .config import RLOOConfig, trainer_args
+from .config_checks import refuse_launcher
 from .metrics import Metrics
-from .policy import Policy
+from .policy import Policy, router_coef
 from .rewards import RewardFunc, load_reward_functions
 from .rollout import HFEngine
-from .rollout.engine import step_seed
+from .rollout.engine import sampling_of, step_seed
 from .run_report import RunReportMixin
-from .types import Prompt, Samples, Sampling
+from .types import Prompt, Samples
 from .update import Updater
 
 if TYPE_CHECKING:
@@ -81,14 +80,14 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = _own_copy(args, model)
+        args = trainer_args(args, model)
         check_output_dir(args.output_dir)  # pyright: ignore
         set_seed(args.seed)  # new adapters are drawn at random
         policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
         tokenizer = models.load_tokenizer(processing_class, policy_model, args)
         stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
-        self._tokenize = _tokenizer_of_rows(tokenizer, policy_model, args)
-        _check_datasets(train_dataset, eval_dataset, self._tokenize)
+        self._tokenize = prompts.RowTokenizer(tokenizer, models.context_length(policy_model), args)
+        prompts.check_datasets(train_dataset, eval_dataset, self._tokenize)
         if args.disable_dropout:
             models.disable_dropout(policy_model)
         policy_model = models.add_adapters(policy_model, peft_config, args)
@@ -113,7 +112,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        _refuse_engines(self)
+        refuse_launcher(self)
         self.metrics = Metrics()
         self.termination = Termination()
         self.last_grad_norm = 0.0
@@ -125,7 +124,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
     def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
         """The stages, each with the values it needs."""
         args, device = self.args, self.accelerator.device
-        coef = _router_coef(self.model, args)
+        coef = router_coef(self.model, args.router_aux_loss_coef)
         pad_id = self.processing_class.pad_token_id  # pyright: ignore
         self.policy = Policy(self.model, temperature=args.temperature, aux_loss=coef != 0)
         self.reference = None
@@ -145,7 +144,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
             self.engine,
             self.processing_class,  # pyright: ignore
             self.rewards,
-            _sampling(args, stop_ids),
+            sampling_of(args, stop_ids),
             args,
             self.accelerator,
             self.metrics,
@@ -360,91 +359,3 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         if sentence not in self._said and self.accelerator.is_main_process:
             self._said.add(sentence)
             logger.info(sentence)
-
-
-def _own_copy(args: RLOOConfig | None, model: Any) -> RLOOConfig:
-    """The configuration the Trainer runs with: the user's, with gradient accumulation left to
-    us."""
-    if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        args = RLOOConfig(f"{(name or 'model').rstrip('/').split('/')[-1]}-RLOO")
-    if not isinstance(args, RLOOConfig):
-        raise TypeError(
-            f"args must be a rloo_fast.RLOOConfig, got {type(args).__module__}."
-            f"{type(args).__name__}: change the import."
-        )
-    args = copy.copy(args)
-    args.gradient_accumulation_steps = 1
-    return args
-
-
-def _tokenizer_of_rows(
-    tokenizer: PreTrainedTokenizerBase, model: nn.Module, args: RLOOConfig
-) -> Callable[[list[prompts.Row]], list[Prompt]]:
-    context = models.context_length(model)
-    room = None if context is None else context - args.max_completion_length
-
-    def tokenize(rows: list[prompts.Row]) -> list[Prompt]:
-        return prompts.tokenize(
-            rows,
-            tokenizer,
-            chat_template_kwargs=args.chat_template_kwargs or {},  # pyright: ignore
-            max_prompt_tokens=room,
-            keep_columns=not args.remove_unused_columns,
-        )
-
-    return tokenize
-
-
-def _check_datasets(train: Any, evaluation: Any, tokenize: Any) -> None:
-    if train is None:
-        raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
-    prompts.check_dataset(train, "train_dataset", tokenize)
-    if isinstance(evaluation, dict):
-        for name, dataset in evaluation.items():
-            prompts.check_dataset(dataset, f"eval_dataset[{name!r}]", tokenize)
-    elif evaluation is not None:
-        prompts.check_dataset(evaluation, "eval_dataset", tokenize)
-
-
-def _refuse_engines(trainer: Trainer) -> None:
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "DeepSpeed and FSDP are not in this version: launch with `accelerate launch "
-            "--multi_gpu`, or as one process."
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "several GPUs are visible to one process: launch with `accelerate launch`, or show one "
-            "with CUDA_VISIBLE_DEVICES."
-        )
-
-
-def _router_coef(model: nn.Module, args: RLOOConfig) -> float:
-    config = models.base_causal_lm(model).config.get_text_config()
-    has_router = hasattr(config, "output_router_logits")
-    coef = args.router_aux_loss_coef
-    if coef and not has_router:
-        raise ValueError(
-            f"router_aux_loss_coef={coef}, but {type(model).__name__} has no router whose load "
-            "could be balanced: leave it out."
-        )
-    if not has_router:
-        return 0.0
-    return float(getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef)
-
-
-def _sampling(args: RLOOConfig, stop_ids: tuple[int, ...]) -> Sampling:
-    extra = dict(args.generation_kwargs or {})
-    if args.cache_implementation is not None:
-        extra.setdefault("cache_implementation", args.cache_implementation)
-    return Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k or 0,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        max_new_tokens=args.max_completion_length,
-        stop_token_ids=stop_ids,
-        extra=extra,
-    )

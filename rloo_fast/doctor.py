@@ -1,0 +1,197 @@
+"""`rloo-fast doctor`: what this machine has, and which way a run would go on it, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import textwrap
+from importlib import metadata
+from typing import Any
+
+# package -> what it is for; those without a note are needed
+PACKAGES = {
+    "torch": "",
+    "triton": "not used by this version",
+    "transformers": "",
+    "accelerate": "",
+    "datasets": "",
+    "peft": "",
+    "trl": "a peer in tests and benchmarks only",
+    "vllm": "not used by this version",
+    "deepspeed": "not used by this version",
+    "flash-attn": "for --attn_implementation flash_attention_2, on GPUs",
+    "liger-kernel": "for --use_liger_kernel, on GPUs",
+    "reasoning-gym": "",
+    "math-verify": "for the reward function `accuracy`",
+}
+GIB = 2**30
+
+
+def main(argv: list[str]) -> int:
+    """Print the report, as text or with --json. Exit status 0 whatever is found."""
+    parser = argparse.ArgumentParser(prog="rloo-fast doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2) if options.json else as_text(found))
+    return 0
+
+
+def report() -> dict[str, Any]:
+    """{"machine", "packages", "run"}: facts; versions and notes; (choice, why) of every part."""
+    return {"machine": machine(), "packages": packages(), "run": run_here()}
+
+
+def machine() -> dict[str, Any]:
+    """Python, OS, cores, memory in GiB, GPUs as torch sees them."""
+    import psutil
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": gpus(),
+        "gpu_note": gpu_note(),
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory and compute capability of every GPU that torch can use."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        capability = f"{gpu.major}.{gpu.minor}"
+        memory_gib = round(gpu.total_memory / GIB, 1)
+        found.append({"name": gpu.name, "memory_gib": memory_gib, "capability": capability})
+    return found
+
+
+def gpu_note() -> str | None:
+    """Why torch sees no GPU, as far as can be told; None where it sees one."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    if torch.cuda.is_available():
+        return None
+    has_driver = shutil.which("nvidia-smi") is not None
+    if torch.version.cuda is None and torch.version.hip is None:
+        advice = ", though there is an NVIDIA driver: install torch's CUDA build"
+        return f"torch {torch.__version__} is built without CUDA{advice if has_driver else ''}"
+    return "torch finds no GPU" + (" (see what nvidia-smi says)" if has_driver else "")
+
+
+def packages() -> dict[str, dict[str, str | None]]:
+    """name -> version (None: not installed) and a note: what it is for, or what is wrong."""
+    from packaging.requirements import Requirement
+
+    needs = [Requirement(text) for text in metadata.requires("rloo-fast") or ()]
+    limits = {need.name: need.specifier for need in needs if need.marker is None}
+    found = {}
+    for name, use in PACKAGES.items():
+        note = use
+        try:
+            version = metadata.version(name)
+            if name in limits and not limits[name].contains(version, prereleases=True):
+                note = f"expected {limits[name]}: pip install '{name}{limits[name]}'"
+        except metadata.PackageNotFoundError:
+            version = None
+            if use != "not used by this version":
+                note = f"pip install {name}" + (f" ({use})" if use else "")
+        found[name] = {"version": version, "note": note or None}
+    return found
+
+
+def run_here() -> dict[str, dict[str, str]]:
+    """part -> choice and why not a better one, read from a default RLOOConfig on this machine."""
+    try:
+        import torch
+
+        from .config import RLOOConfig
+
+        config = RLOOConfig()
+    except Exception as error:  # this is where a broken installation shows
+        return {"nothing": {"choice": "no run is possible", "why": f"{error}"}}
+    device = config.device.type
+    plan = {"device": (device, gpu_note() or "the GPU that torch shows")}
+    if config.n_gpu > 1:
+        plan["processes"] = (
+            f"{config.n_gpu}, with `accelerate launch -m rloo_fast train ...`",
+            "one process uses one GPU: `rloo-fast train` alone refuses several",
+        )
+    plan["precision"] = _precision(config, torch.cuda.is_available())
+    plan["attention"] = _attention(device)
+    plan["kernels"] = (
+        "torch",
+        "rloo_kernels' torch implementations, which never hold [N, V] logits; Triton kernels are "
+        "not in this version",
+    )
+    plan["rollouts"] = ("transformers generate", "vLLM is not in this version")
+    plan["layout"] = (
+        "padded" if config.layout == "auto" else config.layout,
+        "the packed and shared-prefix layouts are not in this version",
+    )
+    plan["several processes"] = ("DDP", "FSDP and DeepSpeed are not in this version")
+    return {part: {"choice": choice, "why": why} for part, (choice, why) in plan.items()}
+
+
+def _precision(config: Any, has_gpu: bool) -> tuple[str, str]:
+    weights = "weights in float32 unless --dtype says otherwise"
+    if config.bf16:
+        return "bfloat16 autocast", weights
+    why = "this GPU does not support bfloat16" if has_gpu else "bfloat16 is chosen on GPUs only"
+    return "float32", f"{why}; {weights}"
+
+
+def _attention(device: str) -> tuple[str, str]:
+    why = "transformers' default where the model has it, else eager; flash_attention_2 "
+    if device != "cuda":
+        return "sdpa", why + "needs a GPU"
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "sdpa", why + "needs `pip install flash-attn`"
+    return "sdpa", why + "is used if asked for: --attn_implementation flash_attention_2"
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Three sections of aligned lines, at most 100 characters each."""
+    facts = found["machine"]
+    cards = [f"{g['name']}, {g['memory_gib']} GiB, sm {g['capability']}" for g in facts["gpus"]]
+    rows = [
+        ("python", facts["python"]),
+        ("os", facts["os"]),
+        ("cpu", f"{facts['cpu_cores']} cores, {facts['memory_gib']} GiB memory"),
+        ("gpu", "; ".join(cards) or f"none: {facts['gpu_note']}"),
+    ]
+    sections = [("Machine", rows), ("Packages", []), ("A run would use here", [])]
+    for name, package in found["packages"].items():
+        note = package["note"]
+        if package["version"]:
+            text = package["version"] + (f" ({note})" if note else "")
+        else:
+            text = f"not installed{': ' if (note or '').startswith('pip') else ', '}{note}"
+        sections[1][1].append((name, text))
+    for part, plan in found["run"].items():
+        sections[2][1].append((part, f"{plan['choice']}: {plan['why']}"))
+    lines = []
+    for title, section in sections:
+        lines.append(title)
+        for name, text in section:
+            indent = " " * 21
+            lines += textwrap.wrap(
+                text, 100, initial_indent=f"  {name:<19}", subsequent_indent=indent
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
