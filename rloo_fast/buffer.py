@@ -77,8 +77,19 @@ class RolloutBuffer:
             (number, {f.name: getattr(samples, f.name) for f in fields(samples)})
             for number, samples in self.queue
         ]
-        return {"num_added": self.num_added, "cursor": self.cursor, "queue": queue}
+        sizes = [self.rows_per_micro_step, self.micro_steps_per_pass, self.num_iterations]
+        return {
+            "num_added": self.num_added, "cursor": self.cursor, "queue": queue, "sizes": sizes
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if batches were cut up differently when `state` was made."""
+        sizes = [self.rows_per_micro_step, self.micro_steps_per_pass, self.num_iterations]
+        if state["queue"] and state["sizes"] != sizes:
+            raise ValueError(
+                "the checkpoint holds completions still to be used, of a run with "
+                "per_device_train_batch_size, steps_per_generation, num_iterations = "
+                f"{state['sizes']}, but now they are {sizes}: resume with the same."
+            )
         self.num_added, self.cursor = state["num_added"], state["cursor"]
         self.queue = deque((number, Samples(**kept)) for number, kept in state["queue"])

@@ -1,31 +1,33 @@
 """Checkpoints that are complete or absent, and resumes that repeat the uninterrupted run.
 
 A checkpoint is written under `<output_dir>/.incomplete/` and renamed to `checkpoint-N` when every
-file of every process is on the disk. Beside what transformers saves (weights, optimizer, scheduler,
-random states, TrainerState) it holds `rloo_state_<rank>.pt`: completions still to be used, metrics
-and losses not yet logged, a reference model that moves.
+file of every process is on the disk; an old one is renamed into `.incomplete/` before it is
+deleted. Beside what transformers saves (weights, optimizer, scheduler, random states, TrainerState)
+it holds `rloo_state_<rank>.pt`: completions still to be used, metrics and losses not yet logged, a
+reference model that moves. Several machines need a shared output_dir.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
-import signal
-import threading
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = ".incomplete"
+REPLACED = "replaced-"
 
 
-def state_file(rank: int) -> str:
+def state_file(rank: int | str) -> str:
     return f"rloo_state_{rank}.pt"
 
 
@@ -43,6 +45,20 @@ def check_output_dir(output_dir: str) -> None:
         ) from error
 
 
+def step_of(checkpoint: Path) -> int:
+    """N of `checkpoint-N`, -1 for a directory of another name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint-N directories of `run_dir` by step; none where it cannot be read."""
+    found: list[Path] = []
+    with suppress(OSError):
+        found = [path for path in run_dir.iterdir() if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
 def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
     """The checkpoint to resume from: a directory as given, or with True the newest of output_dir.
 
@@ -50,27 +66,47 @@ def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
     """
     if resume is None or resume is False:
         return None
+    put_back(Path(output_dir) if resume is True else Path(resume).parent)
     if resume is True:
-        newest = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if newest is None:
+        found = checkpoints(Path(output_dir))
+        if not found:
             raise ValueError(
                 f"resume_from_checkpoint=True, but {output_dir!r} holds no checkpoint: start "
                 "without it, or give the checkpoint's directory."
             )
-        return newest
-    path = Path(resume)
-    if not (path / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={resume!r} is not a complete checkpoint.")
+        path = found[-1]
+    else:
+        path = Path(resume)
+    if path.resolve().parent.name == INCOMPLETE or not (path / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={str(path)!r} is not a complete checkpoint: give a directory "
+            "checkpoint-N with a trainer_state.json in it."
+        )
+    if not (path / state_file(0)).is_file():
+        raise ValueError(
+            f"{str(path)!r} holds no {state_file(0)}: it was saved by another trainer or with "
+            "save_only_model=True, and cannot be resumed from. Load its weights as the model."
+        )
     return str(path)
 
 
-def load_state(checkpoint: str, rank: int) -> dict[str, Any]:
+def put_back(run_dir: Path) -> None:
+    """Undo a replacement (see `publish`) that was cut between its two renames."""
+    for old in (run_dir / INCOMPLETE).glob(f"{REPLACED}checkpoint-*"):
+        final = run_dir / old.name.removeprefix(REPLACED)
+        if not final.exists():
+            with suppress(OSError):  # another process was faster
+                os.rename(old, final)
+
+
+def load_state(checkpoint: str, rank: int, num_processes: int) -> dict[str, Any]:
+    """What this process saved with the checkpoint; ValueError unless as many processes did."""
     path = Path(checkpoint) / state_file(rank)
-    if not path.is_file():
+    saved = len(list(path.parent.glob(state_file("*"))))
+    if saved != num_processes:
         raise ValueError(
-            f"{checkpoint!r} holds no {path.name}: it was not saved by this trainer on at least "
-            f"{rank + 1} processes, or with save_only_model=True. Load its weights as the model "
-            "instead of resuming."
+            f"{checkpoint!r} was saved by {saved} processes and cannot be resumed by "
+            f"{num_processes}: launch as many."
         )
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -88,46 +124,56 @@ def sync_tree(root: Path) -> None:
 
 def publish(written: Path, final: Path) -> None:
     """Move a complete checkpoint to its place; one of that name is replaced."""
+    replaced = written.with_name(REPLACED + final.name)
     if final.exists():
-        old = written.parent / f"replaced-{final.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(written, final)
+        os.rename(final, replaced)
+    try:
+        os.rename(written, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    shutil.rmtree(written.parent, ignore_errors=True)
 
 
-class Termination:
-    """While active, SIGTERM asks for a save and a clean end instead of killing the process."""
+def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
+    """Keep `limit` checkpoints: `newest`, the best one, and what was saved last before.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> Termination:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+    Those of later steps than `newest` are left from a run that was resumed from an earlier one, so
+    they are the first to go.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints(run_dir)
+    found.sort(key=lambda path: (step_of(path) <= step_of(newest), step_of(path)))
+    kept = {newest.resolve()} | ({Path(best).resolve()} if best is not None else set())
+    excess = len(found) - max(limit, len(kept))
+    for path in [path for path in found if path.resolve() not in kept][: max(excess, 0)]:
+        # half a deleted checkpoint must not look like one
+        (run_dir / INCOMPLETE).mkdir(exist_ok=True)
+        os.rename(path, run_dir / INCOMPLETE / f"deleted-{path.name}")
 
 
 class CheckpointMixin:
-    """Trainer methods that save and restore; the trainer provides run_state() and its inverse."""
+    """Trainer methods that save and resume; the trainer provides run_state()."""
+
+    accelerator: Any
+    args: Any
+    control: Any
+    state: Any
+    termination: Any
 
     num_failed_saves = 0
+    last_saved_step: int | None = None
     _saving_root: str | None = None
     _push_requested = False
+    _former_best: tuple[Any, Any] = (None, None)
+
+    # Saving
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_root or super()._get_output_dir(trial)  # pyright: ignore
@@ -135,17 +181,23 @@ class CheckpointMixin:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write beside, then rename. A failed write is reported; training and old checkpoints
         stay."""
-        run_dir = Path(super()._get_output_dir(trial))  # pyright: ignore
-        root, name = run_dir / INCOMPLETE, f"checkpoint-{self.state.global_step}"  # pyright: ignore
+        state, run_dir = self.state, Path(super()._get_output_dir(trial))  # pyright: ignore
+        root, name = run_dir / INCOMPLETE, f"checkpoint-{state.global_step}"
+        best = state.best_model_checkpoint
+        self._push_requested = False
         if not (
             self._all_succeed(name, lambda: self._make_room(root))
             and self._all_succeed(name, lambda: self._write_checkpoint(model, trial, root, name))
             and self._all_succeed(name, lambda: self._publish(root, run_dir, name))
         ):
             self._make_room(root)
+            state.best_model_checkpoint = best
+            if state.best_global_step == state.global_step:
+                state.best_metric, state.best_global_step = self._former_best
             return
+        self.last_saved_step = state.global_step
         if self._push_requested:
-            self._push_from_checkpoint(str(run_dir / name))  # pyright: ignore
+            self._push_from_checkpoint(str(run_dir / name))
 
     def _all_succeed(self, name: str, action: Callable[[], None]) -> bool:
         """Run `action`; True if it raised on no process. A failure is logged, not raised."""
@@ -157,52 +209,103 @@ class CheckpointMixin:
         failed = self._any_process(error is not None)
         if failed:
             self.num_failed_saves += 1
-            newest = get_last_checkpoint(self.args.output_dir)  # pyright: ignore
+            found = checkpoints(Path(self.args.output_dir))
             logger.error(
                 "%s could not be saved (%s). Training goes on; the newest checkpoint is %s.",
                 name,
                 error or "on another process",
-                Path(newest).name if newest else "none",
+                found[-1].name if found else "none",
             )
         return not failed
 
     def _make_room(self, root: Path) -> None:
-        if self.args.should_save:  # pyright: ignore
+        if self.args.should_save:
             shutil.rmtree(root, ignore_errors=True)
 
-    def _publish(self, root: Path, run_dir: Path, name: str) -> None:
-        if self.args.should_save:  # pyright: ignore
-            publish(root / name, run_dir / name)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,  # pyright: ignore
-                best_model_checkpoint=self.state.best_model_checkpoint,  # pyright: ignore
-            )
-
     def _write_checkpoint(self, model: Any, trial: Any, root: Path, name: str) -> None:
-        args, state = self.args, self.state  # pyright: ignore
-        # pushing and deleting old checkpoints wait until this one is in its place
-        kept = (args.push_to_hub, args.save_total_limit)
-        self._push_requested = args.push_to_hub
-        self._saving_root, args.push_to_hub, args.save_total_limit = str(root), False, None
+        args, state = self.args, self.state
+        # without a best step, super looks for its checkpoint neither in root nor behind a barrier,
+        # where the other processes would wait for one whose disk is full
+        best_step, state.best_global_step = state.best_global_step, None
+        self._saving_root = str(root)
         try:
             super()._save_checkpoint(model, trial)  # pyright: ignore
-            if not args.save_only_model:
-                torch.save(self.run_state(), root / name / state_file(args.process_index))  # pyright: ignore
         finally:
-            args.push_to_hub, args.save_total_limit = kept
-            self._saving_root = None
-        best = state.best_model_checkpoint
-        if best is not None and Path(best).parent == root:
-            state.best_model_checkpoint = str(root.parent / Path(best).name)
-            if args.should_save:
-                state.save_to_json(str(root / name / "trainer_state.json"))
+            self._saving_root, state.best_global_step = None, best_step
+        if not args.save_only_model:
+            torch.save(self.run_state(), root / name / state_file(args.process_index))  # pyright: ignore
+        if best_step:
+            best = root.parent / f"checkpoint-{best_step}"
+            if best_step == state.global_step or best.is_dir():
+                state.best_model_checkpoint = str(best)
         if args.should_save:
+            state.save_to_json(str(root / name / "trainer_state.json"))
             self.create_model_card(output_dir=root / name)  # pyright: ignore
-        sync_tree(root / name)
+
+    def _publish(self, root: Path, run_dir: Path, name: str) -> None:
+        if self.args.should_save:
+            sync_tree(root / name)
+            publish(root / name, run_dir / name)
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, self.args.save_total_limit, run_dir / name, best)
+            self._make_room(root)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving_root is not None:  # not before the checkpoint is in its place
+            self._push_requested = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)  # pyright: ignore
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        self._former_best = (self.state.best_metric, self.state.best_global_step)
+        return super()._determine_best_metric(*args, **kwargs)  # pyright: ignore
+
+    # Resuming, where transformers' run would differ from the uninterrupted one
+
+    def _evaluate(
+        self, *args: Any, skip_scheduler: bool = False, **kwargs: Any
+    ) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # eval_on_start: the run has started before
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)  # pyright: ignore
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # resumed from the last step: one less to take
+        else:
+            super()._run_epoch(*args, **kwargs)  # pyright: ignore
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # with a limit of 1, transformers would delete the newest checkpoint unless it is the best
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)  # pyright: ignore
+        finally:
+            self.args.save_total_limit = limit
+
+    # SIGTERM
+
+    def termination_requested(self) -> bool:
+        """Whether SIGTERM reached one of the processes; every process must ask."""
+        agreed = self.termination.agreed or self._any_process(self.termination.requested)
+        self.termination.agreed = agreed
+        return agreed
+
+    def exit_if_terminated(self) -> None:
+        """At the end of train(): exit 0 if SIGTERM came and its checkpoint is there, 1 if not."""
+        stopped, step = self.termination.agreed, self.state.global_step
+        if not self.termination_requested():
+            return
+        if self.last_saved_step == step:
+            logger.warning("SIGTERM: saved after step %d, exiting.", step)
+            sys.exit(0)
+        if stopped:
+            logger.error("SIGTERM: exiting; the checkpoint of step %d could not be saved.", step)
+            sys.exit(1)
+        logger.warning("SIGTERM came after the last step; train() returns as usual.")
 
     def _any_process(self, flag: bool) -> bool:
-        accelerator = self.accelerator  # pyright: ignore
+        accelerator = self.accelerator
         if accelerator.num_processes == 1:
             return flag
         mine = torch.tensor([float(flag)], device=accelerator.device)

@@ -98,11 +98,17 @@ def options_of(*classes: type) -> dict[str, Option]:
                 kinds=tuple(sorted({*kinds} - {NOTHING, *enums}, key=_rank)),
                 optional=NOTHING in kinds,
                 choices=tuple(choices or field.metadata.get("choices") or ()),
-                default=None if field.default is dataclasses.MISSING else field.default,
+                default=_default(field),
                 help=" ".join((field.metadata.get("help") or "").replace("%%", "%").split()),
                 owner=owner.__name__,
             )
     return options
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def convert(option: Option, value: Any) -> Any:
@@ -123,7 +129,8 @@ def convert(option: Option, value: Any) -> Any:
                 return _as(kind, value, option)
             except (ValueError, TypeError, OverflowError, OSError):
                 continue
-    shown = "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.80}"
+    kind = "" if isinstance(value, str) else f"{type(value).__name__} "
+    shown = "nothing (null)" if value is None else f"{kind}{value!r:.80}"
     raise UsageError(f"{option.name}: expected {option.expected}, got {shown}{_why(option, value)}")
 
 
@@ -151,6 +158,8 @@ def _as(kind: Any, value: Any, option: Option) -> Any:
     if _is_dict(kind):
         return _mapping(value)
     if kind is bool and (isinstance(value, bool) or value in (0, 1) or text in TRUE + FALSE):
+        if str in option.kinds and text not in (None, "true", "false"):
+            raise TypeError  # a word of its own, as include_num_input_tokens_seen has "no"
         return text in TRUE if text is not None else bool(value)
     if kind is int and (number or text is not None):
         whole = int(value) if text is None or text.lstrip("+-").isdigit() else float(value)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -42,7 +44,8 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
     assert script.model_name_or_path
     assert script.reward_funcs
     _show_log_lines(config)
-    with as_usage_errors(ValueError, OSError, ImportError):
+    with as_usage_errors(ValueError, OSError):
+        check_trackers(config.report_to or [])
         check_model_path(script.model_name_or_path)
         check_output_dir(str(config.output_dir))
         config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
@@ -52,20 +55,36 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
             rewards.check_columns(train_set.column_names)
         peft_config = lora_config(script)
 
-        from .trainer import RLOOTrainer
+    from .trainer import RLOOTrainer
 
-        trainer = RLOOTrainer(
-            model=script.model_name_or_path,
-            reward_funcs=list(script.reward_funcs),
-            args=config,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            peft_config=peft_config,
-        )
+    # ImportError: flash-attn, bitsandbytes and the like, where they are asked for
+    with as_usage_errors(ValueError, ImportError):
+        try:
+            trainer = RLOOTrainer(
+                model=script.model_name_or_path,
+                reward_funcs=list(script.reward_funcs),
+                args=config,
+                train_dataset=train_set,
+                eval_dataset=eval_set,
+                peft_config=peft_config,
+            )
+        except OSError as error:  # from_pretrained's, which may not say what it was loading
+            raise ValueError(f"model {script.model_name_or_path!r}: {error}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LinesOnly() if config.disable_tqdm else CompactProgress())
     return trainer
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a name in report_to that transformers cannot report to here."""
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in (*installed, "flyte"):
+            raise ValueError(
+                f"report_to={name!r} is not installed here (installed: "
+                f"{', '.join(installed) or 'none'}): pip install {name}, or write none."
+            )
 
 
 def checkpoint_of(config: RLOOConfig, use_peft: bool) -> str | None:
@@ -190,6 +209,8 @@ class _ToStderr(logging.Handler):
 
 def _show_log_lines(config: RLOOConfig) -> None:
     """rloo_fast's notes (which path was taken and why) on stderr, of the main process only."""
+    # what will change in transformers 6 is for us to see, not for whoever runs a command
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, of reading and writing weights
     logger = logging.getLogger(__package__)

@@ -121,7 +121,9 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
     if builder is None:
         raise ValueError(f"dataset {str(path)!r}: expected {KINDS}, got a {path.suffix!r} file.")
     if path.stat().st_size == 0:
-        raise ValueError(f"dataset {str(path)!r} is empty: it needs a row with a prompt.")
+        raise ValueError(
+            f"dataset {str(path)!r} is empty: it needs at least one row with a prompt."
+        )
     if split.partition("[")[0] != "train":
         raise ValueError(
             f"dataset {str(path)!r}: a file has one split, 'train', not {split!r}. For evaluation "
@@ -129,15 +131,20 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
         )
     options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
     try:
-        return load_dataset(
+        rows: Any = load_dataset(
             builder, data_files=str(path), split=split, streaming=streaming, **options
         )
+        if not streaming:
+            rows.data.table.validate(full=True)  # else bad UTF-8 shows when its row is read
+        return rows
     except Exception as error:
         raise ValueError(_fault(path, error)) from error
 
 
 def _fault(path: Path, error: Exception) -> str:
     """Where a data file is damaged: for JSON the line, else what the reader says."""
+    if "corresponds to no data" in str(error):
+        return f"dataset {str(path)!r} is empty: it needs at least one row with a prompt."
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 # Logged names that depend on the clock: a resumed run repeats every value but these.
-TIMING = ("time/", "throughput/", "step_time", "eps", "train_runtime", "eval_runtime")
+TIMING = ("time/", "throughput/", "step_time", "eps")
 TIMING_SUFFIXES = ("_per_second", "_runtime")
 
 
 def is_timing(name: str) -> bool:
     bare = name.removeprefix("eval_")
-    return bare.startswith(TIMING) or bare.endswith(TIMING_SUFFIXES)
+    return bare.startswith(TIMING) or name.endswith(TIMING_SUFFIXES)
 
 
 class Metrics:

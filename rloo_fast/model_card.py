@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rloo_fast.report import write_atomically
+from .metrics_file import write_atomically
 
 METRICS = (  # what the table shows, in this order, where it was logged
     "reward",

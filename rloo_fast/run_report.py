@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import models, report
+from . import completions, models
 from .metrics import gather_rows, rollout_metrics, update_metrics
+from .metrics_file import MetricsWriter
 from .model_card import write_model_card
 from .types import Samples
 
@@ -39,7 +41,7 @@ class RunReportMixin:
     _step_start = 0.0
     _step_loss = 0.0
     _step_tokens = 0
-    _writer: report.MetricsWriter | None = None
+    _writer: MetricsWriter | None = None
 
     def _record_update(self, rows: dict[str, Tensor]) -> None:
         """Metrics of an optimizer step from its rows on this process."""
@@ -82,7 +84,8 @@ class RunReportMixin:
 
     def finish_step(self, optimizer_s: float) -> None:
         """Clock and counters of a step, after the optimizer."""
-        self.loss_total += self._step_loss
+        if math.isfinite(self._step_loss):
+            self.loss_total += self._step_loss
         now = time.perf_counter()
         step_s = now - self._step_start
         stages = {**self.metrics.stages, "optimizer": optimizer_s}
@@ -116,8 +119,9 @@ class RunReportMixin:
         super().log(logs, start_time)  # pyright: ignore
         if not self.accelerator.is_main_process:
             return
-        if not self.termination.requested or "train_loss" not in logs:
-            self._metrics_file().write(self.state.global_step, logs)
+        interrupted = self.termination.agreed and "train_loss" in logs
+        if self._writer is not None and not interrupted:
+            self._writer.write(self.state.global_step, logs)
         if self.args.log_completions and "train_loss" not in logs:
             self.print_completions()
 
@@ -135,17 +139,17 @@ class RunReportMixin:
             "extra": table.extra,
         }
         unique = self.args.log_unique_prompts
-        report.print_completions(
+        completions.print_completions(
             **shown, num_samples=self.args.num_completions_to_print, unique_prompts=unique
         )
-        frame = report.completions_dataframe(**shown, unique_prompts=unique)
-        report.log_completions_table(self.args.report_to, frame)
+        frame = completions.completions_dataframe(**shown, unique_prompts=unique)
+        completions.log_completions_table(self.args.report_to, frame)
 
-    def _metrics_file(self) -> report.MetricsWriter:
-        if self._writer is None:
-            done = self._initial_global_step if self._initial_global_step else None  # pyright: ignore
-            self._writer = report.MetricsWriter(self.args.output_dir, resume_step=done)
-        return self._writer
+    def open_metrics_file(self) -> None:
+        """metrics.jsonl of this run, cut back to the step it resumes from; on the main process."""
+        if self.accelerator.is_main_process:
+            done = self.state.global_step or None
+            self._writer = MetricsWriter(self.args.output_dir, resume_step=done)
 
     def create_model_card(
         self,
@@ -177,7 +181,7 @@ class RunReportMixin:
                 name: version(name)
                 for name in ("rloo-fast", "torch", "transformers", "accelerate", "datasets")
             },
-            metrics=[row for row in self.state.log_history if "reward" in row],
+            metrics=self.state.log_history,
             tracker_urls=_tracker_urls(),
         )
 

@@ -9,7 +9,6 @@ it are ours, so transformers runs with gradient_accumulation_steps = 1.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,8 @@ from transformers import (
 
 from . import models, prompts
 from .buffer import RolloutBuffer
-from .callbacks import StepCallback, SyncReference
-from .checkpoint import CheckpointMixin, Termination, check_output_dir, find_checkpoint, load_state
+from .callbacks import StepCallback, SyncReference, Termination
+from .checkpoint import CheckpointMixin, check_output_dir, find_checkpoint, load_state
 from .collect import Collector
 from .config import RLOOConfig, trainer_args
 from .config_checks import refuse_launcher
@@ -117,8 +116,9 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         self.termination = Termination()
         self.last_grad_norm = 0.0
         self.num_skipped_steps = self.num_eval_batches = 0
+        self.num_nonfinite_steps = 0  # in a row
         self._said: set[str] = set()
-        self._resume_from: str | None = None
+        self._resumed_state: dict[str, Any] | None = None
         self._wire(reference, stop_ids)
 
     def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
@@ -208,7 +208,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         with self.metrics.stage("policy", self.accelerator.device):
             loss, rows = self.updater.backward(pieces, model, self.compute_loss)
         self.buffer.mark_off_policy()
-        self._step_loss = loss.item()
+        self._step_loss = self.accelerator.gather(loss).mean().item()  # pyright: ignore
         self._record_update(rows)
         for samples in {id(s): s for s, _ in pieces}.values():
             self._record_rollout(samples, "train")
@@ -293,18 +293,17 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         SIGTERM: the step is finished, a checkpoint saved, and the process exits with status 0.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)  # pyright: ignore
-        self._resume_from = checkpoint
+        self._resumed_state = None
+        if checkpoint is not None:
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            self._resumed_state = load_state(checkpoint, rank, world)
         with self.termination:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if self.termination.requested:
-            logger.warning("SIGTERM: saved after step %d, exiting.", self.state.global_step)
-            sys.exit(0)
-        return output
+        self.exit_if_terminated()
+        # transformers' mean covers this call of train() only, ours every step (see log)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     # What the callbacks and the checkpoints ask for
-
-    def termination_requested(self) -> bool:
-        return self._any_process(self.termination.requested)
 
     def run_state(self) -> dict[str, Any]:
         """What, beside transformers' own state, the next step depends on."""
@@ -315,22 +314,24 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
             "last_logged": self._globalstep_last_logged,
             "loss_total": self.loss_total,
             "num_skipped_steps": self.num_skipped_steps,
+            "num_nonfinite_steps": self.num_nonfinite_steps,
         }
         if self.args.sync_ref_model and self.reference is not None:
             state["reference"] = self.reference.model.state_dict()
         return state
 
     def restore_run_state(self) -> None:
-        if self._resume_from is None:
+        state, self._resumed_state = self._resumed_state, None
+        if state is None:
             return
-        state = load_state(self._resume_from, self.args.process_index)
-        self._resume_from = None
+        self.last_saved_step = self.state.global_step
         self.buffer.load_state_dict(state["buffer"])
         self.metrics.load_state_dict(state["metrics"])
         self._tr_loss += state["tr_loss"]
         self._globalstep_last_logged = state["last_logged"]
         self.loss_total = state["loss_total"]
         self.num_skipped_steps = state["num_skipped_steps"]
+        self.num_nonfinite_steps = state["num_nonfinite_steps"]
         if "reference" in state and self.reference is not None:
             self.reference.model.load_state_dict(state["reference"])
 

@@ -1,16 +1,19 @@
 """Logits -> log-probability of one token per row, and the entropy of the row.
 
-    log p(y) = z_y / tau - log sum_v exp(z_v / tau)
-    H        = log sum_v exp(z_v / tau) - sum_v p_v z_v / tau
+    x_v      = z_v / tau - max_u z_u / tau                S = sum_v exp(x_v)
+    log p(y) = x_y - log S
+    H        = log S - sum_v exp(x_v) x_v / S
 
 Letters: N rows, V vocabulary. All statistics are fp32 (fp64 for fp64 logits), whatever the logits'
-dtype.
+dtype. The maximum is taken off before anything is summed or subtracted, so that an offset of the
+logits costs no digits.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Rows are worked through in pieces whose fp32 copy stays within this many bytes.
 CHUNK_BYTES = 64 << 20
@@ -42,52 +45,66 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def row_statistics(
     z: Tensor, token_ids: Tensor, want_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-prob of the token, log-sum-exp, entropy or None) of rows of scaled logits z (n, V)."""
-    lse = torch.logsumexp(z, dim=-1)
-    logps = z.gather(-1, token_ids[:, None]).squeeze(-1) - lse
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(log-prob of the token, max, S, entropy or None) of rows of scaled logits z (n, V)."""
+    top = z.amax(-1)
+    x = z - top[:, None]
+    e = torch.exp(x)
+    total = e.sum(-1)
+    log_total = total.log()
+    logps = x.gather(-1, token_ids[:, None]).squeeze(-1) - log_total
     entropy = None
     if want_entropy:
-        p = torch.exp(z - lse[:, None])
         # 0 * -inf is nan: a token of probability zero adds nothing to the entropy
-        entropy = lse - torch.where(p > 0, p * z, 0.0).sum(-1)
-    return logps, lse, entropy
+        weighted = x.clamp_(min=torch.finfo(x.dtype).min).mul_(e)
+        entropy = log_total - weighted.sum(-1) / total
+    return logps, top, total, entropy
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, token_ids, temperature, want_entropy, inplace_backward):
+    def forward(ctx, logits, token_ids, keep, temperature, want_entropy, inplace_backward):
         num_rows, vocab_size = logits.shape
         dtype = accumulation_dtype(logits.dtype)
         logps = logits.new_empty(num_rows, dtype=dtype)
-        lse = torch.empty_like(logps)
+        top, total = torch.empty_like(logps), torch.empty_like(logps)
         entropy = torch.empty_like(logps) if want_entropy else None
         size = chunk_rows(num_rows, vocab_size)
         for start in range(0, num_rows, size):
             rows = slice(start, start + size)
             z = logits[rows].to(dtype) / temperature
-            logps[rows], lse[rows], h = row_statistics(z, token_ids[rows], want_entropy)
+            logps[rows], top[rows], total[rows], h = row_statistics(
+                z, token_ids[rows], want_entropy
+            )
             if entropy is not None and h is not None:
                 entropy[rows] = h
-        ctx.save_for_backward(logits, token_ids, lse)
+        if keep is not None:
+            logps.masked_fill_(~keep, 0.0)
+            entropy = None if entropy is None else entropy.masked_fill_(~keep, 0.0)
+        ctx.save_for_backward(logits, token_ids, keep, top, total)
         ctx.temperature, ctx.inplace = temperature, inplace_backward
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
-        logits, token_ids, lse = ctx.saved_tensors
-        grad = grads[0]
+        logits, token_ids, keep, top, total = ctx.saved_tensors
+        grad = grads[0] / ctx.temperature
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
         size = chunk_rows(*logits.shape)
         for start in range(0, logits.shape[0], size):
             rows = slice(start, start + size)
-            # d logp / d z_v = [v = y] - p_v
-            d = torch.exp(logits[rows].to(lse.dtype) / ctx.temperature - lse[rows, None]).neg_()
-            d.scatter_add_(-1, token_ids[rows, None], torch.ones_like(d[:, :1]))
-            out[rows] = (d * (grad[rows, None] / ctx.temperature)).to(out.dtype)
-        return out, None, None, None, None
+            g = grad[rows, None]
+            # d logp / d z_v = [v = y] - exp(x_v) / S
+            x = logits[rows].to(top.dtype) / ctx.temperature - top[rows, None]
+            d = x.exp_().mul_(-g / total[rows, None])
+            d.scatter_add_(-1, token_ids[rows, None], g)
+            if keep is not None:  # a masked row may hold nan, which 0 does not cancel
+                d.masked_fill_(~keep[rows, None], 0.0)
+            out[rows] = d.to(out.dtype)
+        return out, None, None, None, None, None
 
 
 def selective_log_softmax(
@@ -119,11 +136,8 @@ def selective_log_softmax(
         ids = torch.where(keep, ids, 0)
     check_token_ids(ids, flat.shape[0], vocab_size)
     logps, entropy = _SelectiveLogSoftmax.apply(
-        flat, ids, temperature, return_entropy, inplace_backward
+        flat, ids.long(), keep, temperature, return_entropy, inplace_backward
     )
-    if keep is not None:
-        logps = torch.where(keep, logps, 0.0)
-        entropy = torch.where(keep, entropy, 0.0) if return_entropy else entropy
     if return_entropy:
         return logps.view(shape), entropy.view(shape)
     return logps.view(shape)

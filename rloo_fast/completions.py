@@ -1,0 +1,190 @@
+"""Samples of a run as a table: on the terminal, and for wandb and trackio."""
+
+import importlib
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from .metrics_file import as_scalar
+
+if TYPE_CHECKING:
+    pass
+
+MAX_CELL_CHARS = 1000  # a longer text is printed as its two ends
+PIPE_WIDTH = 120  # characters per line where there is no terminal to ask (CI, a log file)
+MIN_TEXT_WIDTH = 40  # of the columns prompt and completion together
+TEXTS = ("prompt", "completion")
+RESERVED_COLUMNS = ("step", "prompt", "completion", "advantage")
+CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+
+
+def message_text(entry: Any) -> str:
+    """One prompt or completion as text: a string as it is, messages as `role: text` lines."""
+    if not (isinstance(entry, list) and entry and all(isinstance(m, dict) for m in entry)):
+        return entry if isinstance(entry, str) else str(entry)
+    return "\n".join(f"{m.get('role', '?')}: {_content_text(m)}" for m in entry)
+
+
+def _content_text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    if not isinstance(content, str):  # a list of typed blocks
+        content = "".join(
+            b["text"] if b.get("type") == "text" else f"[{b['type']}]" for b in content
+        )
+    parts = [f"({message['reasoning_content']})"] if message.get("reasoning_content") else []
+    parts += [content] if content else []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        parts.append(f"{function.get('name', '?')}({function.get('arguments', '')})")
+    return "\n".join(parts)
+
+
+def completions_dataframe(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rewards: Mapping[str, Sequence[float | None]],
+    advantages: Sequence[float | None],
+    step: int,
+    extra: Mapping[str, Sequence[Any]] | None = None,
+    unique_prompts: bool = False,
+) -> pd.DataFrame:
+    """One row per completion: step, prompt, completion, one column per reward, extra…, advantage.
+
+    Messages become `role: text`; a reward of None becomes NaN. `unique_prompts` keeps the first
+    completion of each prompt. ValueError for columns of different lengths or with equal names.
+    """
+    extra = extra or {}
+    columns = {
+        "prompt": [message_text(p) for p in prompts],
+        "completion": [message_text(c) for c in completions],
+        **rewards,
+        **extra,
+        "advantage": advantages,
+    }
+    names = [*RESERVED_COLUMNS, *rewards, *extra]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"Completion tables need distinct column names, {twice} came twice: rename."
+        )
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"Expected one value per completion in every column, got {lengths}.")
+    frame = pd.DataFrame({name: _table_column(column) for name, column in columns.items()})
+    frame.insert(0, "step", step)
+    return frame.drop_duplicates("prompt", ignore_index=True) if unique_prompts else frame
+
+
+def _table_column(values: Sequence[Any]) -> pd.Series:
+    """float64 where all values are numbers or None, else text: trackers refuse mixed columns."""
+    values = [as_scalar(value) for value in values]
+    if all(value is None or isinstance(value, int | float) for value in values):
+        return pd.Series(values, dtype="float64")
+    return pd.Series([None if v is None else message_text(v) for v in values], dtype="object")
+
+
+def print_completions(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rewards: Mapping[str, Sequence[float | None]],
+    advantages: Sequence[float | None],
+    step: int,
+    num_samples: int | None = None,
+    extra: Mapping[str, Sequence[Any]] | None = None,
+    unique_prompts: bool = False,
+    seed: int = 0,
+) -> None:
+    """Print `completions_dataframe` as a panel on stdout, one row per completion.
+
+    `num_samples` rows are drawn with (seed, step), in their order; no global random state is used.
+    Texts are folded: the table is as wide as the terminal (COLUMNS or `PIPE_WIDTH` without one), or
+    wider where its columns would leave a text less than `MIN_TEXT_WIDTH`. A text beyond
+    `MAX_CELL_CHARS` says how much of its middle is left out. None and NaN are "–".
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, or None for all, got {num_samples}.")
+    frame = completions_dataframe(
+        prompts, completions, rewards, advantages, step, extra, unique_prompts
+    )
+    total = len(frame)
+    if num_samples is not None and num_samples < total:
+        rows = random.Random(f"{seed},{step}").sample(range(total), num_samples)
+        frame = frame.iloc[sorted(rows)]
+
+    frame = frame.drop(columns="step")
+    console = Console()
+    has_width = console.is_terminal or "COLUMNS" in os.environ
+    widths = _column_widths(list(frame.columns), console.width if has_width else PIPE_WIDTH)
+    borders = 5 + 3 * len(widths)
+    console = Console(width=borders + sum(widths.values()))
+    table = Table(show_lines=True, header_style="bold")
+    for name, width in widths.items():
+        header = name.capitalize() if name in RESERVED_COLUMNS else name
+        justify = "right" if frame[name].dtype == "float64" else "left"
+        table.add_column(_cell(header, console), width=width, justify=justify, overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value, console) for value in row))
+    shown = f"{len(frame)} of {total} completions"
+    console.print(Panel(table, title=f"Step {step}", subtitle=shown))
+
+
+def _column_widths(names: list[str], console_width: int) -> dict[str, int]:
+    """Prompt and completion share, 2 : 3, what the other columns leave; set here, since rich would
+    shrink those two to a letter per line before any number."""
+    room = console_width - 5 - 3 * len(names)
+    widths, rest = {}, 0
+    for widest in (16, 9, 7):  # 7: -12.345
+        widths = {name: min(max(len(name), 7), widest) for name in names}
+        rest = room - sum(width for name, width in widths.items() if name not in TEXTS)
+        if rest >= MIN_TEXT_WIDTH:
+            break
+    rest = max(rest, MIN_TEXT_WIDTH)
+    return widths | {"prompt": rest * 2 // 5, "completion": rest - rest * 2 // 5}
+
+
+def _cell(value: Any, console: Console) -> Text:
+    """Text as it may be printed: no markup, no escape sequences, nothing stdout cannot encode."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        text = "–"
+    elif isinstance(value, str):
+        text = value.translate(CONTROL_PICTURES)
+        if (left_out := len(text) - MAX_CELL_CHARS) > 0:
+            half = MAX_CELL_CHARS // 2
+            text = f"{text[:half]} […{left_out} characters left out…] {text[-half:]}"
+    else:
+        text = f"{value:.3f}"
+    encoding = console.encoding
+    return Text(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def log_completions_table(report_to: Sequence[str], frame: pd.DataFrame) -> None:
+    """Send `frame` as table `completions` to wandb and trackio, where chosen and a run is on."""
+    if frame.empty:
+        return
+    for name in ("wandb", "trackio"):
+        tracker = _active_tracker(name) if name in report_to else None
+        if tracker is not None:
+            step = int(
+                frame["step"].iloc[-1]
+            )  # the x axis that transformers' callbacks log against
+            table = tracker.Table(dataframe=frame)
+            tracker.log({"completions": table, "train/global_step": step})
+
+
+def _active_tracker(name: str) -> Any | None:
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    # getattr: a run directory called wandb/ imports as an empty namespace package
+    if name == "wandb":
+        return module if getattr(module, "run", None) is not None else None
+    context = getattr(module, "context_vars", None)
+    return module if context is not None and context.current_run.get() is not None else None

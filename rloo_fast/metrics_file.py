@@ -1,0 +1,115 @@
+"""metrics.jsonl: one JSON object per log of a run."""
+
+import errno
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: a reader or a kill finds the old file or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class MetricsWriter:
+    """Appends one JSON object per `write` to `<run_dir>/metrics.jsonl`; for the main process only.
+
+    resume_step: later steps are dropped, so that the file goes on as an uninterrupted run's. None:
+    a new file; one that is there is kept as `metrics.<n>.jsonl`. OSError if that cannot be done;
+    later, an OSError (full disk) is reported once and costs lines of the file, not the run.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int | None = None):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._warned = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        if resume_step is None:
+            names = (self.path.with_name(f"metrics.{n}.jsonl") for n in itertools.count(1))
+            kept_as = next(name for name in names if not name.exists())
+            self.path.rename(kept_as)
+            logger.info("%s is a former run's: kept as %s.", self.path, kept_as.name)
+        else:
+            old = self.path.read_bytes()
+            rows = _parse(old, self.path)
+            # the summary of a run that ended there, and what was evaluated after it, go as well
+            kept = b"".join(
+                line + b"\n"
+                for line, _ in itertools.takewhile(
+                    lambda entry: entry[1]["step"] + ("train_loss" in entry[1]) <= resume_step, rows
+                )
+            )
+            if kept != old:
+                write_atomically(self.path, kept)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append {"step": step, **metrics}. NaN and infinities become null: JSON has neither."""
+        values = {key: _plain(value) for key, value in metrics.items() if key != "step"}
+        record = {"step": step, **values}
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) != len(line):
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "Cannot write %s (%s): training goes on without it.", self.path, error
+                )
+            self._warned = True
+
+
+def as_scalar(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value  # numpy scalars, 0-d tensors
+
+
+def _plain(value: Any) -> Any:
+    value = as_scalar(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(data: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, row) of each line; a last line that a kill has cut (no newline) is left out."""
+    *lines, tail = data.split(b"\n")
+    for number, line in enumerate([*lines, tail], start=1):
+        try:
+            row = json.loads(line.decode())
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield line, row
+        elif number <= len(lines):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with an integer step, got"
+                f" {line[:80]!r}. Remove the line to go on."
+            )
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The objects of `<run_dir>/metrics.jsonl` in order, without a last line that a kill has cut.
+
+    FileNotFoundError without the file; ValueError, naming the line, where another one is damaged.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    return [row for _, row in _parse(path.read_bytes(), path)]

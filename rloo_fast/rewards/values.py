@@ -1,0 +1,100 @@
+"""What a reward function returned -> one float32 per completion, or an error with the sample."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rloo_fast.rewards.builtin import describe_sample
+
+
+def read_values(
+    values: Any, name: str, prompts: Sequence[Any], completions: Sequence[Any]
+) -> Tensor:
+    """B values, each None or a finite number -> (B,) float32 on the CPU, None as NaN.
+
+    `values` is an iterable, an array or a 1-D tensor; a tensor is one transfer, and so are the
+    tensors in a list. Raises ValueError with the function's name, and the sample at fault.
+    """
+    who, count = f"Reward function {name!r}", len(prompts)
+    if not isinstance(values, Tensor) and hasattr(values, "__array__"):
+        array = np.asarray(values)
+        # An array of another kind (objects, strings) holds Python values, None among them.
+        is_number = array.dtype.kind in "fiub"
+        values = torch.from_numpy(array.astype(np.float32)) if is_number else array.tolist()
+    if isinstance(values, Tensor):
+        if values.ndim != 1 or values.is_complex():
+            raise ValueError(
+                f"{who} must return real numbers of shape ({count},), got a {values.dtype} tensor "
+                f"of shape {tuple(values.shape)}."
+            )
+        _check_count(len(values), who, count)
+        column = values.detach().to("cpu", torch.float32)
+        is_none = torch.zeros(count, dtype=torch.bool)
+    else:
+        listed = _as_list(values, who, count)
+        _check_count(len(listed), who, count)
+        floats = [_as_float(v, i, who, prompts, completions) for i, v in enumerate(listed)]
+        column = torch.tensor([math.nan if v is None else v for v in floats], dtype=torch.float32)
+        is_none = torch.tensor([v is None for v in floats], dtype=torch.bool)
+    if bad := (~is_none & ~column.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{who} returned {column[bad[0]].item()} for "
+            f"{describe_sample(bad[0], prompts, completions)}. Rewards must be finite in float32; "
+            "to say that the function does not apply to a completion, return None in its place."
+        )
+    return column
+
+
+def _check_count(got: int, who: str, count: int) -> None:
+    if got != count:
+        raise ValueError(
+            f"{who} returned {got} rewards for {count} completions; it must return one for each, "
+            "None where it does not apply."
+        )
+
+
+def _as_list(values: Any, who: str, count: int) -> list[Any]:
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
+        hint = ""
+        if values is None:
+            hint = " Is a `return` missing?"
+        elif inspect.iscoroutine(values):
+            values.close()  # it will not be awaited
+            hint = " Write the function with `async def`, so that it is seen to be asynchronous."
+        raise ValueError(
+            f"{who} must return a sequence of {count} values, one number or None per completion, "
+            f"got {type(values).__name__}.{hint}"
+        )
+    listed = list(values)
+    at = [i for i, v in enumerate(listed) if isinstance(v, Tensor) and v.numel() == 1]
+    if at:  # one transfer for all of them
+        together = torch.stack([listed[i].detach().reshape(()) for i in at]).tolist()
+        for i, value in zip(at, together, strict=True):
+            listed[i] = value
+    return listed
+
+
+def _as_float(
+    value: Any, index: int, who: str, prompts: Sequence[Any], completions: Sequence[Any]
+) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise ValueError(
+            f"{who} returned {value!r:.80} ({type(value).__name__}), not a number or None, for "
+            f"{describe_sample(index, prompts, completions)}."
+        )
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return math.inf

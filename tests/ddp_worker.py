@@ -1,0 +1,82 @@
+"""One rank of test_train_ddp: trains on injected completions, saves weights and logs, exits.
+
+python tests/ddp_worker.py OUT_DIR MODEL_DIR SETTINGS_JSON      (under torchrun, or alone)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_tokenizer
+from datasets import Dataset
+from test_trl_parity import MAX_NEW, completion, first_reward
+
+from rloo_fast import RLOOConfig, RLOOTrainer
+from rloo_fast.types import Rollout
+
+
+class Injected:
+    """Completions that follow from the prompt and the row's place among those of all ranks."""
+
+    def __init__(self, trainer, num_generations):
+        self.trainer, self.num_generations, self.calls = trainer, num_generations, 0
+
+    def generate(self, prompt_ids, sampling, seed):
+        self.calls += 1
+        first = self.trainer.accelerator.process_index * len(prompt_ids)
+        ids = [
+            completion(p, (first + i) % self.num_generations, self.calls)
+            for i, p in enumerate(prompt_ids)
+        ]
+        return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids])
+
+
+def main(out: str, model_dir: str, settings: dict) -> None:
+    torch.set_num_threads(1)
+    out_dir = Path(out)
+    args = RLOOConfig(
+        output_dir=out,
+        max_completion_length=MAX_NEW,
+        max_steps=3,
+        learning_rate=0.01,
+        optim="sgd",
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    dataset = Dataset.from_dict(
+        {"prompt": [" ".join(f"w{(i * 7 + j) % 26}" for j in range(1 + i % 5)) for i in range(40)]}
+    )
+    trainer = RLOOTrainer(
+        model_dir,
+        first_reward,
+        args,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(5)),
+        processing_class=make_tokenizer(),
+    )
+    injected = Injected(trainer, args.num_generations)
+    trainer.engine = trainer.collector.engine = injected
+    trainer.train()
+    trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        torch.save(trainer.model.state_dict(), out_dir / "weights.pt")
+        (out_dir / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo of torch 2.13 sometimes aborts in its destructor, after correct results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

@@ -1,0 +1,101 @@
+"""`rloo-fast doctor`: what it reports is what is here, and what a run would do."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+
+from rloo_fast import cli, doctor
+from rloo_fast.config import RLOOConfig
+
+
+def test_it_prints_machine_packages_and_run_within_a_terminal(capsys):
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"Machine", "Packages", "A run would use here"} <= {*lines}
+    assert max(map(len, lines)) <= 100
+
+
+def test_json_holds_the_same_report(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == doctor.report()
+
+
+def test_versions_are_those_installed():
+    found = doctor.packages()
+    assert {*found} == {*doctor.PACKAGES}
+    for name in ("torch", "transformers", "datasets"):
+        assert found[name] == {"version": metadata.version(name), "note": None}
+
+
+def without(monkeypatch, missing: str) -> None:
+    """Make it look as if `missing` were not installed."""
+    version = metadata.version
+
+    def absent(name):
+        if name == missing:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch):
+    without(monkeypatch, "datasets")
+    assert doctor.packages()["datasets"] == {"version": None, "note": "pip install datasets"}
+    assert "not installed: pip install datasets" in doctor.as_text(doctor.report())
+
+
+def test_a_package_of_no_use_here_is_not_recommended(monkeypatch):
+    without(monkeypatch, "vllm")
+    assert "not installed, not used by this version" in doctor.as_text(doctor.report())
+
+
+def test_a_package_that_is_too_old_says_what_is_expected(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "4.40.0")
+    note = doctor.packages()["transformers"]["note"]
+    assert note is not None
+    assert note.startswith("expected <6,>=5.")
+    assert "pip install 'transformers<6,>=5." in note
+
+
+def test_precision_is_what_the_configuration_chooses(monkeypatch):
+    chosen = doctor.run_here()["precision"]["choice"]
+    assert chosen == ("bfloat16 autocast" if RLOOConfig().bf16 else "float32")
+
+
+def test_device_is_the_one_the_trainer_uses():
+    assert doctor.run_here()["device"]["choice"] == RLOOConfig().device.type
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "reason"),
+    [
+        ("cpu", True, "flash_attention_2 needs a GPU"),
+        ("cuda", False, "needs `pip install flash-attn`"),
+        ("cuda", True, "is used if asked for: --attn_implementation flash_attention_2"),
+    ],
+)
+def test_why_attention_is_not_flash_attention(monkeypatch, device, installed, reason):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.8")
+    if not installed:
+        without(monkeypatch, "flash-attn")
+    choice, why = doctor._attention(device)
+    assert choice == "sdpa"
+    assert why.endswith(reason)
+
+
+def test_gpus_are_listed(monkeypatch):
+    gpu = {"name": "NVIDIA H200", "memory_gib": 139.8, "capability": "9.0"}
+    monkeypatch.setattr(doctor, "gpus", lambda: [gpu])
+    assert "gpu                NVIDIA H200, 139.8 GiB, sm 9.0" in doctor.as_text(doctor.report())
+
+
+def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "torch cannot be imported" in printed
+    assert "no run is possible" in printed
