@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from . import config_checks
+from . import config_checks, config_refused
 from .names_2024 import Names2024
 
 
@@ -192,7 +192,7 @@ class RLOOConfig(Names2024, TrainingArguments):
         super().__post_init__()
         config_checks.clean(self)
         config_checks.check_ranges(self)
-        config_checks.refuse(self)
+        config_refused.refuse(self)
         config_checks.batch_sizes(self)
 
     # Sizes that follow from the fields, in completions and micro-steps (TRL's unit: one
@@ -221,7 +221,8 @@ def trainer_args(args: RLOOConfig | None, model: Any) -> RLOOConfig:
     with an output_dir named after the model.
     """
     if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        config = getattr(model, "config", None)
+        name = model if isinstance(model, str) else getattr(config, "_name_or_path", "")
         args = RLOOConfig(f"{(name or 'model').rstrip('/').split('/')[-1]}-RLOO")
     if not isinstance(args, RLOOConfig):
         raise TypeError(

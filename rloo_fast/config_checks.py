@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def refuse_engines(args: RLOOConfig) -> None:
-    for engine in ("deepspeed", "fsdp"):
+    for engine in ("deepspeed", "fsdp", "fsdp_config"):
         if getattr(args, engine):
             raise ValueError(
                 f"{engine} is not in this version: train with one process, or several with "
@@ -35,110 +38,138 @@ def refuse_launcher(trainer: Trainer) -> None:
 
 
 def clean(args: RLOOConfig) -> None:
-    clip = args.reward_clip_range
-    if isinstance(clip, (int, float)):
-        clip = [clip]
-    if clip is not None:
-        clip = [float(c) for c in clip]
-        clip = [-clip[0], clip[0]] if len(clip) == 1 else clip
-        if len(clip) != 2 or not clip[0] < clip[1]:
+    """Bring values that may be written in several ways into one form."""
+    args.reward_clip_range = _clip_range(args.reward_clip_range)
+    args.pad_to_multiple_of = _multiple(args.pad_to_multiple_of)
+    for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, dict):
             raise ValueError(
-                f"reward_clip_range must be (min, max) with min < max, or one number c > 0 for "
-                f"(-c, c), got {args.reward_clip_range}."
+                f"{name} must be a dict, or its JSON on a command line, got {value!r:.80}."
             )
-    args.reward_clip_range = clip
-    pad = args.pad_to_multiple_of
-    if isinstance(pad, str):
-        pad = None if pad.lower() in ("auto", "none", "null") else int(pad)
-    args.pad_to_multiple_of = pad
+
+
+def _clip_range(clip: Any) -> list[float] | None:
+    if clip is None:
+        return None
+    numbers = [clip] if isinstance(clip, (int, float)) else clip
+    try:
+        low, high = (-numbers[0], numbers[0]) if len(numbers) == 1 else numbers
+        if low < high:
+            return [float(low), float(high)]
+    except (TypeError, ValueError):  # text, or more than two
+        pass
+    raise ValueError(
+        "reward_clip_range must be (min, max) with min < max, or one number c > 0 for (-c, c), "
+        f"got {clip!r}."
+    )
+
+
+def _multiple(value: Any) -> int | None:
+    if value is None or str(value).lower() in ("auto", "none", "null"):
+        return None
+    number = int(value) if str(value).isdecimal() else 0
+    if number < 1:
+        raise ValueError(f"pad_to_multiple_of must be 'auto' or an integer >= 1, got {value!r}.")
+    return number
+
+
+def _optional(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_iterations", "max_completion_length", "ref_model_sync_steps", "max_nonfinite_steps",
+)  # fmt: skip
+OPTIONAL_COUNTS = (
+    "num_generations_eval", "steps_per_generation", "generation_batch_size",
+    "rollout_forward_batch_size", "num_completions_to_print",
+)  # fmt: skip
+# field: (what its value must satisfy, the same in words)
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_generations": (
+        lambda k: isinstance(k, int) and k >= 2,
+        ">= 2 for a leave-one-out baseline",
+    ),
+    **dict.fromkeys(COUNTS, (_is_count, "an integer >= 1")),
+    **dict.fromkeys(OPTIONAL_COUNTS, (_optional(_is_count), "an integer >= 1, or left out")),
+    "temperature": (lambda t: 0 < t < math.inf, "> 0"),
+    "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
+    "top_k": (_optional(lambda k: k >= 0), ">= 0; 0 keeps all tokens"),
+    "min_p": (_optional(lambda p: 0 <= p <= 1), "in [0, 1]"),
+    "repetition_penalty": (lambda p: p > 0, "> 0; 1 changes nothing"),
+    "beta": (lambda b: 0 <= b < math.inf, ">= 0"),
+    "epsilon": (lambda e: e >= 0, ">= 0"),
+    "epsilon_high": (_optional(lambda e: e >= 0), ">= 0, or left out"),
+    "ref_model_mixup_alpha": (lambda a: 0 <= a <= 1, "in [0, 1]"),
+    "reward_weights": (
+        _optional(lambda ws: all(math.isfinite(w) for w in ws)),
+        "a list of finite numbers, one per reward function",
+    ),
+    "reward_timeout_s": (_optional(lambda s: s > 0), "> 0 seconds, or left out"),
+    "num_sample_generations": (_optional(lambda n: n >= 0), ">= 0, or left out"),
+    "layout": (lambda name: name in ("auto", "padded"), "'auto' or 'padded'"),
+    "stop_token": (
+        _optional(lambda token: token == "eos"),
+        "'eos' (write the id of another token as stop_token_id)",
+    ),
+}
 
 
 def check_ranges(args: RLOOConfig) -> None:
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            raise ValueError(sentence)
-
-    k = args.num_generations
-    need(
-        k is not None and k >= 2,
-        f"num_generations must be >= 2 for a leave-one-out baseline, got {k}.",
-    )
-    need(args.temperature > 0, f"temperature must be > 0, got {args.temperature}.")
-    need(0 < args.top_p <= 1, f"top_p must lie in (0, 1], got {args.top_p}.")
-    need(args.top_k is None or args.top_k >= 0, f"top_k must be >= 0, got {args.top_k}.")
-    need(args.beta >= 0, f"beta must be >= 0, got {args.beta}.")
-    need(args.num_iterations >= 1, f"num_iterations must be >= 1, got {args.num_iterations}.")
-    need(
-        args.max_completion_length >= 1,
-        f"max_completion_length must be >= 1 token, got {args.max_completion_length}.",
-    )
-    need(args.epsilon >= 0, f"epsilon must be >= 0, got {args.epsilon}.")
-    need(
-        args.max_nonfinite_steps >= 1,
-        f"max_nonfinite_steps must be >= 1, got {args.max_nonfinite_steps}.",
-    )
-    need(
-        args.layout in ("auto", "padded"),
-        f"layout must be 'auto' or 'padded', got {args.layout!r}.",
-    )
-    need(
-        args.stop_token in (None, "eos"),
-        f"stop_token must be 'eos', got {args.stop_token!r}; write the id of another token as "
-        "stop_token_id.",
-    )
-    need(
-        not args.sync_ref_model or args.beta > 0,
-        "sync_ref_model=True needs a reference model, which beta=0 does not keep: set beta > 0 "
-        "or sync_ref_model=False.",
-    )
-
-
-def refuse(args: RLOOConfig) -> None:
-    """Settings that this version does not carry out: a sentence each, with what to write."""
-    if args.use_vllm:
+    for name, (holds, expected) in RANGES.items():
+        value = getattr(args, name)
+        try:
+            fine = holds(value)
+        except TypeError:  # None or text in place of a number
+            fine = False
+        if not fine:
+            raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    if args.sync_ref_model and args.beta == 0:
         raise ValueError(
-            "use_vllm=True: rollouts by vLLM are not in this version. Leave use_vllm=False: "
-            "completions are then sampled with transformers' generate."
+            "sync_ref_model=True needs a reference model, which beta=0 does not keep: set beta > 0 "
+            "or sync_ref_model=False."
         )
-    if args.use_transformers_continuous_batching or args.use_transformers_paged:
-        raise ValueError(
-            "use_transformers_continuous_batching=True is not in this version. Leave it False: "
-            "completions are then sampled with transformers' generate."
-        )
-    for name, spec in args.__dataclass_fields__.items():
-        if name.startswith(("vllm_", "transformers_continuous_")) and (
-            getattr(args, name) != spec.default
-        ):
+    _generation_kwargs(args)
+
+
+# keys of generation_kwargs that the rest of the step must know of: the field that says it
+SAID_ELSEWHERE = {
+    "temperature": "temperature",
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "eos_token_id": "stop_token_id",
+    "stop_strings": "stop_token_id",
+    "num_return_sequences": "num_generations",
+    "pad_token_id": "the tokenizer's pad_token",
+}
+
+
+def _generation_kwargs(args: RLOOConfig) -> None:
+    given = args.generation_kwargs or {}
+    assert isinstance(given, dict)
+    known = vars(GenerationConfig())
+    for name in given:
+        if name in SAID_ELSEWHERE:
             raise ValueError(
-                f"{name} has no effect here, as its engine is not in this version: leave it out."
+                f"generation_kwargs may not set {name}, which the loss depends on as well: set "
+                f"{SAID_ELSEWHERE[name]}."
             )
-    refused = {  # field: (values that are fine, why the others are not)
-        "auto_find_batch_size": (
-            (False,),
-            "it would split groups; lower per_device_train_batch_size and raise "
-            "gradient_accumulation_steps by the same factor, which does not change the result",
-        ),
-        "label_smoothing_factor": ((0.0,), "RLOO has no labels; leave it at 0"),
-        "ds3_gather_for_generation": ((True,), "ZeRO-3 is not in this version; leave it True"),
-        "log_multimodal": ((True,), "there are no images here; leave it True"),
-        "torch_compile": ((False,), "it is not in this version; leave it False"),
-        "neftune_noise_alpha": (
-            (None, 0.0),
-            "noise in the embeddings makes the update's log-probs differ from the sampled "
-            "ones; leave it out",
-        ),
-        "train_sampling_strategy": (("random",), "see shuffle_dataset; leave it out"),
-    }
-    for name, (fine, why) in refused.items():
-        value = getattr(args, name, fine[0])  # not every transformers version has every field
-        if value not in fine:
-            raise ValueError(f"{name}={value!r} is refused: {why}.")
-    parallel = getattr(args, "parallelism_config", None)
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-        raise ValueError(
-            "context and sequence parallelism (cp_size, sp_size > 1) are not in this version: "
-            "set both to 1."
-        )
+        if name not in known or name.startswith(("output_", "return_", "_")):
+            raise ValueError(
+                f"generation_kwargs: {name!r} is not a sampling argument of transformers' "
+                "GenerationConfig."
+            )
+    cache = args.cache_implementation
+    try:
+        GenerationConfig(**{"do_sample": True, "cache_implementation": cache, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cache_implementation or generation_kwargs: {error}") from error
 
 
 def batch_sizes(args: RLOOConfig) -> None:

@@ -50,14 +50,12 @@ class MetricsWriter:
             logger.info("%s is a former run's: kept as %s.", self.path, kept_as.name)
         else:
             old = self.path.read_bytes()
-            rows = _parse(old, self.path)
-            # the summary of a run that ended there, and what was evaluated after it, go as well
-            kept = b"".join(
-                line + b"\n"
-                for line, _ in itertools.takewhile(
-                    lambda entry: entry[1]["step"] + ("train_loss" in entry[1]) <= resume_step, rows
-                )
-            )
+            rows = list(_parse(old, self.path))
+            # if a run ended at that step, its summary and what came after it go as well
+            ends = (n for n, (_, row) in enumerate(rows)
+                    if row["step"] > resume_step
+                    or (row["step"] == resume_step and "train_loss" in row))  # fmt: skip
+            kept = b"".join(line + b"\n" for line, _ in rows[: next(ends, None)])
             if kept != old:
                 write_atomically(self.path, kept)
 

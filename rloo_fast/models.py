@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.integrations.liger import apply_liger_kernel
 
 from .config import RLOOConfig
 
@@ -54,7 +55,9 @@ def load_policy(
                 "model_init_kwargs and quantization_config apply to a model given by name; this "
                 "one is already loaded: leave them out, or pass its directory or hub id."
             )
-        if not isinstance(model, nn.Module) or not hasattr(base_causal_lm(model), "generate"):
+        base = base_causal_lm(model) if isinstance(model, nn.Module) else None
+        encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        if not hasattr(base, "generate") or encodes:
             raise TypeError(
                 "model must be a directory, a hub id, or a causal language model of transformers "
                 f"(or a PeftModel around one), got {type(model).__name__}."
@@ -67,7 +70,7 @@ def load_policy(
                 "quantization_config is given twice: drop the one in model_init_kwargs."
             )
         kwargs["quantization_config"] = quantization_config
-    kwargs.setdefault("dtype", torch.float32)
+    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))  # its former name
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if args.world_size > 1:
         kwargs["device_map"] = None
@@ -186,16 +189,28 @@ def add_adapters(model: nn.Module, peft_config: Any, args: RLOOConfig) -> nn.Mod
             )
         model = get_peft_model(model, peft_config)  # pyright: ignore
     elif is_peft_model(model) and args.beta > 0:
-        model.add_adapter(REF_ADAPTER, model.peft_config["default"])  # pyright: ignore
-        parameters = dict(model.named_parameters())
-        for name, parameter in parameters.items():
-            if f".{REF_ADAPTER}." in name:
-                source = parameters[name.replace(f".{REF_ADAPTER}.", ".default.")]
-                parameter.data.copy_(source.data)
-                parameter.requires_grad_(False)
+        _freeze_reference_adapter(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the model has no parameter to train, all are frozen: load adapters with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or unfreeze some."
+        )
     if is_peft_model(model) and args.gradient_checkpointing:
         model.enable_input_require_grads()  # pyright: ignore
     return model
+
+
+def _freeze_reference_adapter(model: nn.Module) -> None:
+    """Adapter `ref`: a frozen copy of the active one as it is now."""
+    active = model.active_adapter
+    if REF_ADAPTER not in model.peft_config:  # pyright: ignore
+        model.add_adapter(REF_ADAPTER, model.peft_config[active])  # pyright: ignore
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{REF_ADAPTER}." in name:
+            source = parameters[name.replace(f".{REF_ADAPTER}.", f".{active}.")]
+            parameter.data.copy_(source.data)
+            parameter.requires_grad_(False)
 
 
 def make_reference(model: nn.Module, args: RLOOConfig) -> nn.Module | None:
@@ -212,7 +227,10 @@ def make_reference(model: nn.Module, args: RLOOConfig) -> nn.Module | None:
                 "without: set sync_ref_model=False, or train all weights."
             )
         return None
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    if args.use_liger_kernel:  # the Trainer applies them to the policy alone
+        apply_liger_kernel(reference, args.liger_kernel_config)
+    return reference
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from rloo_kernels.rloo import (
     Objective,
+    comparable_rows,
     rloo_advantages,
     rloo_objective,
     segment_sum,
@@ -150,18 +151,24 @@ class Updater:
         else:  # one completion per prompt in evaluation: nothing to compare with
             advantages = torch.zeros_like(everyone)
         start = self.accelerator.process_index * samples.num_rows
-        advantages = advantages[start : start + samples.num_rows]
+        mine = slice(start, start + samples.num_rows)
+        advantages = advantages[mine]
         if args.token_level_kl:
-            advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, args.beta)
+            compared = comparable_rows(everyone, k)[mine]
+            advantages = token_level_advantages(
+                advantages, kl, samples.cu_seqlens, args.beta, compared
+            )
         samples.advantages = advantages
 
     def _credit_groups(self, samples: Samples, rows: list[int], logps: Tensor) -> Tensor:
         """Advantages of whole groups from the log-probs of the training forward."""
         kl, shaped = self._shape(samples, rows, logps)
-        advantages = rloo_advantages(shaped, samples.num_generations)
+        k = samples.num_generations
+        advantages = rloo_advantages(shaped, k)
         if self.args.token_level_kl:
-            bounds = _bounds(samples, rows)
-            advantages = token_level_advantages(advantages, kl, bounds, self.args.beta)
+            advantages = token_level_advantages(
+                advantages, kl, _bounds(samples, rows), self.args.beta, comparable_rows(shaped, k)
+            )
         return advantages
 
     # The update

@@ -319,7 +319,7 @@ def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, monkeypatch, c
     monkeypatch.setattr(FullDisk, "room", room)
     monkeypatch.setattr(FullDisk, "writes", 0)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(report, "open", FullDisk, raising=False)
+        patch.setattr(metrics_file, "open", FullDisk, raising=False)
         writer.write(2, {"reward": 0.2})
         writer.write(3, {"reward": 0.3})
     assert FullDisk.writes == 2

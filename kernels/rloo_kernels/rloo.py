@@ -60,6 +60,12 @@ def leave_one_out(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
     return torch.where(scorable & (others > 0), rewards - baseline, 0.0)
 
 
+def comparable_rows(rewards: Tensor, num_generations: int) -> Tensor:  # (P K,) -> (P K,) bool
+    """Scorable rows whose group has another scorable row; all others get advantage 0."""
+    scorable = ~rewards.view(-1, num_generations).isnan()
+    return (scorable & (scorable.sum(1, keepdim=True) > 1)).view(-1)
+
+
 def nan_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, unbiased std) over the entries that are not NaN; std is 0 for fewer than two of
     them."""
@@ -97,28 +103,30 @@ def rloo_advantages(
         )
     if whiten_rewards:
         rewards = whiten(rewards)
-    groups = rewards.view(-1, num_generations)
-    advantages = leave_one_out(groups).view(-1)
+    advantages = leave_one_out(rewards.view(-1, num_generations)).view(-1)
     if normalize:
-        compared = ~rewards.isnan() & ((~groups.isnan()).sum(1, keepdim=True) > 1).expand_as(
-            groups
-        ).reshape(-1)
+        compared = comparable_rows(rewards, num_generations)
         mean, std = nan_moments(torch.where(compared, advantages, float("nan")))
         advantages = torch.where(compared, (advantages - mean) / (std + 1e-4), 0.0)
     return advantages
 
 
 def token_level_advantages(
-    advantages: Tensor, kl_per_token: Tensor, cu_seqlens: Tensor, beta: float
-) -> Tensor:  # (R,), (N,), (R + 1,) -> (N,)
+    advantages: Tensor,
+    kl_per_token: Tensor,
+    cu_seqlens: Tensor,
+    beta: float,
+    compared: Tensor | None = None,
+) -> Tensor:  # (R,), (N,), (R + 1,), (R,) -> (N,)
     """A_it = A_i + beta sum_{s < t} (logp_is - ref_is): the KL penalty as reward-to-go.
 
     The reward-to-go of token t is score_i - beta sum_{s >= t} KL_is (REINFORCE++,
     arXiv:2501.03262, eq. 1); the baseline is the sequence's leave-one-out mean. A penalty already
-    paid before t drops out of A_it.
+    paid before t drops out of A_it. Rows where `compared` is False (see `comparable_rows`) give 0.
     """
-    paid = segment_exclusive_cumsum(kl_per_token, cu_seqlens)
-    return advantages[segment_ids(cu_seqlens)] + beta * paid
+    owner = segment_ids(cu_seqlens)
+    per_token = advantages[owner] + beta * segment_exclusive_cumsum(kl_per_token, cu_seqlens)
+    return per_token if compared is None else torch.where(compared[owner], per_token, 0.0)
 
 
 class Objective(NamedTuple):
@@ -154,12 +162,18 @@ def rloo_objective(
     old_logps, advantages = old_logps.detach(), advantages.detach()
     log_ratio_t = logps - old_logps
     log_ratio = segment_sum(log_ratio_t, cu_seqlens)
-    ratio = torch.exp(log_ratio_t if token_level else log_ratio)
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    exponent = log_ratio_t if token_level else log_ratio
     with torch.no_grad():
-        low = ((ratio < 1 - epsilon_low) & (advantages < 0)).to(logps.dtype)
-        high = ((ratio > 1 + epsilon_high) & (advantages > 0)).to(logps.dtype)
+        ratio = torch.exp(exponent)
+        low = (ratio < 1 - epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + epsilon_high) & (advantages > 0)
+        # no gradient there, whatever the ratio: an inf must not meet a 0, which makes nan
+        still = low | high | (advantages == 0)
+        bound = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages
+    moving = torch.exp(torch.where(still, 0.0, exponent)) * advantages
+    objective = torch.where(still, bound, moving)
+    with torch.no_grad():
+        low, high = low.to(logps.dtype), high.to(logps.dtype)
         if token_level:
             count = cu_seqlens.diff().clamp(min=1)
             low, high = (segment_sum(x, cu_seqlens) / count for x in (low, high))
