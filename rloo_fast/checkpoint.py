@@ -269,11 +269,15 @@ class CheckpointMixin:
             return {}  # eval_on_start: the run has started before
         return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)  # pyright: ignore
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True  # resumed from the last step: one less to take
-        else:
-            super()._run_epoch(*args, **kwargs)  # pyright: ignore
+            self.control.should_training_stop = True  # resumed from the last step: none is left
+            return
+        # before 5.2x, transformers sets the epoch of the loader that skips the steps done, which
+        # does not pass it on
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)  # pyright: ignore
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # with a limit of 1, transformers would delete the newest checkpoint unless it is the best

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import check_output_dir, find_checkpoint
+from .checkpoint import check_output_dir, checkpoints, find_checkpoint, put_back
 from .cli_arguments import TrainArguments, as_usage_errors, build, gather
 from .cli_help import full_help, short_help
 from .cli_options import options_of
@@ -95,13 +94,14 @@ def checkpoint_of(config: RLOOConfig, use_peft: bool) -> str | None:
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "no", "none"):
         return None
-    if wanted.lower() in ("true", "last", "yes"):
-        found = get_last_checkpoint(str(config.output_dir))
-        if found is None:
-            _say(config, f"No checkpoint in {config.output_dir} yet: starting from the beginning.")
+    newest = wanted.lower() in ("true", "last", "yes")
+    run_dir = Path(str(config.output_dir))
+    if newest:
+        put_back(run_dir)
+        if not checkpoints(run_dir):
+            _say(config, f"No checkpoint in {run_dir} yet: starting from the beginning.")
             return None
-    else:
-        found = find_checkpoint(wanted, str(config.output_dir))
+    found = find_checkpoint(True if newest else wanted, str(run_dir))
     if use_peft and found and not (Path(found) / "adapter_config.json").is_file():
         raise ValueError(
             f"{found} was saved without adapters: leave out use_peft, or resume_from_checkpoint."

@@ -264,7 +264,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Samples, scores, and returns the loss -mean A (the ratio is 1: nothing was updated)."""
+        """Samples, scores, and returns the loss, with ratio 1: nothing was updated."""
         world = self.accelerator.num_processes
         k = self._num_generations("eval")
         num_real = len(inputs) * k
@@ -279,9 +279,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         self.updater.score_reference(samples, model)
         self.updater.first_pass(samples, model)
         self._record_rollout(samples, "eval", num_real)
-        advantages = samples.advantages
-        assert advantages is not None
-        return -advantages.mean().to(self.accelerator.device), None, None
+        return self.updater.on_policy_loss(samples).to(self.accelerator.device), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.num_eval_batches = 0

@@ -171,6 +171,14 @@ class Updater:
             )
         return advantages
 
+    def on_policy_loss(self, samples: Samples) -> Tensor:
+        """- mean over rows of A_i (of sum_t A_it with token-level KL): the loss at ratio 1."""
+        advantages = samples.advantages
+        assert advantages is not None
+        if self.args.token_level_kl:
+            advantages = segment_sum(advantages, samples.cu_seqlens)
+        return -advantages.mean()
+
     # The update
 
     def backward(

@@ -1,6 +1,8 @@
 """One rank of test_train_ddp: trains on injected completions, saves weights and logs, exits.
 
 python tests/ddp_worker.py OUT_DIR MODEL_DIR SETTINGS_JSON      (under torchrun, or alone)
+
+SETTINGS_JSON: {case: RLOOConfig fields}, one run after another; case i writes to OUT_DIR/<i>.
 """
 
 import json
@@ -33,11 +35,9 @@ class Injected:
         return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids])
 
 
-def main(out: str, model_dir: str, settings: dict) -> None:
-    torch.set_num_threads(1)
-    out_dir = Path(out)
+def train(out_dir: Path, model_dir: str, settings: dict) -> None:
     args = RLOOConfig(
-        output_dir=out,
+        output_dir=str(out_dir),
         max_completion_length=MAX_NEW,
         max_steps=3,
         learning_rate=0.01,
@@ -71,6 +71,12 @@ def main(out: str, model_dir: str, settings: dict) -> None:
     if trainer.accelerator.is_main_process:
         torch.save(trainer.model.state_dict(), out_dir / "weights.pt")
         (out_dir / "logs.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def main(out: str, model_dir: str, cases: dict) -> None:
+    torch.set_num_threads(1)
+    for i, settings in enumerate(cases.values()):
+        train(Path(out) / str(i), model_dir, settings)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

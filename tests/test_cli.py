@@ -400,6 +400,14 @@ def test_progress_is_ours(trainers, words, name):
     assert [type(callback).__name__ for callback in trainers[0].callbacks] == [name]
 
 
+def checkpoint(folder, step: int) -> None:
+    """What is looked for in a complete checkpoint, in out/."""
+    directory = folder / f"out/checkpoint-{step}"
+    directory.mkdir(parents=True)
+    for name in ("trainer_state.json", "rloo_state_0.pt"):
+        (directory / name).write_text("{}")
+
+
 def test_resuming_without_a_checkpoint_starts_anew_and_says_so(trainers, capsys):
     run("--output_dir", "out", "--resume_from_checkpoint", "true")
     assert trainers[0].calls["train"] == ((), {"resume_from_checkpoint": None})
@@ -409,15 +417,14 @@ def test_resuming_without_a_checkpoint_starts_anew_and_says_so(trainers, capsys)
 @pytest.mark.parametrize("wanted", ["true", "last", "out/checkpoint-9"])
 def test_resuming_takes_the_newest_or_the_named_checkpoint(folder, trainers, wanted):
     for step in (9, 10):
-        (folder / f"out/checkpoint-{step}").mkdir(parents=True)
-        (folder / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
+        checkpoint(folder, step)
     run("--output_dir", "out", "--resume_from_checkpoint", wanted)
     expected = wanted if "/" in wanted else "out/checkpoint-10"
     assert trainers[0].calls["train"] == ((), {"resume_from_checkpoint": expected})
 
 
 def test_a_checkpoint_without_adapters_is_not_resumed_with_them(folder, capsys):
-    (folder / "out/checkpoint-9").mkdir(parents=True)
+    checkpoint(folder, 9)
     line = refusal(
         capsys, *THREE, "--output_dir", "out", "--use_peft", "--resume_from_checkpoint", "true"
     )

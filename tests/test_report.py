@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from rloo_fast import report
+from rloo_fast import metrics_file, report
 from rloo_fast.completions import (
     MAX_CELL_CHARS,
     completions_dataframe,

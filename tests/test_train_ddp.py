@@ -10,56 +10,66 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 
 from rloo_fast.metrics import is_timing
 
 HERE = Path(__file__).parent
-CASES = {
-    "beta 0.1, whole groups per rank": ({"num_generations": 2, "beta": 0.1}, 4, 1),
-    "beta 0.1, groups split across ranks": ({"num_generations": 8, "beta": 0.1}, 2, 2),
-    "normalized, num_iterations 2, token-level KL": (
-        {
-            "num_generations": 4,
-            "normalize_advantages": True,
-            "num_iterations": 2,
-            "token_level_kl": True,
-        },
-        4,
-        1,
-    ),
-}
+CASES = {  # settings; the batch of one process is twice that of each of two
+    "beta 0.1, whole groups per rank": {"num_generations": 2, "beta": 0.1, "batch": 4},
+    "beta 0.1, groups split across ranks": {
+        "num_generations": 8, "beta": 0.1, "batch": 2, "gradient_accumulation_steps": 2,
+    },
+    "normalized, num_iterations 2, token-level KL": {
+        "num_generations": 4, "normalize_advantages": True, "num_iterations": 2,
+        "token_level_kl": True, "batch": 4,
+    },
+}  # fmt: skip
 
 
-def launch(out, model_dir, settings, processes, port):
-    out.mkdir()
-    worker = [str(HERE / "ddp_worker.py"), str(out), str(model_dir), json.dumps(settings)]
+def settings_for(processes: int) -> dict:
+    cases = {}
+    for name, case in CASES.items():
+        fields = dict(case)
+        fields["per_device_train_batch_size"] = fields.pop("batch") * (2 // processes)
+        fields["per_device_eval_batch_size"] = 8 // processes
+        cases[name] = fields
+    return cases
+
+
+def launch(out: Path, model_dir: Path, processes: int) -> list[tuple[dict, list]]:
+    """(weights, log history) of every case."""
+    settings = json.dumps(settings_for(processes))
+    worker = [str(HERE / "ddp_worker.py"), str(out), str(model_dir), settings]
     command = [sys.executable, *worker]
     if processes > 1:
+        port = 20000 + os.getpid() % 20000
         nodes = ["--nnodes", "1", "--nproc_per_node", str(processes), "--master_port", str(port)]
         command = [sys.executable, "-m", "torch.distributed.run", *nodes, *worker]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "weights.pt"), json.loads((out / "logs.json").read_text())
+    return [
+        (
+            torch.load(out / str(i) / "weights.pt"),
+            json.loads((out / str(i) / "logs.json").read_text()),
+        )
+        for i in range(len(CASES))
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("ddp")
+    make_model().save_pretrained(tmp / "model")
+    make_tokenizer().save_pretrained(tmp / "model")
+    return launch(tmp / "one", tmp / "model", 1), launch(tmp / "two", tmp / "model", 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("settings", "per_device", "accumulation"), CASES.values(), ids=CASES)
-def test_two_processes_equal_one(settings, per_device, accumulation, model_dir, tmp_path):
-    shared = settings
-    one = {
-        "per_device_eval_batch_size": 8,
-        "per_device_train_batch_size": 2 * per_device,
-        "gradient_accumulation_steps": accumulation,
-    }
-    two = {
-        "per_device_eval_batch_size": 4,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": accumulation,
-    }
-    port = 20000 + os.getpid() % 20000
-    weights_1, logs_1 = launch(tmp_path / "one", model_dir, {**shared, **one}, 1, port)
-    weights_2, logs_2 = launch(tmp_path / "two", model_dir, {**shared, **two}, 2, port)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
+def test_two_processes_equal_one(case, runs):
+    (weights_1, logs_1), (weights_2, logs_2) = runs[0][case], runs[1][case]
     for name, weight in weights_1.items():
         assert (weights_2[name] - weight).norm() <= 1e-5 * weight.norm(), name
     for a, b in zip(logs_1, logs_2, strict=True):

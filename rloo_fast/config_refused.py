@@ -1,0 +1,145 @@
+"""Fields that transformers or TRL define and this version does not carry out: none is ignored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_liger_kernel_available
+
+if TYPE_CHECKING:
+    from .config import RLOOConfig
+
+# field: (values that are fine, why the others are refused)
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_find_batch_size": (
+        (False,),
+        "it would split groups; lower per_device_train_batch_size and raise "
+        "gradient_accumulation_steps by the same factor, which does not change the result",
+    ),
+    "ds3_gather_for_generation": ((True,), "ZeRO-3 is not in this version; leave it True"),
+    "log_multimodal": ((True,), "there are no images here; leave it True"),
+    "torch_compile": ((False,), "it is not in this version; leave it False"),
+    "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
+    "neftune_noise_alpha": (
+        (None, 0.0),
+        "noise in the embeddings makes the update's log-probs differ from the sampled "
+        "ones; leave it out",
+    ),
+    "use_cache": ((False,), "training keeps no KV cache, generation always does; leave it out"),
+    "train_sampling_strategy": (("random",), "see shuffle_dataset; leave it out"),
+    "length_column_name": (("length",), "prompts are not grouped by length; leave it out"),
+    "data_seed": ((None,), "prompts are shuffled by seed: set that"),
+    "dataloader_drop_last": (
+        (False,),
+        "training always leaves prompts that fill no generation batch to the next epoch, "
+        "evaluation takes every prompt; leave it out",
+    ),
+    "dataloader_persistent_workers": ((False,), "it is not in this version; leave it out"),
+    "dataloader_prefetch_factor": ((None,), "it is not in this version; leave it out"),
+    "dataloader_multiprocessing_context": (
+        (None, "fork"),
+        "it is not in this version; leave it out",
+    ),
+    "dataloader_in_order": ((True,), "a run must be repeatable; leave it True"),
+    "enable_jit_checkpoint": (
+        (False,),
+        "SIGTERM always saves a checkpoint and ends the run here; leave it out",
+    ),
+    "include_num_input_tokens_seen": (
+        ("no",),
+        "prompt and completion tokens are always counted, in the metric num_tokens; leave it out",
+    ),
+    # there are no labels, logits or predictions to do something with
+    "label_smoothing_factor": ((0.0,), "RLOO has no labels; leave it at 0"),
+    "label_names": ((None,), "RLOO has no labels; leave it out"),
+    "average_tokens_across_devices": (
+        (True,),
+        "the loss is a mean over the completions of all processes; leave it out",
+    ),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_use_gather_object", "batch_eval_metrics"),
+        ((None, False), "evaluation keeps rewards only, no predictions; leave it out"),
+    ),
+    "eval_do_concat_batches": ((True,), "evaluation keeps no predictions; leave it out"),
+    "include_for_metrics": (([],), "evaluation keeps no predictions; leave it out"),
+}
+
+
+def refuse(args: RLOOConfig) -> None:
+    """Settings that this version does not carry out: a sentence each, with what to write."""
+    if args.use_vllm:
+        raise ValueError(
+            "use_vllm=True: rollouts by vLLM are not in this version. Leave use_vllm=False: "
+            "completions are then sampled with transformers' generate."
+        )
+    if args.use_transformers_continuous_batching or args.use_transformers_paged:
+        raise ValueError(
+            "use_transformers_continuous_batching=True is not in this version. Leave it False: "
+            "completions are then sampled with transformers' generate."
+        )
+    for name, spec in args.__dataclass_fields__.items():
+        if name.startswith(("vllm_", "transformers_continuous_")) and (
+            getattr(args, name) != spec.default
+        ):
+            raise ValueError(
+                f"{name} has no effect here, as its engine is not in this version: leave it out."
+            )
+    for name, (fine, why) in REFUSED.items():
+        value = getattr(args, name, fine[0])  # not every transformers version has every field
+        if value not in fine:
+            raise ValueError(f"{name}={value!r} is refused: {why}.")
+    _refuse_optimizer(args.optim.value)  # pyright: ignore
+    _refuse_accelerate(args)
+    _refuse_liger_heads(args)
+
+
+def _refuse_optimizer(name: str) -> None:
+    why = None
+    if name in ("lomo", "adalomo") or name.endswith("layerwise"):
+        why = "it changes the weights inside the backward pass, before the step's gradient is whole"
+    elif name.startswith("schedule_free"):
+        why = "the weights it trains with are not those that it says to sample from"
+    if why:
+        raise ValueError(f"optim={name!r} is refused: {why}. Choose another, such as adamw_torch.")
+
+
+def _refuse_accelerate(args: RLOOConfig) -> None:
+    parallel = getattr(args, "parallelism_config", None)
+    if parallel is not None and parallel.total_size > 1:
+        raise ValueError(
+            "parallelism_config: context, sequence, tensor and sharded parallelism are not in this "
+            "version: leave it out."
+        )
+    given = args.accelerator_config.to_dict()  # pyright: ignore
+    standard = AcceleratorConfig().to_dict()
+    for name, value in given.items():
+        # every process reads the prompts for itself, which is what dispatch_batches=False says
+        if name != "use_configured_state" and value not in (
+            standard[name],
+            standard[name] or False,
+        ):
+            raise ValueError(
+                f"accelerator_config: {name}={value!r} has no effect here, as batches are not made "
+                "by accelerate: leave it out."
+            )
+
+
+def _refuse_liger_heads(args: RLOOConfig) -> None:
+    """Liger's layer kernels only: log-probs and loss are made by rloo_kernels."""
+    config = args.liger_kernel_config or {}
+    if not args.use_liger_kernel:
+        if config:
+            raise ValueError("liger_kernel_config has no effect without use_liger_kernel=True.")
+        return
+    if not is_liger_kernel_available():
+        raise ImportError(
+            "use_liger_kernel=True needs liger-kernel: pip install liger-kernel, or leave it False."
+        )
+    heads = ("cross_entropy", "fused_linear_cross_entropy")
+    if asked := [name for name in heads if config.get(name)]:
+        raise ValueError(
+            f"liger_kernel_config asks for {' and '.join(asked)}, which RLOO's loss does not use: "
+            "leave it out. The kernels of the layers are applied without it."
+        )
+    args.liger_kernel_config = {**config, **dict.fromkeys(heads, False)}

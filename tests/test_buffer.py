@@ -1,0 +1,176 @@
+"""The rollout buffer: which rows each optimizer step takes, for any ratio of its sizes."""
+
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rloo_fast.buffer import RolloutBuffer
+from rloo_fast.types import Samples
+
+several = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+def make_samples(num_rows, num_generations, tag=0):
+    """Rows that can be told apart: prompt i holds the number of its group."""
+    return Samples(
+        prompt_ids=[[100 * tag + row // num_generations] for row in range(num_rows)],
+        completion_ids=[[row] for row in range(num_rows)],
+        cu_seqlens=torch.arange(num_rows + 1),
+        scores=torch.arange(num_rows, dtype=torch.float),
+        num_generations=num_generations,
+    )
+
+
+@st.composite
+def sizes(draw):
+    """rows per micro-step, micro-steps per pass (S), passes (mu), micro-steps per update (GA), K"""
+    k = draw(st.integers(1, 4))
+    return {
+        "rows": k * draw(st.integers(1, 3)),
+        "per_pass": draw(st.integers(1, 4)),
+        "passes": draw(st.integers(1, 3)),
+        "per_update": draw(st.integers(1, 9)),
+        "k": k,
+        "batches": draw(st.integers(1, 3)),
+    }
+
+
+def filled(s, seed=7, batches=None):
+    buffer = RolloutBuffer(s["rows"], s["per_pass"], s["passes"], seed)
+    for tag in range(s["batches"] if batches is None else batches):
+        buffer.add(make_samples(s["rows"] * s["per_pass"], s["k"], tag))
+    return buffer
+
+
+def take_all(buffer, s):
+    """Pieces of every update until nothing is left, as (batch, rows)."""
+    updates = []
+    while pieces := buffer.take(s["per_update"]):
+        updates.append([(samples.prompt_ids[0][0] // 100, rows) for samples, rows in pieces])
+    return updates
+
+
+@several
+@given(sizes())
+def test_every_row_once_per_pass(s):
+    updates = take_all(filled(s), s)
+    for tag in range(s["batches"]):
+        used = [row for pieces in updates for batch, rows in pieces if batch == tag for row in rows]
+        size = s["rows"] * s["per_pass"]
+        assert len(used) == size * s["passes"]
+        for start in range(0, len(used), size):  # one pass after another
+            assert sorted(used[start : start + size]) == list(range(size))
+
+
+@several
+@given(sizes())
+def test_every_update_but_the_last_is_full(s):
+    updates = [sum(len(rows) for _, rows in pieces) for pieces in take_all(filled(s), s)]
+    full = s["rows"] * s["per_update"]
+    total = s["rows"] * s["per_pass"] * s["passes"] * s["batches"]
+    assert updates == [full] * (total // full) + ([total % full] if total % full else [])
+
+
+@several
+@given(sizes())
+def test_groups_stay_whole(s):
+    for pieces in take_all(filled(s), s):
+        for _, rows in pieces:
+            groups = [rows[start : start + s["k"]] for start in range(0, len(rows), s["k"])]
+            assert all(g == list(range(g[0], g[0] + s["k"])) for g in groups)
+            assert all(g[0] % s["k"] == 0 for g in groups)
+
+
+@several
+@given(sizes())
+def test_a_piece_is_of_one_batch_and_one_pass(s):
+    """Batches in the order in which they came; within an update no row of a piece twice."""
+    updates = take_all(filled(s), s)
+    order = [batch for pieces in updates for batch, _ in pieces]
+    assert order == sorted(order)
+    assert all(len(set(rows)) == len(rows) for pieces in updates for _, rows in pieces)
+
+
+@several
+@given(sizes(), st.integers(0, 12))
+def test_a_state_taken_midway_gives_the_same_pieces(s, steps):
+    buffer = filled(s)
+    for _ in range(steps):
+        buffer.take(s["per_update"])
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    resumed = filled(s, batches=0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.pending_micro_steps() == buffer.pending_micro_steps()
+    assert take_all(resumed, s) == take_all(buffer, s)
+    assert resumed.num_added == buffer.num_added
+
+
+@several
+@given(sizes())
+def test_pending_micro_steps_are_those_that_can_be_taken(s):
+    buffer = filled(s)
+    waiting = [buffer.pending_micro_steps()]
+    while pieces := buffer.take(s["per_update"]):
+        waiting.append(buffer.pending_micro_steps())
+        taken = sum(len(rows) for _, rows in pieces) // s["rows"]
+        assert waiting[-2] - waiting[-1] == taken
+    assert waiting[-1] == 0
+
+
+def test_a_state_keeps_all_that_is_known_of_the_samples():
+    buffer = RolloutBuffer(2, 2, 1, seed=0)
+    samples = make_samples(4, 2)
+    samples.on_policy, samples.old_logps = False, torch.randn(4)
+    samples.stats = {"reward": torch.arange(4.0)}
+    buffer.add(samples)
+    resumed = RolloutBuffer(2, 2, 1, seed=0)
+    resumed.load_state_dict(buffer.state_dict())
+    (_, kept), = resumed.queue  # fmt: skip
+    assert (kept.on_policy, kept.completion_ids) == (False, samples.completion_ids)
+    assert torch.equal(kept.old_logps, samples.old_logps)
+    assert torch.equal(kept.stats["reward"], samples.stats["reward"])
+
+
+def orders(seed, num_batches=1, passes=1):
+    buffer = RolloutBuffer(2, 16, passes, seed)
+    for _ in range(num_batches):
+        buffer.add(make_samples(32, 2))
+    return [tuple(buffer.take(16)[0][1]) for _ in range(num_batches * passes)]
+
+
+def test_passes_batches_and_seeds_have_orders_of_their_own():
+    assert len({*orders(0, num_batches=2, passes=3), *orders(1)}) == 7
+
+
+def test_the_same_seed_gives_the_same_order():
+    assert orders(5, 2, 2) == orders(5, 2, 2)
+
+
+def test_a_group_larger_than_a_micro_step_is_split():
+    """K = 4 rows, 2 per micro-step: an update of one micro-step takes half a group."""
+    buffer = RolloutBuffer(2, 4, 1, seed=0)
+    buffer.add(make_samples(8, 4))
+    halves = [buffer.take(1)[0][1] for _ in range(4)]
+    assert sorted(row for rows in halves for row in rows) == list(range(8))
+
+
+def test_only_what_is_still_to_be_used_becomes_off_policy():
+    buffer = RolloutBuffer(2, 2, 1, seed=0)
+    used, waiting = make_samples(4, 2), make_samples(4, 2)
+    buffer.add(used)
+    buffer.add(waiting)
+    buffer.take(2)
+    buffer.mark_off_policy()
+    assert (used.on_policy, waiting.on_policy) == (True, False)
+
+
+def test_a_state_of_other_sizes_is_refused():
+    buffer = RolloutBuffer(2, 4, 1, seed=0)
+    buffer.add(make_samples(8, 2))
+    with pytest.raises(ValueError, match=r"\[2, 4, 1\], but now they are \[4, 2, 1\]"):
+        RolloutBuffer(4, 2, 1, seed=0).load_state_dict(buffer.state_dict())
