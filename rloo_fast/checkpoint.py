@@ -59,10 +59,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+def find_checkpoint(
+    resume: str | bool | None, output_dir: str, num_processes: int | None = None
+) -> str | None:
     """The checkpoint to resume from: a directory as given, or with True the newest of output_dir.
 
-    Raises ValueError where there is none, or the directory is no complete checkpoint.
+    Raises ValueError where there is none, or it cannot be resumed from (by `num_processes`).
     """
     if resume is None or resume is False:
         return None
@@ -87,6 +89,12 @@ def find_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
             f"{str(path)!r} holds no {state_file(0)}: it was saved by another trainer or with "
             "save_only_model=True, and cannot be resumed from. Load its weights as the model."
         )
+    num_saved = len(list(path.glob(state_file("*"))))
+    if num_processes not in (None, num_saved):
+        raise ValueError(
+            f"{str(path)!r} was saved by {num_saved} processes and cannot be resumed by "
+            f"{num_processes}: launch as many."
+        )
     return str(path)
 
 
@@ -99,15 +107,9 @@ def put_back(run_dir: Path) -> None:
                 os.rename(old, final)
 
 
-def load_state(checkpoint: str, rank: int, num_processes: int) -> dict[str, Any]:
-    """What this process saved with the checkpoint; ValueError unless as many processes did."""
+def load_state(checkpoint: str, rank: int) -> dict[str, Any]:
+    """What run_state() returned on this process when the checkpoint was saved."""
     path = Path(checkpoint) / state_file(rank)
-    saved = len(list(path.parent.glob(state_file("*"))))
-    if saved != num_processes:
-        raise ValueError(
-            f"{checkpoint!r} was saved by {saved} processes and cannot be resumed by "
-            f"{num_processes}: launch as many."
-        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -150,9 +152,10 @@ def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> 
         return
     found = checkpoints(run_dir)
     found.sort(key=lambda path: (step_of(path) <= step_of(newest), step_of(path)))
-    kept = {newest.resolve()} | ({Path(best).resolve()} if best is not None else set())
+    protected = {newest.resolve(), Path(best).resolve() if best else newest.resolve()}
+    kept = [path for path in found if path.resolve() in protected]
     excess = len(found) - max(limit, len(kept))
-    for path in [path for path in found if path.resolve() not in kept][: max(excess, 0)]:
+    for path in [path for path in found if path not in kept][: max(excess, 0)]:
         # half a deleted checkpoint must not look like one
         (run_dir / INCOMPLETE).mkdir(exist_ok=True)
         os.rename(path, run_dir / INCOMPLETE / f"deleted-{path.name}")
@@ -201,12 +204,12 @@ class CheckpointMixin:
 
     def _all_succeed(self, name: str, action: Callable[[], None]) -> bool:
         """Run `action`; True if it raised on no process. A failure is logged, not raised."""
-        error = None
+        error = ""  # not the exception: it would keep the file open that fills the disk
         try:
             action()
         except Exception as failure:  # the disk may fill in any of a dozen libraries
-            error = failure
-        failed = self._any_process(error is not None)
+            error = f"{type(failure).__name__}: {failure}"
+        failed = self._any_process(bool(error))
         if failed:
             self.num_failed_saves += 1
             found = checkpoints(Path(self.args.output_dir))
@@ -273,8 +276,8 @@ class CheckpointMixin:
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # resumed from the last step: none is left
             return
-        # before 5.2x, transformers sets the epoch of the loader that skips the steps done, which
-        # does not pass it on
+        # in a resumed epoch, transformers 5.16 sets the epoch of a loader that skips the steps done
+        # and does not pass it on
         if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)  # pyright: ignore

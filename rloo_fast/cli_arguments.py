@@ -58,7 +58,7 @@ class TrainArguments:
         metadata=_help("sdpa, flash_attention_2, eager, ... Default: transformers' choice."),
     )
     dataset_subset: str | None = field(
-        default=None, metadata=_help("Configuration of a hub dataset.")
+        default=None, metadata=_help("Configuration of the hub dataset dataset_name.")
     )
     dataset_config: dict | str | None = field(
         default=None, metadata=_help("Settings of a reasoning_gym task, as JSON.")

@@ -162,9 +162,10 @@ def _as(kind: Any, value: Any, option: Option) -> Any:
             raise TypeError  # a word of its own, as include_num_input_tokens_seen has "no"
         return text in TRUE if text is not None else bool(value)
     if kind is int and (number or text is not None):
-        whole = int(value) if text is None or text.lstrip("+-").isdigit() else float(value)
-        if whole == int(whole) == float(value):  # 1e6 is meant as an integer, 1.5 is not
-            return int(whole)
+        if isinstance(value, int) or (text or "").lstrip("+-").isdigit():
+            return int(value)
+        if float(value) == int(float(value)):  # 1e6 is meant as an integer, 1.5 is not
+            return int(float(value))
     if kind is float and (number or text is not None):
         return float(value)
     if kind is str and (text is not None or number) and not option.takes_mapping:

@@ -129,14 +129,18 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
     """The rows to train on, and those to evaluate on or None. Raises ValueError."""
     name = script.dataset_name
     assert name is not None
-    common: dict[str, Any] = {"seed": config.seed, "subset": script.dataset_subset}
-    common["task_config"] = _task_config(script)
+    eval_name = script.eval_dataset_name or name
+    task_config = script.dataset_config
+    assert not isinstance(task_config, str), task_config  # its JSON is read by now
+    with_task = [n for n in (name, eval_name) if n.startswith(TASK)] or [name]
     train_set = load_prompts(
         name,
         split=script.dataset_train_split,
+        subset=script.dataset_subset,
         size=script.dataset_size,
+        seed=config.seed,
+        task_config=task_config if name in with_task else None,
         streaming=script.dataset_streaming,
-        **common,
     )
     if config.eval_strategy == "no" and not config.eval_on_start:
         if script.eval_dataset_name or script.dataset_test_split:
@@ -144,19 +148,17 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
                 "an evaluation set is named, but eval_strategy is 'no': add --eval_strategy steps."
             )
         return train_set, None
-    eval_name = script.eval_dataset_name or name
     alone = script.eval_dataset_name is not None and has_one_split(eval_name)
-    split = script.dataset_test_split or ("train" if alone else "test")
-    if eval_name.startswith(TASK):
-        # items of seed .. seed + dataset_size - 1 are trained on
-        common["seed"] = config.seed + script.dataset_size
-    return train_set, load_prompts(eval_name, split=split, size=script.eval_dataset_size, **common)
-
-
-def _task_config(script: TrainArguments) -> dict[str, Any] | None:
-    config = script.dataset_config
-    assert config is None or isinstance(config, dict), config  # `str` is its JSON, read by now
-    return config
+    eval_set = load_prompts(
+        eval_name,
+        split=script.dataset_test_split or ("train" if alone else "test"),
+        subset=script.dataset_subset if eval_name == name else None,
+        size=script.eval_dataset_size,
+        seed=config.seed + script.dataset_size,  # a task's item i is made from seed + i
+        task_config=task_config if eval_name in with_task else None,
+        exclude_prompts={*train_set["prompt"]} if len(with_task) == 2 else (),
+    )
+    return train_set, eval_set
 
 
 def lora_config(script: TrainArguments) -> Any:
@@ -204,7 +206,8 @@ class _ToStderr(logging.Handler):
     """Looks sys.stderr up at each line, so that whoever redirects it is obeyed."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        # tqdm's: a line does not tear the progress bar
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
 def _show_log_lines(config: RLOOConfig) -> None:

@@ -149,7 +149,7 @@ class Collector:
         truncated = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
         lengths = torch.tensor([len(ids) for ids in rollout.completion_ids])
         counted = torch.where(truncated & args.mask_truncated_completions, 0, lengths)
-        eos = self.tokenizer.eos_token_id
+        eos: Any = self.tokenizer.eos_token_id
         num_eos = torch.tensor([ids.count(eos) for ids in rollout.completion_ids])
         reward = self.rewards.combine(per_function)
         together = gather_rows(self.accelerator, {"reward": reward, "num_eos": num_eos})

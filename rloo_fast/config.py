@@ -177,12 +177,15 @@ class RLOOConfig(Names2024, TrainingArguments):
     transformers_continuous_batching_config: dict | str | None = _field(None, "Not offered yet.")
     use_transformers_paged: bool = _field(False, "Not offered yet.")
 
+    # gradient_accumulation_steps as asked for; the Trainer's own copy of the field becomes 1
+    _micro_steps_per_update: int = field(default=0, init=False, repr=False)
+
     def __post_init__(self) -> None:
         self.apply_names_2024()
         config_checks.refuse_engines(self)
         if self.bf16 is None:
             self.bf16 = (
-                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
             # transformers >= 5.20 calls it so and warns about the old name
@@ -212,6 +215,13 @@ class RLOOConfig(Names2024, TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch, all processes."""
         return int(self.generation_batch_size or 0) // self.num_generations
+
+
+def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A field that takes a mapping, or JSON on a command line, as a new dict; None is empty."""
+    if isinstance(value, str):
+        raise ValueError(f"expected a mapping or a JSON object {{...}}, got the string {value!r}.")
+    return dict(value or {})
 
 
 def trainer_args(args: RLOOConfig | None, model: Any) -> RLOOConfig:

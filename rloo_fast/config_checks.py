@@ -175,7 +175,7 @@ def _generation_kwargs(args: RLOOConfig) -> None:
 def batch_sizes(args: RLOOConfig) -> None:
     # the trainer works through the micro-steps itself and runs transformers' loop with 1; a
     # pickled config keeps the number that was asked for
-    if not hasattr(args, "_micro_steps_per_update"):
+    if not args._micro_steps_per_update:
         args._micro_steps_per_update = args.gradient_accumulation_steps
     per_micro_step = args.per_device_train_batch_size * args.world_size
     steps, size = args.steps_per_generation, args.generation_batch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +35,21 @@ def load_prompts(
     size: int = 10_000,
     seed: int = 42,
     task_config: Mapping[str, Any] | None = None,
+    exclude_prompts: Container[str] = (),
     streaming: bool = False,
 ) -> Dataset | IterableDataset:
     """The rows of `name` with their `prompt`; other columns are for the reward functions.
 
     name: a data file, a directory (of `save_to_disk`, or of data files), a hub id, or
-    `reasoning_gym:TASK`: `size` items, number i made from seed + i; a task has no splits.
+    `reasoning_gym:TASK`: `size` items from `seed` on, with the settings `task_config`, none of
+    `exclude_prompts`; a task has no splits.
     Raises ValueError, in one sentence, for anything that gives no such rows.
     """
+    if subset and (name.startswith(TASK) or has_one_split(name)):
+        raise ValueError(f"dataset {name!r} has no configurations: leave out dataset_subset.")
     if name.startswith(TASK):
-        return _load_task(name.removeprefix(TASK), size, seed, dict(task_config or {}))
+        config = dict(task_config or {})
+        return _load_task(name.removeprefix(TASK), size, seed, config, exclude_prompts)
     if task_config:
         raise ValueError(
             f"dataset_config={dict(task_config)} is for {TASK}TASK, but the dataset is {name!r}: "
@@ -106,12 +111,14 @@ def _first_null(rows: Any) -> int | None:
     return prompts.is_null().to_pylist().index(True) if prompts.null_count else None
 
 
-def _load_task(task: str, size: int, seed: int, config: dict[str, Any]) -> Dataset:
+def _load_task(
+    task: str, size: int, seed: int, config: dict[str, Any], exclude_prompts: Container[str]
+) -> Dataset:
     from .tasks import load_reasoning_gym
 
     for key in {"size", "seed"} & config.keys():
         raise ValueError(f"dataset_config sets {key!r}: write dataset_size or seed instead.")
-    return load_reasoning_gym(task, size, seed, **config)
+    return load_reasoning_gym(task, size, seed, exclude_prompts=exclude_prompts, **config)
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 # Logged names that depend on the clock: a resumed run repeats every value but these.
-TIMING = ("time/", "throughput/", "step_time", "eps")
+TIMING = ("step_time", "eps", "model_preparation_time")
+TIMING_PREFIXES = ("time/", "throughput/")
 TIMING_SUFFIXES = ("_per_second", "_runtime")
 
 
 def is_timing(name: str) -> bool:
     bare = name.removeprefix("eval_")
-    return bare.startswith(TIMING) or name.endswith(TIMING_SUFFIXES)
+    return bare in TIMING or bare.startswith(TIMING_PREFIXES) or name.endswith(TIMING_SUFFIXES)
 
 
 class Metrics:
@@ -64,7 +65,7 @@ class Metrics:
         self.stages[name] += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, list[float]]:
-        return dict(self.values["train"])
+        return {name: list(values) for name, values in self.values["train"].items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.values["train"].clear()

@@ -35,7 +35,7 @@ def is_peft_model(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def base_causal_lm(model: nn.Module) -> nn.Module:
+def base_causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model  # pyright: ignore
 
@@ -166,6 +166,33 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
+def check_peft_config(peft_config: Any, args: RLOOConfig) -> None:
+    """Raise TypeError or ValueError for adapters that cannot be trained; needs no model."""
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            "peft_config must be a PeftConfig such as peft.LoraConfig(...), got "
+            f"{type(peft_config).__name__}."
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} adds tokens to the prompt, which this trainer's "
+            "forward does not do: use LoRA."
+        )
+    _check_no_sync(args)
+
+
+def _check_no_sync(args: RLOOConfig) -> None:
+    if args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model=True needs a reference model of its own, which adapters do "
+            "without: set sync_ref_model=False, or train all weights."
+        )
+
+
 def add_adapters(model: nn.Module, peft_config: Any, args: RLOOConfig) -> nn.Module:
     """Wrap the model with new adapters, or prepare the ones it has.
 
@@ -173,15 +200,8 @@ def add_adapters(model: nn.Module, peft_config: Any, args: RLOOConfig) -> nn.Mod
     reference is the model with adapters off.
     """
     if peft_config is not None:
-        from peft import PeftConfig, get_peft_model
+        from peft import get_peft_model
 
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
-        if peft_config.is_prompt_learning:
-            raise ValueError(
-                f"{type(peft_config).__name__} adds tokens to the prompt, which this trainer's "
-                "forward does not do: use LoRA."
-            )
         if is_peft_model(model):
             raise ValueError(
                 "peft_config was given for a model that already has adapters: merge and unload "
@@ -221,11 +241,7 @@ def make_reference(model: nn.Module, args: RLOOConfig) -> nn.Module | None:
     if args.beta == 0:
         return None
     if is_peft_model(model):
-        if args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=True needs a reference model of its own, which adapters do "
-                "without: set sync_ref_model=False, or train all weights."
-            )
+        _check_no_sync(args)
         return None
     reference = copy.deepcopy(model).requires_grad_(False).eval()
     if args.use_liger_kernel:  # the Trainer applies them to the policy alone

@@ -7,8 +7,13 @@ promise is kept, not the code's.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+Self = TypeVar("Self")
+Parameters = ParamSpec("Parameters")
 
 RENAMED = {
     "rloo_k": "num_generations",
@@ -68,3 +73,32 @@ class Names2024:
                     f"but that is {given}: set steps_per_generation."
                 )
             self.steps_per_generation = steps
+
+
+ARGUMENTS = {  # of the trainer, then and now
+    "config": "write args=",
+    "policy": "write model=",
+    "ref_policy": "leave it out: the reference is the model as it is when the trainer is made",
+    "reward_model": "write reward_funcs=, a list of models, functions and names",
+    "data_collator": "leave it out: datasets hold text, which the trainer tokenises",
+    "tokenizer": "write processing_class=",
+}
+
+
+def refuses_arguments_2024(
+    init: Callable[Concatenate[Self, Parameters], None],
+) -> Callable[Concatenate[Self, Parameters], None]:
+    """Let the constructor raise a TypeError that says what to write for a 2024 argument today."""
+
+    @functools.wraps(init)
+    def checked(self: Self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        old = [
+            f"{name}= is of the 2024 trainer: {say}"
+            for name, say in ARGUMENTS.items()
+            if name in kwargs
+        ]
+        if old:
+            raise TypeError("; ".join(old) + ".")
+        init(self, *args, **kwargs)
+
+    return checked

@@ -33,7 +33,7 @@ class Head(NamedTuple):
     logit_scale: float
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: Any) -> Head:
     """The lm_head of a causal language model and the soft-cap and scale its config declares.
 
     A head that is not a plain linear layer (an adapter on it, say) is left to the model's own
@@ -128,7 +128,7 @@ class Policy:
         return TokenScores(scores[0], scores[1], aux)
 
     @staticmethod
-    def _router_loss(model: nn.Module, out: Any, batch: MicroBatch) -> Tensor:
+    def _router_loss(model: Any, out: Any, batch: MicroBatch) -> Tensor:
         """Load-balancing loss over the real tokens (Switch Transformer, arXiv:2101.03961)."""
         # one function serves every mixture-of-experts family of transformers
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -125,16 +125,18 @@ def tokenize(
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
 
     Raises ValueError for a prompt that is empty, of a wrong type, or leaves no room for the
-    completion in the model's context.
+    completion in the model's context, and for rows of both kinds.
     """
+    if len({is_conversational(row.get("prompt")) for row in rows}) > 1:
+        raise ValueError(
+            "some prompts are conversations and some are not: make all of them strings, or all "
+            "of them lists of messages."
+        )
     prompts = []
     for row in rows:
-        text = row["prompt"]
+        text = row.get("prompt")
         if is_conversational(text):
-            ids = tokenizer.apply_chat_template(
-                text, add_generation_prompt=True, tokenize=True, return_dict=True,
-                **chat_template_kwargs,
-            )["input_ids"]  # fmt: skip
+            ids = _apply_template(text, tokenizer, chat_template_kwargs)
         elif isinstance(text, str):
             ids = tokenizer(text)["input_ids"]
         else:
@@ -158,6 +160,26 @@ def tokenize(
         }
         prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
     return prompts
+
+
+def _apply_template(
+    messages: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> list[int]:
+    if tokenizer.chat_template is None and "chat_template" not in kwargs:
+        raise ValueError(
+            "a prompt is a conversation, but the tokenizer has no chat template: set "
+            "tokenizer.chat_template, or make the prompts strings."
+        )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, **kwargs
+        )
+    except Exception as error:  # whatever the template's code runs into
+        raise ValueError(
+            f"the chat template fails on a prompt ({type(error).__name__}: {error}). The prompt "
+            f"is {_shown(messages)}."
+        ) from error
+    return encoded["input_ids"]
 
 
 class RowTokenizer:
@@ -186,15 +208,19 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
-def check_dataset(dataset: Any, name: str, tokenize_rows: Any) -> None:
-    """Raise ValueError/TypeError unless `dataset` is a non-empty datasets.Dataset (or a stream)
-    with a `prompt` column whose first rows (up to NUM_CHECKED) can be tokenised.
-    """
-    import datasets
+def check_dataset(dataset: Any, name: str, tokenize_rows: Any = None) -> None:
+    """Raise TypeError or ValueError unless `dataset` is a datasets.Dataset or IterableDataset that
+    has rows, a column `prompt` and no images.
 
-    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+    With `tokenize_rows`, its first NUM_CHECKED prompts (of a stream: the first) must pass it too.
+    """
+    from datasets import Dataset, IterableDataset
+
+    if not isinstance(dataset, Dataset | IterableDataset):
+        hint = " Pass one of its splits." if isinstance(dataset, dict) else ""
         raise TypeError(
             f"{name} must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}."
+            f"{hint}"
         )
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
@@ -204,29 +230,39 @@ def check_dataset(dataset: Any, name: str, tokenize_rows: Any) -> None:
         raise ValueError(f"{name} has no column 'prompt', only {sorted(columns)}.{hint}")
     if columns is not None and {"image", "images"} & set(columns):
         raise ValueError(f"{name} has an image column; rloo_fast trains text models: remove it.")
-    if isinstance(dataset, datasets.IterableDataset):
-        return
-    if len(dataset) == 0:
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{name} is empty: it must have at least one row with a 'prompt'.")
+    if tokenize_rows is None:
+        return
+    for rows in _first_rows(dataset, name):
+        try:
+            tokenize_rows(rows)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _first_rows(dataset: Any, name: str) -> Iterator[list[Row]]:
+    from datasets import IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        row = next(iter(dataset), None)
+        if row is None:
+            raise ValueError(f"{name} is empty: the stream ended without a single row.")
+        yield [row]
+        return
     for start in range(0, min(len(dataset), NUM_CHECKED), 1000):
         rows = dataset.select(range(start, min(start + 1000, len(dataset))))
-        texts = rows["prompt"]
-        try:
-            tokenize_rows([{"prompt": text} for text in texts])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        yield [{"prompt": text} for text in rows["prompt"]]
 
 
-def check_datasets(train: Any, evaluation: Any, tokenize_rows: Any) -> None:
-    """check_dataset for the training set, which must be there, and each evaluation set."""
-    if train is None:
-        raise ValueError("train_dataset is missing: pass a dataset with a 'prompt' column.")
-    check_dataset(train, "train_dataset", tokenize_rows)
-    if isinstance(evaluation, dict):
-        for name, dataset in evaluation.items():
-            check_dataset(dataset, f"eval_dataset[{name!r}]", tokenize_rows)
-    elif evaluation is not None:
-        check_dataset(evaluation, "eval_dataset", tokenize_rows)
+def check_fills_a_batch(num_rows: int, prompts_per_batch: int) -> None:
+    """Raise ValueError unless `num_rows` prompts make a generation batch."""
+    if num_rows < prompts_per_batch:
+        raise ValueError(
+            f"train_dataset has {num_rows} prompts, but a generation batch takes "
+            f"{prompts_per_batch}: give more prompts, or lower per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
+        )
 
 
 def train_loader(
@@ -241,13 +277,8 @@ def train_loader(
         if shuffle:
             dataset = dataset.shuffle(seed=seed)
         return DataLoader(StreamedSteps(dataset, *sizes), batch_size=None, collate_fn=_same)
+    check_fills_a_batch(len(dataset), prompts_per_batch)
     sampler = StepSampler(len(dataset), *sizes, shuffle=shuffle, seed=seed)
-    if len(sampler) == 0:
-        raise ValueError(
-            f"train_dataset has {len(dataset)} prompts, but a generation batch takes "
-            f"{prompts_per_batch}: give more prompts, or lower per_device_train_batch_size, "
-            "gradient_accumulation_steps or steps_per_generation."
-        )
     return StepLoader(dataset, batch_sampler=sampler, collate_fn=_same, num_workers=num_workers)  # pyright: ignore
 
 

@@ -62,9 +62,10 @@ class RunReportMixin:
             return
         columns = dict(samples.stats)
         entropy = columns.pop("entropy", None)
-        if mode == "eval":
+        if mode == "eval" and entropy is not None:
             columns["entropy_sum"] = entropy
         advantages = samples.advantages
+        assert advantages is not None
         if self.args.token_level_kl:  # shown for the first token: the sequence's own advantage
             starts = samples.cu_seqlens[:-1].clamp(max=max(len(advantages) - 1, 0))
             advantages = advantages[starts] if len(advantages) else torch.zeros(samples.num_rows)
@@ -104,9 +105,9 @@ class RunReportMixin:
 
     def _samples_due(self) -> bool:
         """num_sample_generations: that many tables, evenly spread over the run."""
-        n = self.args.num_sample_generations
-        step = self.state.global_step + 1
-        return bool(n) and step % max(1, self.state.max_steps // n) == 0
+        n = self.args.num_sample_generations or 0
+        done, total = self.state.global_step, self.state.max_steps
+        return (done + 1) * n // total > done * n // total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"

@@ -31,7 +31,9 @@ from .checkpoint import CheckpointMixin, check_output_dir, find_checkpoint, load
 from .collect import Collector
 from .config import RLOOConfig, trainer_args
 from .config_checks import refuse_launcher
+from .dataset_checks import check_datasets, check_prompts, check_reward_columns
 from .metrics import Metrics
+from .names_2024 import refuses_arguments_2024
 from .policy import Policy, router_coef
 from .rewards import RewardFunc, load_reward_functions
 from .rollout import HFEngine
@@ -65,6 +67,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
     loss_is_scaled_for_ga = False
     _tag_names = ("rloo", "rloo_fast")
 
+    @refuses_arguments_2024
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -81,16 +84,10 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
     ):
         args = trainer_args(args, model)
         check_output_dir(args.output_dir)  # pyright: ignore
-        set_seed(args.seed)  # new adapters are drawn at random
-        policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
-        tokenizer = models.load_tokenizer(processing_class, policy_model, args)
-        stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
-        self._tokenize = prompts.RowTokenizer(tokenizer, models.context_length(policy_model), args)
-        prompts.check_datasets(train_dataset, eval_dataset, self._tokenize)
-        if args.disable_dropout:
-            models.disable_dropout(policy_model)
-        policy_model = models.add_adapters(policy_model, peft_config, args)
-        reference = models.make_reference(policy_model, args)
+        check_datasets(train_dataset, eval_dataset, args)
+        if isinstance(model, str):
+            models.check_model_path(model)
+        models.check_peft_config(peft_config, args)
         self.rewards = load_reward_functions(
             reward_funcs,
             reward_processing_classes,
@@ -101,11 +98,22 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
             timeout_s=args.reward_timeout_s,
             batch_size=args.rollout_forward_batch_size,
         )
+        check_reward_columns(self.rewards, train_dataset, eval_dataset, args)
+        set_seed(args.seed)  # new adapters are drawn at random
+        policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
+        tokenizer = models.load_tokenizer(processing_class, policy_model, args)
+        stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
+        self._tokenize = prompts.RowTokenizer(tokenizer, models.context_length(policy_model), args)
+        check_prompts(train_dataset, eval_dataset, self._tokenize)
+        if args.disable_dropout:
+            models.disable_dropout(policy_model)
+        policy_model = models.add_adapters(policy_model, peft_config, args)
+        reference = models.make_reference(policy_model, args)
         super().__init__(
             model=policy_model,
             args=args,
-            data_collator=lambda rows: rows,
-            train_dataset=train_dataset,
+            data_collator=lambda rows: rows,  # pyright: ignore
+            train_dataset=train_dataset,  # pyright: ignore
             eval_dataset=eval_dataset,  # pyright: ignore
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -118,7 +126,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         self.num_skipped_steps = self.num_eval_batches = 0
         self.num_nonfinite_steps = 0  # in a row
         self._said: set[str] = set()
-        self._resumed_state: dict[str, Any] | None = None
+        self._resume_from: str | None = None
         self._wire(reference, stop_ids)
 
     def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
@@ -290,11 +298,9 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
 
         SIGTERM: the step is finished, a checkpoint saved, and the process exits with status 0.
         """
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)  # pyright: ignore
-        self._resumed_state = None
-        if checkpoint is not None:
-            rank, world = self.accelerator.process_index, self.accelerator.num_processes
-            self._resumed_state = load_state(checkpoint, rank, world)
+        output_dir, world = str(self.args.output_dir), self.accelerator.num_processes
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, world)
+        self._resume_from = checkpoint
         with self.termination:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.exit_if_terminated()
@@ -319,9 +325,11 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         return state
 
     def restore_run_state(self) -> None:
-        state, self._resumed_state = self._resumed_state, None
-        if state is None:
+        if self._resume_from is None:
             return
+        state = load_state(self._resume_from, self.args.process_index)
+        self._load_rng_state(self._resume_from)  # transformers waits until a step is taken
+        self._resume_from = None
         self.last_saved_step = self.state.global_step
         self.buffer.load_state_dict(state["buffer"])
         self.metrics.load_state_dict(state["metrics"])
@@ -340,7 +348,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.last_grad_norm = float(norm)
+        self.last_grad_norm = float(norm)  # pyright: ignore
         return norm
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from kill_resume import main as main_of_module  # what processes run must have an importable name
+    from kill_resume import (
+        main as main_of_module,  # what processes run must have an importable name
+    )
 
     sys.exit(main_of_module())

@@ -47,6 +47,7 @@ class FakeTrainer:
 def folder(tmp_path, monkeypatch):
     """The current directory, with a model's config, prompts and a reward function."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the directory there
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "model").mkdir(exist_ok=True)
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -170,6 +171,7 @@ def test_every_default_is_a_value_the_option_takes(option):
         ("--no_shuffle_dataset", "shuffle_dataset", False),
         ("--no-gradient-checkpointing", "gradient_checkpointing", False),
         ("--max_steps 1e3", "max_steps", 1000),
+        ("--seed 9007199254740993", "seed", 2**53 + 1),
         ("--max_steps 5 --max_steps 6", "max_steps", 6),
         ("--pad_to_multiple_of 8", "pad_to_multiple_of", 8),
         ("--pad_to_multiple_of auto", "pad_to_multiple_of", "auto"),
@@ -446,18 +448,25 @@ def test_a_file_can_be_the_evaluation_set(folder, trainers):
     assert trainers[0].arguments["eval_dataset"][0] == {"prompt": "w5", "answer": 1}
 
 
-def test_a_task_is_evaluated_on_other_items_than_it_is_trained_on(monkeypatch):
-    asked = []
-    monkeypatch.setattr(cli_train, "load_prompts", lambda name, **kw: asked.append(kw))
+def test_a_task_is_evaluated_on_other_items_than_it_is_trained_on():
+    small = {"min_terms": 2, "max_terms": 2, "max_digits": 1}  # few sums there are, many repeat
     script, config = parsed(
-        "--dataset_name", "reasoning_gym:chain_sum", "--eval_strategy", "steps", "--seed", "5",
-        "--dataset_size", "1000", "--dataset_config", '{"max_terms": 2}',
+        "--dataset_name", "reasoning_gym:chain_sum", "--eval_strategy", "steps",
+        "--dataset_size", "40", "--eval_dataset_size", "30", "--dataset_config", json.dumps(small),
     )  # fmt: skip
-    cli_train.load_datasets(script, config)
-    train, evaluation = asked
-    assert train["task_config"] == evaluation["task_config"] == {"max_terms": 2}
-    assert (train["seed"], train["size"]) == (5, 1000)
-    assert (evaluation["seed"], evaluation["size"]) == (1005, 200)
+    train, evaluation = cli_train.load_datasets(script, config)
+    assert (len(train), len(evaluation)) == (40, 30)
+    assert {*train["prompt"]} & {*evaluation["prompt"]} == set()
+
+
+def test_a_task_can_be_evaluated_on_a_file(folder):
+    script, config = parsed(
+        "--dataset_name", "reasoning_gym:chain_sum", "--dataset_size", "4", "--eval_strategy",
+        "steps", "--dataset_config", '{"max_terms": 2}', "--eval_dataset_name", "p.jsonl",
+    )  # fmt: skip
+    train, evaluation = cli_train.load_datasets(script, config)
+    assert len(train) == 4
+    assert evaluation["answer"][:] == ["w3"] * 8
 
 
 # --- for real -------------------------------------------------------------------------------------

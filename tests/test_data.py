@@ -230,6 +230,12 @@ def test_a_task_config_is_for_tasks_only(tmp_path):
     assert "write the configuration of a hub dataset as dataset_subset" in said
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "reasoning_gym:chain_sum"])
+def test_a_configuration_of_what_has_none(tmp_path, name):
+    write_jsonl(tmp_path / "p.jsonl")
+    assert "leave out dataset_subset" in refusal(name, subset="main")
+
+
 # --- procedural tasks -----------------------------------------------------------------------------
 
 
@@ -238,7 +244,7 @@ def test_a_task_is_made_with_size_seed_and_its_own_settings(monkeypatch):
     fake = SimpleNamespace(load_reasoning_gym=lambda *args, **config: asked.append((args, config)))
     monkeypatch.setitem(sys.modules, "rloo_fast.tasks", fake)
     load_prompts("reasoning_gym:chain_sum", size=5, seed=7, task_config={"max_terms": 2})
-    assert asked == [(("chain_sum", 5, 7), {"max_terms": 2})]
+    assert asked == [(("chain_sum", 5, 7), {"max_terms": 2, "exclude_prompts": ()})]
 
 
 @pytest.mark.parametrize("key", ["size", "seed"])
@@ -246,3 +252,16 @@ def test_size_and_seed_of_a_task_are_set_in_one_place(monkeypatch, key):
     monkeypatch.setitem(sys.modules, "rloo_fast.tasks", SimpleNamespace(load_reasoning_gym=None))
     said = refusal("reasoning_gym:chain_sum", task_config={key: 3})
     assert f"dataset_config sets '{key}': write dataset_size or seed instead." in said
+
+
+def test_items_of_a_task_follow_the_seed():
+    config = {"min_terms": 2, "max_terms": 2}
+    three = load_prompts("reasoning_gym:chain_sum", size=3, seed=7, task_config=config)
+    last = load_prompts("reasoning_gym:chain_sum", size=1, seed=9, task_config=config)
+    assert three[2]["prompt"] == last[0]["prompt"]
+    assert len(three) == 3
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="chain_sun"):
+        load_prompts("reasoning_gym:chain_sun")

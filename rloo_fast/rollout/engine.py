@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Protocol
 
-from ..config import RLOOConfig
+from ..config import RLOOConfig, as_dict
 from ..types import Rollout, Sampling
 
 
@@ -28,7 +28,7 @@ def step_seed(seed: int, *keys: int) -> int:
 
 def sampling_of(args: RLOOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
     """How a configuration wants its completions drawn."""
-    extra = dict(args.generation_kwargs or {})
+    extra = as_dict(args.generation_kwargs)
     if args.cache_implementation is not None:
         extra.setdefault("cache_implementation", args.cache_implementation)
     return Sampling(
