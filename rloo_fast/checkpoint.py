@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .models import REF_ADAPTER
+
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = ".incomplete"
@@ -167,6 +169,7 @@ class CheckpointMixin:
     accelerator: Any
     args: Any
     control: Any
+    model: Any
     state: Any
     termination: Any
 
@@ -264,6 +267,12 @@ class CheckpointMixin:
         return super()._determine_best_metric(*args, **kwargs)  # pyright: ignore
 
     # Resuming, where transformers' run would differ from the uninterrupted one
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
+        # transformers 5.16 leaves out the trained adapter where the reference's lies beside it
+        if REF_ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _evaluate(
         self, *args: Any, skip_scheduler: bool = False, **kwargs: Any

@@ -134,7 +134,9 @@ def tokenize(
         )
     prompts = []
     for row in rows:
-        text = row.get("prompt")
+        if "prompt" not in row:
+            raise ValueError(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
+        text = row["prompt"]
         if is_conversational(text):
             ids = _apply_template(text, tokenizer, chat_template_kwargs)
         elif isinstance(text, str):

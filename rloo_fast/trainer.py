@@ -314,7 +314,7 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         state = {
             "buffer": self.buffer.state_dict(),
             "metrics": self.metrics.state_dict(),
-            "tr_loss": self._tr_loss.item(),
+            "tr_loss": float(self._tr_loss),
             "last_logged": self._globalstep_last_logged,
             "loss_total": self.loss_total,
             "num_skipped_steps": self.num_skipped_steps,

@@ -18,6 +18,7 @@ from rloo_kernels.rloo import (
     comparable_rows,
     rloo_advantages,
     rloo_objective,
+    scaled_advantages,
     segment_sum,
     token_level_advantages,
 )
@@ -145,19 +146,18 @@ class Updater:
             kl, shaped = torch.zeros(int(samples.cu_seqlens[-1])), samples.scores
         everyone = gather_rows(self.accelerator, {"shaped": shaped})["shaped"].to(shaped.dtype)
         if k > 1:
-            advantages = rloo_advantages(
+            advantages, scale = scaled_advantages(
                 everyone, k, normalize=args.normalize_advantages, whiten_rewards=args.whiten_rewards
             )
         else:  # one completion per prompt in evaluation: nothing to compare with
-            advantages = torch.zeros_like(everyone)
+            advantages, scale = torch.zeros_like(everyone), torch.ones(())
         start = self.accelerator.process_index * samples.num_rows
         mine = slice(start, start + samples.num_rows)
         advantages = advantages[mine]
         if args.token_level_kl:
             compared = comparable_rows(everyone, k)[mine]
-            advantages = token_level_advantages(
-                advantages, kl, samples.cu_seqlens, args.beta, compared
-            )
+            beta = args.beta * float(scale)  # the KL is scaled as the rewards it is taken off
+            advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
         samples.advantages = advantages
 
     def _credit_groups(self, samples: Samples, rows: list[int], logps: Tensor) -> Tensor:

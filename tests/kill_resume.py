@@ -9,6 +9,7 @@ run that was left alone. Exit status 1 if one is not. The trainer of the tests i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -18,11 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)
 
 import torch
 from conftest import make_model, make_tokenizer
@@ -34,6 +30,7 @@ from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.checkpoint import INCOMPLETE, checkpoints, step_of
 from rloo_fast.metrics import is_timing
 
+HERE = str(Path(__file__).parent)
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}"[: 5 + i % 7], "n": i} for i in range(20)]
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -102,13 +99,15 @@ def metrics_of(output_dir: Path) -> list[dict[str, Any]]:
     return without_times([json.loads(line) for line in lines])
 
 
-# Runs in processes of their own, forked from one that has imported everything and computed nothing
+# Runs in processes of their own
 
 
 def context() -> Any:
+    """Processes forked from one that has imported this module and computed nothing."""
     forkserver = multiprocessing.get_context("forkserver")
     paths = [HERE, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     forkserver.set_forkserver_preload(["kill_resume"])
     return forkserver
 
@@ -117,6 +116,7 @@ def train(output_dir: Path, settings: dict[str, Any], resume: bool, make: Any = 
     """A whole run, as a training script would do it; the model ends up in <output_dir>/final."""
     disable_progress_bar()
     torch.set_num_threads(1)
+    gc.freeze()  # every train() begins with a collection, which then spares what was imported
     trainer = make(output_dir, **settings)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output_dir / "final"))
@@ -138,13 +138,13 @@ def is_exact(output_dir: Path, reference: Path) -> bool:
 # Killing
 
 
-def wait_for_save(process: Any, output_dir: Path, number: int) -> None:
-    """Until the `number`-th save of this process has begun, or the process has ended."""
-    saving = False
-    while number and process.is_alive():
-        now = (output_dir / INCOMPLETE).exists()
-        number -= now and not saving
-        saving = now
+def newest_step(output_dir: Path) -> int:
+    found = checkpoints(output_dir)
+    return step_of(found[-1]) if found else 0
+
+
+def wait(process: Any, condition: Any) -> None:
+    while process.is_alive() and not condition():
         time.sleep(0.0002)
 
 
@@ -152,19 +152,22 @@ def doing(output_dir: Path) -> str:
     """What a killed process was doing, from what it left."""
     left = output_dir / INCOMPLETE
     for path in sorted(left.iterdir()) if left.exists() else []:
-        return f"saving, {path.name} has {len(list(path.iterdir()))} files"
-    found = checkpoints(output_dir)
-    return f"after checkpoint {step_of(found[-1])}" if found else "before a checkpoint"
+        verb = "saving" if step_of(path) >= 0 else "deleting"
+        return f"{verb}, {path.name} has {len(list(path.iterdir()))} files"
+    step = newest_step(output_dir)
+    return f"after checkpoint-{step}" if step else "before a checkpoint"
 
 
-def kill(process: Any, output_dir: Path, rng: random.Random, duration_s: float) -> str:
+def kill(process: Any, output_dir: Path, rng: random.Random, step_s: float) -> str:
     """SIGKILL at a random moment, every second time in a save. Returns when and during what."""
-    begin = time.perf_counter()
-    if rng.random() < 0.5:
-        wait_for_save(process, output_dir, rng.randint(1, 8))
-        time.sleep(rng.uniform(0, 0.04))
-    else:
-        process.join(rng.uniform(0, duration_s))
+    begin, begun_at, last = time.perf_counter(), newest_step(output_dir), KILLED["max_steps"]
+    step = rng.randint(begun_at, last)
+    wait(process, lambda: newest_step(output_dir) >= step)
+    if rng.random() < 0.5 and step < last:
+        wait(process, lambda: (output_dir / INCOMPLETE / f"checkpoint-{step + 1}").exists())
+        time.sleep(rng.uniform(0, step_s / 2))
+    else:  # before the first step as well as in or between steps
+        time.sleep(rng.uniform(0, step_s * (1 if step > begun_at else 5)))
     process.kill()
     process.join()
     seconds = time.perf_counter() - begin
@@ -172,56 +175,49 @@ def kill(process: Any, output_dir: Path, rng: random.Random, duration_s: float) 
     return f"{seconds:.2f} s, {what}"
 
 
-def killed_run(output_dir: Path, rng: random.Random, duration_s: float) -> tuple[list[str], list]:
-    """Train with one to three kills. Returns the kills, and the step every process began at."""
-    kills, begun_at = [], []
-    settings = {**KILLED, "reward": slow_reward}
+def killed_run(output_dir: Path, rng: random.Random, step_s: float) -> list[tuple[str, int]]:
+    """Train with one to three kills. Returns each, with the step that was resumed from."""
+    kills, settings = [], {**KILLED, "reward": slow_reward}
     for _ in range(rng.choice([1, 1, 2, 3])):
-        found = checkpoints(output_dir)
-        begun_at.append(step_of(found[-1]) if found else 0)
-        kills.append(kill(start(output_dir, settings), output_dir, rng, duration_s))
-    found = checkpoints(output_dir)
-    begun_at.append(step_of(found[-1]) if found else 0)
+        moment = kill(start(output_dir, settings), output_dir, rng, step_s)
+        kills.append((moment, newest_step(output_dir)))
+        if newest_step(output_dir) == KILLED["max_steps"]:
+            break
     process = start(output_dir, settings)
     process.join()
     assert process.exitcode == 0, process.exitcode
-    return kills, begun_at
+    return kills
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser = argparse.ArgumentParser(description="Kill, resume, compare.")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        reference = Path(folder) / "reference"
-        settings = {**KILLED, "reward": slow_reward}
-        train_s = 0.0
-        for _ in range(2):  # the first one also waits for the imports
+        for name in ("warm-up", "reference"):  # the first one also waits for the imports
             begin = time.perf_counter()
-            process = start(Path(folder) / "warm" if not train_s else reference, settings)
+            process = start(Path(folder) / name, {**KILLED, "reward": slow_reward})
             process.join()
-            train_s = time.perf_counter() - begin
+            step_s = (time.perf_counter() - begin) / KILLED["max_steps"]
         num_exact = 0
-        print(f"{'run':>3}  {'killed at':58}  {'resumed from':>12}  exact")
+        print(f"{'run':>3}  {'killed at':48}  {'resumed from':>12}  exact")
         for run in range(1, options.runs + 1):
             output_dir = Path(folder) / str(run)
-            kills, begun_at = killed_run(output_dir, rng, train_s)
-            exact = is_exact(output_dir, reference)
+            kills = killed_run(output_dir, rng, step_s)
+            exact = is_exact(output_dir, Path(folder) / "reference")
             num_exact += exact
-            for i, moment in enumerate(kills):
-                end = ("yes" if exact else "NO") if i == len(kills) - 1 else ""
-                number = run if i == 0 else ""
-                print(f"{number:>3}  {moment:58}  {begun_at[i + 1] or 'scratch':>12}  {end}")
+            for i, (moment, step) in enumerate(kills):
+                number, end = run if i == 0 else "", "yes" if exact else "NO"
+                end = end if i == len(kills) - 1 else ""
+                print(f"{number:>3}  {moment:48}  {step or 'scratch':>12}  {end}".rstrip())
             sys.stdout.flush()
     print(f"{num_exact} exact resumes of {options.runs}")
     return int(num_exact != options.runs)
 
 
 if __name__ == "__main__":
-    from kill_resume import (
-        main as main_of_module,  # what processes run must have an importable name
-    )
+    from kill_resume import main as main_of_module  # processes run what has an importable name
 
     sys.exit(main_of_module())

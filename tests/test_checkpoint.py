@@ -1,7 +1,8 @@
-"""Checkpoints are complete or absent, and a resumed run repeats the uninterrupted one bit for bit."""
+"""A checkpoint is complete or absent; a resumed run repeats the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -26,6 +27,15 @@ from rloo_fast.checkpoint import find_checkpoint, load_state, publish, rotate
 
 class Crash(Exception):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Every train() begins with a garbage collection: spare it what was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class At(TrainerCallback):

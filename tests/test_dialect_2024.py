@@ -50,7 +50,6 @@ ALL = {
 CASES = {
     "as-it-comes": {},
     "no-kl": {"kl_coef": 0.0},
-    "strong-kl": {"kl_coef": 0.5, "stop_token_id": STOP},
     "normalize_reward": {"normalize_reward": True},
     "normalize_reward-and-clip": {"normalize_reward": True, "reward_clip_range": 0.8},
     "clip-alone": {"reward_clip_range": 1.0},
@@ -58,7 +57,13 @@ CASES = {
     "normalize_advantage": {"normalize_advantage": True},
     "missing_eos_penalty": {"missing_eos_penalty": 1.0, "stop_token_id": STOP},
     "token_level_kl": {"token_level_kl": True, "kl_coef": 0.5},
-    "unscorable": {"unscorable": 2},
+    "token_level_kl-scaled": {
+        "token_level_kl": True,
+        "kl_coef": 0.5,
+        "whiten_rewards": True,
+        "normalize_advantage": True,
+        "cliprange": 0.02,
+    },
     "unscorable-token_level_kl": {"unscorable": 2, "token_level_kl": True, "kl_coef": 0.5},
     "all": ALL,
 }
@@ -148,14 +153,16 @@ class Script:
         self.kl = [float((o - r).sum()) for o, r in zip(self.old, self.ref, strict=True)]
         self.scores = self.make_scores()
         shaped = [s - self.kl_coef * kl for s, kl in zip(self.scores, self.kl, strict=True)]
-        self.shaped = shaped
+        self.shaped, self.scale = shaped, 1.0
         if self.whiten_rewards:
             mean, variance = np.mean(shaped), np.var(shaped, ddof=1)
             shaped = [(r - mean) / math.sqrt(variance + 1e-8) + mean for r in shaped]
+            self.scale /= math.sqrt(variance + 1e-8)
         self.advantages = [r - shaped[i ^ 1] for i, r in enumerate(shaped)]  # the other of the two
         if self.normalize_advantage:
             mean, std = np.mean(self.advantages), np.std(self.advantages, ddof=1)
             self.advantages = [(a - mean) / (std + 1e-4) for a in self.advantages]
+            self.scale /= std + 1e-4
 
     def log_probs(self, model, row):
         """(log-probs, entropies) of the completion's tokens, and the differentiable log-probs."""
@@ -198,11 +205,11 @@ class Script:
             loss, slope, clip = self.clipped(math.exp(difference.sum()), a)
             return loss, [slope] * len(new), clip
         token_kl = self.old[row] - self.ref[row]
-        baseline = self.scores[row] - self.kl_coef * token_kl.sum() - a
         parts = []
         for t in range(len(new)):
             to_go = self.scores[row] - self.kl_coef * token_kl[t:].sum()
-            parts.append(self.clipped(math.exp(difference[t]), to_go - baseline))
+            ahead = self.scale * (to_go - self.shaped[row])  # of the whole sequence's reward
+            parts.append(self.clipped(math.exp(difference[t]), a + ahead))
         loss, slopes, clips = zip(*parts, strict=True)
         return sum(loss), list(slopes), sum(clips) / len(clips)
 
@@ -307,7 +314,7 @@ def test_the_clip_acts_on_some_completions(case):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"kl_coef": 0.0}, {"kl_coef": 0.5, "missing_eos_penalty": 1.0}, {"whiten_rewards": True},
+    {}, {"kl_coef": 0.0}, {"kl_coef": 0.5, "missing_eos_penalty": 1.0},
     {"token_level_kl": True, "kl_coef": 0.5}, CASES["unscorable-token_level_kl"], ALL,
 ], ids=str)  # fmt: skip
 def test_one_update_per_rollout(tmp_path, options):
@@ -469,35 +476,42 @@ def test_tables_of_a_run_are_printed(tmp_path):
 
 
 def watch_rows(trainer):
-    """(rows of generate calls, rows of forwards without gradients, rows of the others)"""
-    calls, quiet, loud = [], [], []
+    """Rows of every generate call, and of every forward outside of them, by its gradient mode."""
+    rows = {"generate": [], "no_grad": [], "update": []}
+    generating = []
 
     def note(module, args, kwargs):
-        (loud if torch.is_grad_enabled() else quiet).append(len(kwargs["input_ids"]))
+        if not generating:
+            kind = "update" if torch.is_grad_enabled() else "no_grad"
+            rows[kind].append(len(kwargs["input_ids"]))
 
     for model in (trainer.model, trainer.reference.model):
         model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     generate = trainer.model.generate
 
     def watched(**kwargs):
-        calls.append(len(kwargs["input_ids"]))
-        return generate(**kwargs)
+        rows["generate"].append(len(kwargs["input_ids"]))
+        generating.append(True)
+        out = generate(**kwargs)
+        generating.pop()
+        return out
 
     trainer.model.generate = watched
-    return calls, quiet, loud
+    return rows
 
 
-@pytest.mark.parametrize("limit", [3, 5])
+@pytest.mark.parametrize("limit", [1, 3])
 def test_local_rollout_forward_batch_size_limits_rows(tmp_path, limit):
     trainer = make_trainer(
         tmp_path, reward=lambda completions, **kwargs: [float(len(c)) for c in completions],
         local_rollout_forward_batch_size=limit,
     )  # fmt: skip
-    calls, quiet, loud = watch_rows(trainer)
+    rows = watch_rows(trainer)
     trainer.train()
-    assert calls == [limit] * (8 // limit) + [8 % limit]
-    assert max(quiet) == limit
-    assert set(loud) == {2}  # the update goes by per_device_train_batch_size
+    in_pieces = [limit] * (8 // limit) + [8 % limit] * (8 % limit > 0)
+    assert rows["generate"] == in_pieces
+    assert rows["no_grad"] == in_pieces * 2  # the reference model, then the policy
+    assert set(rows["update"]) == {2}  # goes by per_device_train_batch_size
 
 
 def test_local_rollout_forward_batch_size_does_not_change_the_update(tmp_path):

@@ -16,6 +16,7 @@ from rloo_kernels import (
 from rloo_kernels.rloo import (
     comparable_rows,
     nan_moments,
+    scaled_advantages,
     segment_exclusive_cumsum,
     segment_ids,
     segment_sum,
@@ -232,6 +233,19 @@ def test_token_level_advantages_are_rewards_to_go(row_lengths, seed):
     packed = torch.tensor([v for row in kl for v in row]).double()
     got = token_level_advantages(advantages, packed, bounds(row_lengths), beta)
     close(got, torch.tensor(want, dtype=torch.double), atol=1e-6)
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True], ids=["", "whitened"])
+def test_the_kl_to_go_is_scaled_as_the_rewards_are(whiten_rewards):
+    """Normalised: the advantage differs along a row by beta KL in units of the same std."""
+    rewards, cu = torch.tensor([100.0, -40.0, 10.0, -70.0]).double(), bounds([3] * 4)
+    advantages, scale = scaled_advantages(rewards, 2, normalize=True, whiten_rewards=whiten_rewards)
+    close(advantages, rloo_advantages(rewards, 2, normalize=True, whiten_rewards=whiten_rewards))
+    got = token_level_advantages(advantages, torch.ones(12).double(), cu, 0.5 * scale)
+    close(got.view(4, 3).diff(dim=1), torch.full((4, 2), 0.5 * float(scale)))
+    raw = rloo_advantages(rewards, 2, whiten_rewards=whiten_rewards)
+    unit = 1 / rewards.std() if whiten_rewards else 1.0
+    assert float(scale) == pytest.approx(float(unit / (raw.std() + 1e-4)))
 
 
 def test_rows_without_a_baseline_get_no_token_level_advantage():

@@ -270,6 +270,23 @@ def test_a_long_prompt_is_not_printed_whole():
     assert len(str(caught.value)) < 400
 
 
+def test_conversations_and_texts_together():
+    with pytest.raises(ValueError, match="some prompts are conversations and some are not"):
+        tokens({"prompt": "w0"}, {"prompt": CHAT})
+
+
+def test_a_conversation_without_a_chat_template():
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        tokens({"prompt": CHAT})
+
+
+def test_a_chat_template_that_fails_on_a_prompt():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"template fails on a prompt .*no system role.*'w1 w2'"):
+        tokens({"prompt": CHAT}, tokenizer=tokenizer)
+
+
 # --- datasets
 
 
@@ -294,6 +311,16 @@ def test_a_list_is_no_dataset():
         TypeError, match=r"must be a datasets\.Dataset or IterableDataset, got list"
     ):
         check([{"prompt": "w0"}])
+
+
+def test_a_split_must_be_chosen():
+    with pytest.raises(TypeError, match=r"got DatasetDict\. Pass one of its splits"):
+        check(datasets.DatasetDict(train=rows_of(3)))
+
+
+def test_an_empty_stream_is_no_dataset():
+    with pytest.raises(ValueError, match="the stream ended without a single row"):
+        check(datasets.IterableDataset.from_generator(lambda: iter(())))
 
 
 def test_a_usable_dataset_passes():

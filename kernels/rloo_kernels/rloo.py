@@ -96,19 +96,31 @@ def rloo_advantages(
     unbiased std over all those rows. Raises ValueError if the number of rows is no multiple of
     `num_generations`, or that is < 2.
     """
+    return scaled_advantages(
+        rewards, num_generations, normalize=normalize, whiten_rewards=whiten_rewards
+    )[0]
+
+
+def scaled_advantages(
+    rewards: Tensor, num_generations: int, *, normalize: bool, whiten_rewards: bool
+) -> tuple[Tensor, Tensor]:
+    """(`rloo_advantages`, the factor () that `whiten_rewards` and `normalize` put on rewards)."""
     if num_generations < 2 or rewards.ndim != 1 or len(rewards) % num_generations:
         raise ValueError(
             "rewards must hold whole groups of num_generations >= 2 samples, "
             f"got shape {tuple(rewards.shape)} and num_generations = {num_generations}."
         )
+    scale = rewards.new_ones(())
     if whiten_rewards:
+        scale = torch.rsqrt(nan_moments(rewards)[1] ** 2 + 1e-8)
         rewards = whiten(rewards)
     advantages = leave_one_out(rewards.view(-1, num_generations)).view(-1)
     if normalize:
         compared = comparable_rows(rewards, num_generations)
         mean, std = nan_moments(torch.where(compared, advantages, float("nan")))
         advantages = torch.where(compared, (advantages - mean) / (std + 1e-4), 0.0)
-    return advantages
+        scale = scale / (std + 1e-4)
+    return advantages, scale
 
 
 def token_level_advantages(
@@ -122,7 +134,8 @@ def token_level_advantages(
 
     The reward-to-go of token t is score_i - beta sum_{s >= t} KL_is (REINFORCE++,
     arXiv:2501.03262, eq. 1); the baseline is the sequence's leave-one-out mean. A penalty already
-    paid before t drops out of A_it. Rows where `compared` is False (see `comparable_rows`) give 0.
+    paid before t drops out of A_it. Where rewards were scaled (`scaled_advantages`), give beta
+    times the factor. Rows where `compared` is False (see `comparable_rows`) get 0.
     """
     owner = segment_ids(cu_seqlens)
     per_token = advantages[owner] + beta * segment_exclusive_cumsum(kl_per_token, cu_seqlens)

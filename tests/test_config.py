@@ -1,0 +1,283 @@
+"""RLOOConfig beside TRL 1.16's: same fields, same defaults, and no field accepted and ignored.
+
+Every field stands in exactly one table: REFUSED (the sentence that other values are answered with),
+the functions `test_effect_of_<field>` of test_config_effects.py, ELSEWHERE (another test that shows
+its effect), TRANSFORMERS (carried out by code of transformers' Trainer that we run) or ALWAYS_SO.
+The names of the 2024 trainer have a file of their own, test_dialect_2024.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_config_effects
+import torch
+import trl
+from accelerate import ParallelismConfig
+
+from rloo_fast import RLOOConfig, RLOOTrainer
+from rloo_fast.names_2024 import Names2024
+
+TRL_FIELDS = {f.name: f for f in dataclasses.fields(trl.RLOOConfig)}
+OUR_FIELDS = {f.name: f for f in dataclasses.fields(RLOOConfig) if f.init}
+OTHER_DEFAULTS = {  # field: why its default is not TRL's
+    "disable_dropout": "dropout is noise in the KL and the ratio; the 2024 trainer had it off",
+}
+
+
+# --- the same fields and arguments
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@pytest.mark.parametrize("name", TRL_FIELDS)
+def test_a_field_of_trl_is_here_with_its_default(name):
+    same = default_of(OUR_FIELDS[name]) == default_of(TRL_FIELDS[name])
+    assert same == (name not in OTHER_DEFAULTS)
+
+
+def test_constructor_arguments_are_trls_in_order():
+    ours = inspect.signature(RLOOTrainer).parameters
+    theirs = inspect.signature(trl.RLOOTrainer).parameters
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+def test_bf16_is_on_by_default_only_where_a_gpu_supports_it(tmp_path):
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    assert RLOOConfig(str(tmp_path)).bf16 == supported
+
+
+# --- no field is ignored
+
+REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is answered with)
+    "accelerator_config": ({"split_batches": True}, "split_batches=True has no effect"),
+    "auto_find_batch_size": (True, "would split groups; lower per_device_train_batch_size"),
+    "average_tokens_across_devices": (False, "mean over the completions of all processes"),
+    "batch_eval_metrics": (True, "keeps rewards only, no predictions"),
+    "data_seed": (3, "shuffled by seed: set that"),
+    "dataloader_drop_last": (True, "evaluation takes every prompt"),
+    "dataloader_in_order": (False, "leave it True"),
+    "dataloader_multiprocessing_context": ("spawn", "leave it out"),
+    "dataloader_persistent_workers": (True, "leave it out"),
+    "dataloader_prefetch_factor": (2, "leave it out"),
+    "deepspeed": ({"zero_optimization": {"stage": 2}}, "accelerate launch --multi_gpu"),
+    "ds3_gather_for_generation": (False, "ZeRO-3 is not in this version"),
+    "enable_jit_checkpoint": (True, "SIGTERM always saves a checkpoint"),
+    "eval_accumulation_steps": (2, "keeps rewards only, no predictions"),
+    "eval_do_concat_batches": (False, "keeps no predictions"),
+    "eval_use_gather_object": (True, "keeps rewards only, no predictions"),
+    "fsdp": (True, "accelerate launch --multi_gpu"),
+    "fsdp_config": ({"activation_checkpointing": True}, "fsdp_config is not in this version"),
+    "include_for_metrics": (["loss"], "keeps no predictions"),
+    "include_num_input_tokens_seen": (True, "always counted, in the metric num_tokens"),
+    "label_names": (["labels"], "RLOO has no labels"),
+    "label_smoothing_factor": (0.1, "RLOO has no labels"),
+    "layout": ("packed", "layout must be 'auto' or 'padded'"),
+    "length_column_name": ("tokens", "not grouped by length"),
+    "log_multimodal": (False, "there are no images here"),
+    "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
+    "optim": ("lomo", "inside the backward pass"),
+    "parallelism_config": (ParallelismConfig(tp_size=2), "are not in this version"),
+    "torch_compile": (True, "it is not in this version"),
+    "torch_compile_backend": ("inductor", "torch_compile=True is refused"),
+    "torch_compile_mode": ("default", "torch_compile=True is refused"),
+    "torch_empty_cache_steps": (5, "it is not in this version"),
+    "train_sampling_strategy": ("group_by_length", "see shuffle_dataset"),
+    "transformers_continuous_batching_config": ({"max_memory_percent": 0.5}, "has no effect here"),
+    "use_cache": (True, "generation always does"),
+    "use_transformers_continuous_batching": (True, "Leave it False"),
+    "use_transformers_paged": (True, "Leave it False"),
+    "use_vllm": (True, "Leave use_vllm=False"),
+    "vllm_enable_sleep_mode": (True, "vllm_enable_sleep_mode has no effect here"),
+    "vllm_gpu_memory_utilization": (0.5, "has no effect here"),
+    "vllm_group_port": (1, "has no effect here"),
+    "vllm_max_model_length": (512, "has no effect here"),
+    "vllm_mode": ("server", "has no effect here"),
+    "vllm_model_impl": ("transformers", "has no effect here"),
+    "vllm_server_base_url": ("http://localhost:8000", "has no effect here"),
+    "vllm_server_host": ("localhost", "has no effect here"),
+    "vllm_server_port": (1, "has no effect here"),
+    "vllm_server_timeout": (1.0, "has no effect here"),
+    "vllm_structured_outputs_regex": ("a+", "has no effect here"),
+    "vllm_tensor_parallel_size": (2, "has no effect here"),
+}
+ELSEWHERE = {  # field: the test that shows its effect
+    "fp16": "test_checkpoint.py::test_fp16_overflows_end_the_run_only_once_the_loss_scale_is_down",
+    "max_grad_norm": "test_trl_parity.py::test_loss_gradients_and_weights_equal_trl",
+    "max_nonfinite_steps": "test_checkpoint.py::test_too_many_such_steps_in_a_row_end_the_run",
+    "missing_eos_penalty": "test_dialect_2024.py::test_metrics_of_the_rollout",
+    "normalize_rewards": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
+    "num_sample_generations": "test_dialect_2024.py::test_tables_of_a_run_are_printed",
+    "report_to": "test_train_options.py::test_tensorboard_gets_the_metrics",
+    "rollout_forward_batch_size": "test_dialect_2024.py::"
+    "test_local_rollout_forward_batch_size_limits_rows",
+    "save_total_limit": "test_checkpoint.py::"
+    "test_nothing_but_the_limited_number_of_checkpoints_is_left",
+    "stop_token_id": "test_dialect_2024.py::test_stop_token_id_ends_completions_beside_eos",
+    "token_level_kl": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
+    "whiten_rewards": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
+}
+# carried out by transformers: the run, the optimizer, logs, evaluation, checkpoints, the Hub, DDP
+CARRIED_OUT = """
+    output_dir num_train_epochs max_steps use_cpu tf32 debug skip_memory_metrics full_determinism
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim_args optim_target_modules weight_decay
+    adam_beta1 adam_beta2 adam_epsilon
+    logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica
+    log_on_each_node disable_tqdm run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id
+    eval_strategy eval_steps eval_delay eval_on_start bf16_full_eval fp16_full_eval
+    load_best_model_at_end metric_for_best_model greater_is_better
+    save_strategy save_steps save_only_model save_on_each_node ignore_data_skip
+    restore_callback_states_from_checkpoint
+    push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout
+"""
+TRANSFORMERS = CARRIED_OUT.split()
+ALWAYS_SO = {  # field: why neither value of it can be told from the other
+    "prediction_loss_only": "evaluation never keeps predictions",
+    "dataloader_pin_memory": "the loaders yield rows of text: there is no tensor to pin",
+    "do_train": "a flag for scripts, which transformers' Trainer does not read either",
+    "do_eval": "as do_train",
+    "do_predict": "as do_train",
+    "resume_from_checkpoint": "as do_train; rloo-fast train reads it",
+    "stop_token": "its only value, 'eos', is what happens without it",
+    "local_rank": "transformers takes the rank from the environment",
+}
+
+
+def test_every_field_stands_in_one_table():
+    prefix = "test_effect_of_"
+    shown = [n.removeprefix(prefix) for n in dir(test_config_effects) if n.startswith(prefix)]
+    tables = [*REFUSED, *shown, *ELSEWHERE, *TRANSFORMERS, *ALWAYS_SO]
+    names_2024 = {f.name for f in dataclasses.fields(Names2024)}
+    assert sorted(tables) == sorted(set(OUR_FIELDS) - names_2024)
+
+
+@pytest.mark.parametrize("test", sorted({*ELSEWHERE.values()}))
+def test_a_test_that_a_table_names_is_there(test):
+    file, name = test.split("::")
+    assert f"def {name}(" in (Path(__file__).parent / file).read_text()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_is_not_offered_is_refused(name, tmp_path):
+    value, sentence = REFUSED[name]
+    workers = {"dataloader_num_workers": 1} if name.startswith("dataloader_p") else {}
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        RLOOConfig(str(tmp_path), **{name: value}, **workers)
+
+
+@pytest.mark.parametrize("optim", ["adalomo", "galore_adamw_layerwise", "schedule_free_adamw"])
+def test_other_optimizers_that_do_not_fit_are_refused(optim, tmp_path):
+    with pytest.raises(ValueError, match=f"optim='{optim}' is refused"):
+        RLOOConfig(str(tmp_path), optim=optim)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_generations": 1}, "num_generations must be >= 2"),
+        ({"num_generations": "4"}, "num_generations must be >= 2 .*, got '4'"),
+        ({"max_completion_length": None}, "max_completion_length must be an integer >= 1"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"temperature": None}, "temperature must be > 0, got None"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"min_p": 2.0}, r"min_p must be in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0"),
+        ({"beta": -0.1}, "beta must be >= 0"),
+        ({"beta": float("nan")}, "beta must be >= 0"),
+        ({"epsilon": -0.1}, "epsilon must be >= 0"),
+        ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must be in \[0, 1\]"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be an integer >= 1"),
+        ({"num_generations_eval": 0}, "num_generations_eval must be an integer >= 1"),
+        ({"num_completions_to_print": 0}, "num_completions_to_print must be an integer >= 1"),
+        ({"reward_timeout_s": 0}, "reward_timeout_s must be > 0"),
+        ({"reward_weights": "1, 2"}, "reward_weights must be a list of finite numbers"),
+        ({"reward_weights": [1.0, float("inf")]}, "reward_weights must be a list of finite"),
+        ({"reward_clip_range": (1, -1)}, "reward_clip_range must be .* min < max"),
+        ({"reward_clip_range": "wide"}, "reward_clip_range must be .*, got 'wide'"),
+        ({"pad_to_multiple_of": "wide"}, "pad_to_multiple_of must be 'auto' or an integer"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer"),
+        ({"model_init_kwargs": "dtype"}, "model_init_kwargs must be a dict, .*got 'dtype'"),
+        ({"generation_kwargs": {"temprature": 1}}, "'temprature' is not a sampling argument"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "may not set temperature.*: set temperature"),
+        ({"generation_kwargs": {"max_new_tokens": 5}}, "set max_completion_length"),
+        ({"generation_kwargs": {"eos_token_id": 5}}, "set stop_token_id"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "set num_generations"),
+        ({"generation_kwargs": {"return_dict_in_generate": True}}, "is not a sampling argument"),
+        ({"cache_implementation": "big"}, r"Invalid `cache_implementation` \(big\)"),
+        ({"liger_kernel_config": {"rope": True}}, "no effect without use_liger_kernel=True"),
+        ({"beta": 0.0, "sync_ref_model": True}, "set beta > 0 or sync_ref_model=False"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused(settings, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        RLOOConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "clean"),
+    [((-1, 2), [-1.0, 2.0]), (3, [-3.0, 3.0]), ([3], [-3.0, 3.0]), (None, None)],
+    ids=str,
+)
+def test_a_reward_clip_range_may_be_a_pair_or_one_number(given, clean, tmp_path):
+    assert RLOOConfig(str(tmp_path), reward_clip_range=given).reward_clip_range == clean
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "generation_kwargs", "chat_template_kwargs"])
+def test_a_dict_may_be_given_as_json(name, tmp_path):
+    assert getattr(RLOOConfig(str(tmp_path), **{name: '{"top_k": 3}'}), name) == {"top_k": 3}
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "size"),
+    [
+        ({}, 1, 8),
+        ({"gradient_accumulation_steps": 3}, 3, 24),
+        ({"steps_per_generation": 2}, 2, 16),
+        ({"generation_batch_size": 32}, 4, 32),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 4}, 2, 16),
+        ({"steps_per_generation": 2, "generation_batch_size": 16}, 2, 16),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_generation_batch(settings, steps, size, tmp_path):
+    config = RLOOConfig(str(tmp_path), per_device_train_batch_size=8, **settings)
+    assert (config.steps_per_generation, config.generation_batch_size) == (steps, size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"num_generations": 3}, r"generation_batch_size \(8 completions.* num_generations \(3\)"),
+        ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size x"),
+        (
+            {"steps_per_generation": 2, "generation_batch_size": 8},
+            "means 16 completions, but generation_batch_size is 8: set one of the two",
+        ),
+        (
+            {"eval_strategy": "steps", "per_device_eval_batch_size": 3},
+            r"per_device_eval_batch_size x processes \(3\) must be a multiple",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused(settings, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        RLOOConfig(str(tmp_path), per_device_train_batch_size=8, **settings)
