@@ -54,7 +54,9 @@ class RLOOConfig(Names2024, TrainingArguments):
     router_aux_loss_coef: float | None = _field(
         None, "Weight of a mixture-of-experts model's load-balancing loss. Default: its config's."
     )
-    disable_dropout: bool = _field(True, "Set every dropout of the model to 0.")
+    disable_dropout: bool = _field(
+        True, "Set every dropout of the model to 0, that of LoRA adapters too."
+    )
     layout: str = _field(
         "auto", "How completions are batched for the update: auto | padded. auto picks the best."
     )
@@ -185,7 +187,9 @@ class RLOOConfig(Names2024, TrainingArguments):
         config_checks.refuse_engines(self)
         if self.bf16 is None:
             self.bf16 = (
-                not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+                not self.fp16
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
             # transformers >= 5.20 calls it so and warns about the old name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 if TYPE_CHECKING:
     from .config import RLOOConfig

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.integrations.liger import apply_liger_kernel
 
-from .config import RLOOConfig
+from .config import RLOOConfig, as_dict
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def load_policy(
     A string is loaded with args.model_init_kwargs, in float32 unless they name a dtype.
     Raises ValueError for a directory that is not there or holds no model.
     """
-    kwargs = dict(args.model_init_kwargs or {})
+    kwargs = as_dict(args.model_init_kwargs)
     if not isinstance(model, str):
         if args.model_init_kwargs or quantization_config is not None:
             raise ValueError(
@@ -92,9 +91,7 @@ def check_model_path(name: str) -> None:
         raise ValueError(f"model {name!r}: the directory holds no config.json, so no saved model.")
 
 
-def load_tokenizer(
-    processing_class: Any, model: nn.Module, args: RLOOConfig
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(processing_class: Any, model: Any, args: RLOOConfig) -> PreTrainedTokenizerBase:
     """The tokenizer as given, or the one saved with the model; its pad token is set.
 
     A missing pad token is taken from EOS, with a note. Raises TypeError for a multimodal processor
@@ -102,7 +99,7 @@ def load_tokenizer(
     """
     if processing_class is None:
         name = getattr(model.config, "_name_or_path", "") or ""
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = as_dict(args.model_init_kwargs).get("revision")
         try:
             processing_class = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=args.trust_remote_code
@@ -137,9 +134,8 @@ def load_tokenizer(
 def stop_token_ids(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, extra: int | None = None
 ) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's EOS, the model's generation EOS ids,
-    extra."""
-    ids = [tokenizer.eos_token_id]
+    """Every id that ends a completion: the tokenizer's EOS, the model's EOS ids, extra."""
+    ids: list[Any] = [tokenizer.eos_token_id]
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids += declared if isinstance(declared, list) else [declared]
     ids.append(extra)
@@ -267,9 +263,9 @@ def reference_weights(model: nn.Module):
             yield
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """Longest sequence the model has positions for, None if its config does not say."""
-    config: AutoConfig = model.config.get_text_config()
+    config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -65,7 +65,7 @@ class Names2024:
                 )
             setattr(self, new, value)
         if self.num_mini_batches is not None:
-            steps = self.num_mini_batches * self.gradient_accumulation_steps
+            steps = self.num_mini_batches * getattr(self, "gradient_accumulation_steps")  # noqa: B009
             given = self.steps_per_generation
             if self.num_mini_batches < 1 or given not in (None, steps):
                 raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from .config import RLOOConfig
+from .config import RLOOConfig, as_dict
 from .types import Prompt
 
 Row = dict[str, Any]
@@ -191,8 +191,13 @@ class RowTokenizer:
         self, tokenizer: PreTrainedTokenizerBase, context_length: int | None, args: RLOOConfig
     ):
         self.tokenizer = tokenizer
-        self.chat_template_kwargs = dict(args.chat_template_kwargs or {})
+        self.chat_template_kwargs = as_dict(args.chat_template_kwargs)
         self.room = None if context_length is None else context_length - args.max_completion_length
+        if self.room is not None and self.room < 1:
+            raise ValueError(
+                f"max_completion_length={args.max_completion_length} leaves no room for a prompt "
+                f"in the model's context of {context_length} tokens: lower it."
+            )
         self.keep_columns = not args.remove_unused_columns
 
     def __call__(self, rows: list[Row]) -> list[Prompt]:

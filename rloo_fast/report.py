@@ -26,10 +26,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # O
 DASHES = ("-", "--", ":")  # a seventh run takes the first colour again, dashed
 PANELS = {  # metric: (title, unit)
     "reward": ("Reward", "mean per completion"),
+    "accuracy": ("Accuracy, training prompts", "share correct"),
     "kl": ("KL to the reference", "nats per token"),
     "entropy": ("Entropy", "nats per token"),
     "completions/mean_length": ("Completion length", "tokens"),
-    "eval_accuracy": ("Evaluation: accuracy", "share correct"),
+    "eval_accuracy": ("Accuracy, held-out prompts", "share correct"),
     "eval_reward": ("Evaluation: reward", "mean per completion"),
 }
 

@@ -110,10 +110,11 @@ class RunReportMixin:
         return (done + 1) * n // total > done * n // total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        # evaluation's own time carries its prefix: eval_, eval_<name>_, or the caller's
+        timed = [n for n in logs if n.endswith("_runtime") and n != "train_runtime"]
+        mode, prefix = ("eval", timed[0].removesuffix("runtime")) if timed else ("train", "")
         if "train_loss" in logs:  # transformers' covers this call of train() only
             logs["train_loss"] = self.loss_total / max(self.state.global_step, 1)
-        prefix = "eval_" if mode == "eval" else ""
         logs.update({prefix + k: v for k, v in self.metrics.flush(mode).items()})
         if "learning_rate" in logs:
             logs["lr"] = logs["learning_rate"]

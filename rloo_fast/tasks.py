@@ -91,7 +91,9 @@ def _as_json(task: str, entry: dict[str, Any]) -> str:
     try:
         return json.dumps(entry)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"task {task!r}: its entries cannot be written as JSON: {error}") from error
+        raise ValueError(
+            f"task {task!r}: its entries cannot be written as JSON: {error}"
+        ) from error
 
 
 def _check_verifier(task: str, problems: Any, entry: dict[str, Any], reread: dict[str, Any]):

@@ -105,9 +105,9 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
         self._tokenize = prompts.RowTokenizer(tokenizer, models.context_length(policy_model), args)
         check_prompts(train_dataset, eval_dataset, self._tokenize)
+        policy_model = models.add_adapters(policy_model, peft_config, args)
         if args.disable_dropout:
             models.disable_dropout(policy_model)
-        policy_model = models.add_adapters(policy_model, peft_config, args)
         reference = models.make_reference(policy_model, args)
         super().__init__(
             model=policy_model,

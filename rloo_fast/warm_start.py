@@ -24,7 +24,7 @@ NOT_LEARNED = -100  # label that the cross-entropy skips
 
 
 def build_tokenizer(problems: Dataset) -> PreTrainedTokenizerFast:
-    """Qwen2's tokenizer with bytes for a vocabulary, and one token for what all questions begin with.
+    """Qwen2's tokenizer: the bytes, and one token for what all questions begin with.
 
     Raises ValueError if the questions begin with nothing in common.
     """
@@ -33,10 +33,11 @@ def build_tokenizer(problems: Dataset) -> PreTrainedTokenizerFast:
     from transformers import Qwen2Tokenizer
 
     prompts = problems["prompt"][:]
-    beginning = os.path.commonprefix(prompts)
+    beginning = os.path.commonprefix(prompts)  # noqa: RUF071 (characters are meant)
     if not beginning or beginning in prompts:
         raise ValueError(
-            f"The questions must begin alike and then differ, got {prompts[0]!r} and {prompts[-1]!r}."
+            "The questions must begin alike and then differ, "
+            f"got {prompts[0]!r} and {prompts[-1]!r}."
         )
     symbols = [PAD, EOS, *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer(
@@ -47,7 +48,7 @@ def build_tokenizer(problems: Dataset) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         padding_side="left",
     )
-    tokenizer.add_tokens([AddedToken(beginning, normalized=False)])
+    tokenizer.add_tokens([AddedToken(beginning, normalized=False)])  # pyright: ignore
     return tokenizer
 
 
@@ -66,8 +67,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedMode
         max_position_embeddings=64,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore
     )
     return Qwen2ForCausalLM(config)
 

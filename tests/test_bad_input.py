@@ -268,7 +268,9 @@ BEFORE_TRAINING: dict[str, tuple[Any, type[Exception], str]] = {
         r"eval_dataset\['test'\]: a prompt has 125 tokens",
     ),
     "a completion longer than the context": (
-        lambda: {"settings": {"max_completion_length": 200}}, ValueError, "lower max_completion_",
+        lambda: {"settings": {"max_completion_length": 200}},
+        ValueError,
+        "=200 leaves no room for a prompt in the model's context of 128 tokens: lower it",
     ),
     "a stream without prompts": (
         lambda: {"train_dataset": stream({"text": "w0"})},

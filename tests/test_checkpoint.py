@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -21,6 +22,7 @@ from datasets import IterableDataset
 from kill_resume import ROWS, make_trainer, metrics_of, without_times
 from transformers import TrainerCallback
 
+from rloo_fast import checkpoint
 from rloo_fast.callbacks import StepCallback
 from rloo_fast.checkpoint import find_checkpoint, load_state, publish, rotate
 
@@ -135,7 +137,7 @@ INTERRUPTED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "between-logs": (4, {"logging_steps": 3, "save_steps": 2}, {}),
+    "between-logs": (4, {"logging_steps": 3, "save_steps": 2, "num_iterations": 3}, {}),
     "moving-reference": (3, {"sync_ref_model": True, "ref_model_sync_steps": 2}, {}),
     "stream": (3, {}, {"train_dataset": stream}),
     "lora": (3, {"disable_dropout": False}, {"peft_config": lora}),
@@ -434,6 +436,19 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(tmp_path):
 
     assert trainer.num_failed_saves == 1
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+
+
+def test_a_best_checkpoint_lost_in_its_last_fsync_leaves_the_former_one(tmp_path, monkeypatch):
+    def sync_tree(root: Path) -> None:
+        if root.name == "checkpoint-4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "sync_tree", sync_tree)
+    trainer = make_trainer(tmp_path, **{**BEST, "max_steps": 4})
+    trainer.train()
+
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
 
 
 # --- failing saves --------------------------------------------------------------------------------

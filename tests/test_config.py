@@ -53,7 +53,9 @@ def test_constructor_arguments_are_trls_in_order():
 
 
 def test_bf16_is_on_by_default_only_where_a_gpu_supports_it(tmp_path):
-    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
     assert RLOOConfig(str(tmp_path)).bf16 == supported
 
 

@@ -264,14 +264,14 @@ def test_weights_and_none_of_several_rewards(tmp_path):
 
 def test_what_rewards_log_is_in_the_table_and_the_logs(tmp_path, capsys, monkeypatch):
     def judge(completions, log_extra, log_metric, **kwargs):
-        log_extra("verdict", [f"verdict-{i}" for i in range(len(completions))])
+        log_extra("verdict", [f"said-{i}" for i in range(len(completions))])
         log_metric("share", 0.25)
         return [1.0] * len(completions)
 
     monkeypatch.setenv("COLUMNS", "200")
     trainer = train(tmp_path, reward_funcs=judge, log_completions=True, max_steps=1)
     assert step_logs(trainer)[0]["share"] == 0.25
-    assert "verdict-3" in capsys.readouterr().out
+    assert "said-3" in capsys.readouterr().out
 
 
 def test_rewards_get_the_columns_and_the_trainers_state(tmp_path):
@@ -327,8 +327,8 @@ def test_a_callback_can_stop_the_run(tmp_path):
 
 def test_an_optimizer_and_a_schedule_of_ones_own(tmp_path):
     model = make_model()
-    head = [p for n, p in model.named_parameters() if "norm" in n]
-    optimizer = torch.optim.SGD(head, lr=0.5)
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    optimizer = torch.optim.SGD(norms, lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1**step)
     before = weights(model)
     trainer = train(tmp_path, model=model, optimizers=(optimizer, schedule))
@@ -376,8 +376,7 @@ def test_one_completion_per_prompt_in_evaluation_has_a_reward_and_no_advantage(t
     assert metrics["eval_loss"] == 0
 
 
-@pytest.mark.parametrize("length", [1, 2])
-def test_every_evaluation_set_of_a_dict_has_metrics_of_its_own(tmp_path, length):
+def test_every_evaluation_set_of_a_dict_has_metrics_of_its_own(tmp_path):
     def number_of_tokens(prompts, **kwargs):
         return [float(len(prompt.split())) for prompt in prompts]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rloo_fast.rewards.builtin import Completion, completion_text
@@ -17,18 +18,27 @@ logger = logging.getLogger(__name__)
 
 
 def reasoning_gym_reward(
-    completions: list[Completion], task: list[str], entry: list[str], **kwargs: Any
+    completions: list[Completion],
+    task: list[str],
+    entry: list[str],
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
 ) -> list[float]:
     """r_i = score_answer(strip(completion_i), entry_i) of the task's verifier, mostly in [0, 1].
 
     `task` and `entry` are the columns that `load_reasoning_gym` makes. Some verifiers raise on text
     that they cannot read (prime_factorization on a word): such a completion earns 0, which is said
-    once per task. Raises ValueError for an entry that is no entry of its task.
+    once per task. Logs `accuracy`, the share of completions with r_i >= 1 (some verifiers give part
+    of the reward for part of the answer). Raises ValueError for an entry that is no entry of its
+    task.
     """
-    return [
+    rewards = [
         _score(completion_text(completion).strip(), name, text)
         for completion, name, text in zip(completions, task, entry, strict=True)
     ]
+    if log_metric is not None and rewards:
+        log_metric("accuracy", sum(reward >= 1 for reward in rewards) / len(rewards))
+    return rewards
 
 
 def _score(answer: str, task: str, text: str) -> float:
