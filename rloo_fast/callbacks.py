@@ -85,7 +85,7 @@ class StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.termination_requested():
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
         if control.should_save and (control.should_training_stop or _ends_epoch(state)):
             # a resume would not repeat what is logged and evaluated at the end of the epoch, so
             # the checkpoint waits for it

@@ -96,7 +96,7 @@ def warm_start(
     output_dir: Path,
     *,
     max_steps: int,
-    batch_size: int = 128,
+    batch_size: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> float:
@@ -105,6 +105,9 @@ def warm_start(
     Trains `model` in place, saves it with its tokenizer to `output_dir`; returns the mean loss.
     """
     from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from .report import CompactProgress
 
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -128,6 +131,9 @@ def warm_start(
         train_dataset=encode(demonstrations, tokenizer),  # pyright: ignore
         data_collator=default_data_collator,
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(CompactProgress())
     loss = trainer.train().training_loss
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

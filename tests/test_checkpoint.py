@@ -20,7 +20,7 @@ import torch
 from conftest import make_model
 from datasets import IterableDataset
 from kill_resume import ROWS, make_trainer, metrics_of, without_times
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from rloo_fast import checkpoint
 from rloo_fast.callbacks import StepCallback
@@ -349,6 +349,20 @@ def test_saved_arguments_are_those_of_the_run(tmp_path):
     saved = torch.load(tmp_path / "checkpoint-1/training_args.bin", weights_only=False)
 
     assert saved.save_total_limit == 2
+
+
+def test_a_checkpoint_is_pushed_from_where_it_stays(tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self: Any, folder: str) -> None:
+        pushed.append((folder, (Path(folder) / "rloo_state_0.pt").exists()))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.args.push_to_hub = True
+    trainer.train()
+
+    assert pushed == [(str(tmp_path / "checkpoint-3"), True)]
 
 
 # --- the best checkpoint --------------------------------------------------------------------------
