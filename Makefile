@@ -14,16 +14,16 @@ TORCH_ARGS ?=
 $(BIN)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rloo_fast needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH_ARGS) "$(TORCH)"
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq $(TORCH_ARGS) "$(TORCH)"
 	@touch $@
 
 $(BIN)/.package: $(BIN)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install -qq --editable .
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.package
-	$(BIN)/pip install --quiet --editable ".[test,lint]"
+	$(BIN)/pip install -qq --editable ".[test,lint]"
 	@touch $@
 
 quickstart: $(BIN)/.package
