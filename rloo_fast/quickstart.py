@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,29 +25,8 @@ if TYPE_CHECKING:
 TASK, TASK_CONFIG = "spell_backward", {"min_word_len": 5, "max_word_len": 5}
 NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 300, 1300, 6500  # words, no word in two of them
 WARM_START_STEPS = 600
-RLOO_STEPS = 80
 MAX_NEW_TOKENS = 6  # five letters and EOS
-TEMPERATURE = 1.0
-TRAIN_OPTIONS = {  # of `rloo-fast train`
-    "num_generations": 8,
-    "per_device_train_batch_size": 256,  # 32 words x 8
-    "max_completion_length": MAX_NEW_TOKENS,
-    "temperature": TEMPERATURE,
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "linear",
-    "beta": 0.02,
-    "gradient_checkpointing": "false",
-    "logging_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 10,
-    "eval_on_start": "true",
-    "num_generations_eval": 1,
-    "per_device_eval_batch_size": NUM_HELDOUT,
-    "save_steps": 40,
-    "save_total_limit": 1,
-    "report_to": "none",
-    "use_cpu": "true",  # the same run wherever it is made
-}
+TEMPERATURE = 1.0  # this and the line above as in recipes/quickstart.yaml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,17 +36,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of words, weights and sampling [0]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument(
-        "--max_steps", type=int, default=RLOO_STEPS, help="RLOO steps [%(default)s]"
-    )
+    parser.add_argument("--max_steps", type=int, help="RLOO steps, if not the recipe's")
     options = parser.parse_args(argv)
+    if options.max_steps is not None and options.max_steps < 2:
+        parser.error(
+            f"--max_steps must be >= 2 (every second step is logged), got {options.max_steps}"
+        )
     # Before torch is loaded: its threads sleep while they wait for one another. By default they
     # spin, which costs 4x the time on cores that other programs use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out, seed = options.output_dir, options.seed
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    if not sys.stderr.isatty():
+        _no_progress_bars()
 
+    from .metrics_file import read_metrics
     from .warm_start import (
         WRONG_SHARE,
         build_model,
@@ -105,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         "temperature": TEMPERATURE,
         "wrong_demonstrations": WRONG_SHARE,
         "num_parameters": model.num_parameters(),
-        "steps": options.max_steps,
+        "steps": read_metrics(out / "rloo")[-1]["step"],
         "train_s": round(train_s, 1),
         "total_s": round(time.perf_counter() - start, 1),
         "completion_tokens_per_s": _tokens_per_s(out / "rloo"),
@@ -159,17 +144,17 @@ def measure(model_dir: Path, problems: Dataset, seed: int) -> dict[str, Any]:
     return out
 
 
-def _train(out: Path, seed: int, max_steps: int) -> float:
+def _train(out: Path, seed: int, max_steps: int | None) -> float:
     """`rloo-fast train` on the warm start; returns its seconds."""
     from .cli import main as rloo_fast
 
-    command = ["train", "--model_name_or_path", str(out / "warm_start")]
-    command += ["--dataset_name", str(out / "train.jsonl"), "--reward_funcs", "reasoning_gym"]
+    command = ["train", "--config", "quickstart"]
+    command += ["--model_name_or_path", str(out / "warm_start")]
+    command += ["--dataset_name", str(out / "train.jsonl")]
     command += ["--eval_dataset_name", str(out / "heldout.jsonl")]
     command += ["--output_dir", str(out / "rloo"), "--seed", str(seed)]
-    command += ["--max_steps", str(max_steps)]
-    for name, value in TRAIN_OPTIONS.items():
-        command += [f"--{name}", str(value)]
+    if max_steps is not None:
+        command += ["--max_steps", str(max_steps)]
     _say("rloo-fast " + " ".join(command))
     start = time.perf_counter()
     status = rloo_fast(command)
@@ -215,12 +200,22 @@ def _report(
     console = Console()
     console.print(samples)
     console.print(table)
-    plot_curves([out / "rloo"], out / "curves.png")
+    panels = ["reward", "kl", "accuracy", "eval_accuracy"]
+    plot_curves([out / "rloo"], out / "curves.png", panels)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _say(
         f"{result['total_s']:.0f} s in all, {result['train_s']:.0f} s of them RLOO. "
         f"Written: {out / 'result.json'}, {out / 'curves.png'}, the model in {out / 'rloo'}"
     )
+
+
+def _no_progress_bars() -> None:
+    """Of reading and writing small files: in a log they are noise."""
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    datasets.disable_progress_bars()
+    disable_progress_bar()
 
 
 def _say(line: str) -> None:

@@ -396,7 +396,7 @@ def test_every_logged_metric_has_a_panel_with_its_unit(tmp_path, figures):
         "KL to the reference": "nats per token",
         "Entropy": "nats per token",
         "Completion length": "tokens",
-        "Evaluation: accuracy": "share correct",
+        "Accuracy, held-out prompts": "share correct",
     }
 
 
