@@ -174,7 +174,7 @@ class CheckpointMixin:
     termination: Any
 
     num_failed_saves = 0
-    last_saved_step: int | None = None
+    last_saved_step: int | None
     _saving_root: str | None = None
     _push_requested = False
     _former_best: tuple[Any, Any] = (None, None)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TASK, TASK_CONFIG = "spell_backward", {"min_word_len": 5, "max_word_len": 5}
+TASK = "spell_backward"
+TASK_CONFIG: dict[str, Any] = {"min_word_len": 5, "max_word_len": 5}
 NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 300, 1300, 6500  # words, no word in two of them
 WARM_START_STEPS = 600
 MAX_NEW_TOKENS = 6  # five letters and EOS
@@ -32,7 +33,7 @@ TEMPERATURE = 1.0  # this and the line above as in recipes/quickstart.yaml
 def main(argv: list[str] | None = None) -> int:
     """Run it all; 0 if it went through. Writes into --output_dir, see `result.json` there."""
     parser = argparse.ArgumentParser(
-        prog="rloo-fast quickstart", description=__doc__.split("\n")[0]
+        prog="rloo-fast quickstart", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--seed", type=int, default=0, help="of words, weights and sampling [0]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
@@ -129,12 +130,14 @@ def measure(model_dir: Path, problems: Dataset, seed: int) -> dict[str, Any]:
     inputs = tokenizer(problems["prompt"][:], return_tensors="pt", padding=True)
     out: dict[str, Any] = {}
     for way in ("sampled", "greedy"):
-        sampling = {"do_sample": way == "sampled"}
+        sampling: dict[str, Any] = {"do_sample": way == "sampled"}
         if way == "sampled":
             sampling.update(temperature=TEMPERATURE, top_k=0, top_p=1.0)
         torch.manual_seed(seed)
         with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **sampling)
+            ids = model.generate(  # pyright: ignore
+                **inputs, max_new_tokens=MAX_NEW_TOKENS, **sampling
+            )
         texts = tokenizer.batch_decode(
             ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )

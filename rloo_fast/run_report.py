@@ -36,7 +36,7 @@ class RunReportMixin:
     termination: Any
     updater: Any
 
-    loss_total = 0.0  # of every step so far, for the mean that is logged at the end
+    loss_total: float
     _run_start: float | None = None
     _step_start = 0.0
     _step_loss = 0.0

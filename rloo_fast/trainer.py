@@ -27,7 +27,7 @@ from transformers import (
 from . import models, prompts
 from .buffer import RolloutBuffer
 from .callbacks import StepCallback, SyncReference, Termination
-from .checkpoint import CheckpointMixin, check_output_dir, find_checkpoint, load_state
+from .checkpoint import CheckpointMixin, check_output_dir, find_checkpoint
 from .collect import Collector
 from .config import RLOOConfig, trainer_args
 from .config_checks import refuse_launcher
@@ -39,6 +39,7 @@ from .rewards import RewardFunc, load_reward_functions
 from .rollout import HFEngine
 from .rollout.engine import sampling_of, step_seed
 from .run_report import RunReportMixin
+from .run_state import RunStateMixin
 from .types import Prompt, Samples
 from .update import Updater
 
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 EvalDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 
-class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
+class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
     """REINFORCE Leave-One-Out (arXiv:2402.14740) for causal language models.
 
     Arguments are those of TRL 1.16's RLOOTrainer:
@@ -123,10 +124,8 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         self.metrics = Metrics()
         self.termination = Termination()
         self.last_grad_norm = 0.0
-        self.num_skipped_steps = self.num_eval_batches = 0
-        self.num_nonfinite_steps = 0  # in a row
+        self.num_eval_batches = 0
         self._said: set[str] = set()
-        self._resume_from: str | None = None
         self._wire(reference, stop_ids)
 
     def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
@@ -306,40 +305,6 @@ class RLOOTrainer(CheckpointMixin, RunReportMixin, Trainer):
         self.exit_if_terminated()
         # transformers' mean covers this call of train() only, ours every step (see log)
         return output._replace(training_loss=output.metrics["train_loss"])
-
-    # What the callbacks and the checkpoints ask for
-
-    def run_state(self) -> dict[str, Any]:
-        """What, beside transformers' own state, the next step depends on."""
-        state = {
-            "buffer": self.buffer.state_dict(),
-            "metrics": self.metrics.state_dict(),
-            "tr_loss": float(self._tr_loss),
-            "last_logged": self._globalstep_last_logged,
-            "loss_total": self.loss_total,
-            "num_skipped_steps": self.num_skipped_steps,
-            "num_nonfinite_steps": self.num_nonfinite_steps,
-        }
-        if self.args.sync_ref_model and self.reference is not None:
-            state["reference"] = self.reference.model.state_dict()
-        return state
-
-    def restore_run_state(self) -> None:
-        if self._resume_from is None:
-            return
-        state = load_state(self._resume_from, self.args.process_index)
-        self._load_rng_state(self._resume_from)  # transformers waits until a step is taken
-        self._resume_from = None
-        self.last_saved_step = self.state.global_step
-        self.buffer.load_state_dict(state["buffer"])
-        self.metrics.load_state_dict(state["metrics"])
-        self._tr_loss += state["tr_loss"]
-        self._globalstep_last_logged = state["last_logged"]
-        self.loss_total = state["loss_total"]
-        self.num_skipped_steps = state["num_skipped_steps"]
-        self.num_nonfinite_steps = state["num_nonfinite_steps"]
-        if "reference" in state and self.reference is not None:
-            self.reference.model.load_state_dict(state["reference"])
 
     # transformers' own, adapted
 
