@@ -307,11 +307,11 @@ class EvalSampler(Sampler[list[int]]):
             yield list(range(start, min(start + self.prompts_per_batch, self.num_rows)))
 
 
-def eval_loader(dataset: Any, *, prompts_per_batch: int) -> DataLoader:
+def eval_loader(dataset: Any, *, prompts_per_batch: int, num_workers: int = 0) -> DataLoader:
     """Every prompt of an evaluation set once, in order."""
     import datasets
 
     if isinstance(dataset, datasets.IterableDataset):
         return DataLoader(dataset, batch_size=prompts_per_batch, collate_fn=_same)  # pyright: ignore
     sampler = EvalSampler(len(dataset), prompts_per_batch)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_same)  # pyright: ignore
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_same, num_workers=num_workers)  # pyright: ignore

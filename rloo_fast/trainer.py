@@ -195,7 +195,9 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             raise ValueError("evaluation needs an eval_dataset: pass one to the trainer.")
         rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
         return prompts.eval_loader(
-            dataset, prompts_per_batch=max(1, rows // self._num_generations("eval"))
+            dataset,
+            prompts_per_batch=max(1, rows // self._num_generations("eval")),
+            num_workers=self.args.dataloader_num_workers,
         )
 
     # The step
