@@ -1,5 +1,4 @@
-"""Completions between their rollout and their last use, and which rows each optimizer step
-takes."""
+"""Completions from their rollout to their last use, and which rows each optimizer step takes."""
 
 from __future__ import annotations
 

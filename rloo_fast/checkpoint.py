@@ -185,8 +185,7 @@ class CheckpointMixin:
         return self._saving_root or super()._get_output_dir(trial)  # pyright: ignore
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write beside, then rename. A failed write is reported; training and old checkpoints
-        stay."""
+        """Write beside, then rename. A failure is reported; training and old checkpoints go on."""
         state, run_dir = self.state, Path(super()._get_output_dir(trial))  # pyright: ignore
         root, name = run_dir / INCOMPLETE, f"checkpoint-{state.global_step}"
         best = state.best_model_checkpoint

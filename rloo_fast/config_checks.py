@@ -217,8 +217,7 @@ def _eval_batch_size(args: RLOOConfig) -> None:
 
 
 def _episodes(args: RLOOConfig) -> None:
-    """total_episodes (completions) -> max_steps (optimizer steps), as the 2024 trainer
-    counted."""
+    """total_episodes (completions) -> max_steps (optimizer steps), as in the 2024 trainer."""
     if args.total_episodes is None:
         return
     batches = math.ceil(args.total_episodes / int(args.generation_batch_size or 1))

@@ -205,8 +205,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One optimizer step's rollouts, loss and gradients. `inputs`: the prompts that start in
-        it."""
+        """One optimizer step's rollouts, loss and gradients; `inputs`: its new prompts."""
         self._step_start = time.perf_counter()
         self.metrics.stages.clear()
         model.train()

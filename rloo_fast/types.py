@@ -57,9 +57,7 @@ class MicroBatch:
 
     rows: list[int]  # row numbers in the Samples they came from
     input_ids: Tensor  # (R, T)
-    attention_mask: (
-        Tensor  # (R, T) 1 for real tokens; causal models need it only for auxiliary losses
-    )
+    attention_mask: Tensor  # (R, T) 1 for real tokens; only auxiliary losses need it
     logit_index: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (R + 1,) row r owns packed tokens cu_seqlens[r]:cu_seqlens[r + 1]

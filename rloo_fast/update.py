@@ -58,8 +58,7 @@ class Updater:
     # What must be known before the first update
 
     def first_pass_reason(self, samples: Samples, covered_by_first_update: bool) -> str | None:
-        """Why a no-grad policy pass over the samples is needed before the update; None: it is
-        not."""
+        """Why a no-grad policy pass over the samples must come before the update, or None."""
         if not covered_by_first_update:
             return (
                 "later optimizer steps reuse the completions, and need their log-probs as sampled"

@@ -67,8 +67,7 @@ def comparable_rows(rewards: Tensor, num_generations: int) -> Tensor:  # (P K,) 
 
 
 def nan_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, unbiased std) over the entries that are not NaN; std is 0 for fewer than two of
-    them."""
+    """(mean, unbiased std) over the entries that are not NaN; std is 0 for fewer than two."""
     kept = values[~values.isnan()]
     if kept.numel() == 0:
         nan = values.new_tensor(float("nan"))
@@ -78,8 +77,7 @@ def nan_moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) + mean over the entries that are not NaN: unit variance, mean
-    kept."""
+    """(x - mean) / sqrt(var + 1e-8) + mean, over entries that are not NaN: the mean is kept."""
     mean, std = nan_moments(values)
     return (values - mean) * torch.rsqrt(std * std + 1e-8) + mean
 
