@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import test_config_effects
 import torch
+import transformers
 import trl
 from accelerate import ParallelismConfig
+from packaging.version import Version
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.names_2024 import Names2024
@@ -158,12 +160,22 @@ ALWAYS_SO = {  # field: why neither value of it can be told from the other
 }
 
 
+TABLES_OF = (5, 23)  # the transformers release whose fields the tables list
+
+
 def test_every_field_stands_in_one_table():
     prefix = "test_effect_of_"
     shown = [n.removeprefix(prefix) for n in dir(test_config_effects) if n.startswith(prefix)]
     tables = [*REFUSED, *shown, *ELSEWHERE, *TRANSFORMERS, *ALWAYS_SO]
-    names_2024 = {f.name for f in dataclasses.fields(Names2024)}
-    assert sorted(tables) == sorted(set(OUR_FIELDS) - names_2024)
+    assert len(tables) == len(set(tables))
+    fields = set(OUR_FIELDS) - {f.name for f in dataclasses.fields(Names2024)}
+    release = Version(transformers.__version__).release[:2]
+    if release >= TABLES_OF:  # an older one lacks some of the fields
+        assert not set(tables) - fields
+    unlisted = sorted(fields - set(tables))
+    if unlisted and release > TABLES_OF:
+        pytest.skip(f"transformers {transformers.__version__} has new fields: {unlisted}")
+    assert not unlisted
 
 
 @pytest.mark.parametrize("test", sorted({*ELSEWHERE.values()}))
