@@ -84,6 +84,8 @@ class StepCallback(TrainerCallback):
         self.trainer.finish_step(time.perf_counter() - self._start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.samples_due():
+            self.trainer.print_completions()
         if self.trainer.termination_requested():
             control.should_training_stop = True
         if control.should_save and (control.should_training_stop or _ends_epoch(state)):
@@ -106,8 +108,7 @@ def _ends_epoch(state: Any) -> bool:
 
 
 class SyncReference(TrainerCallback):
-    """reference <- alpha policy + (1 - alpha) reference every so many steps (TR-DPO,
-    2404.09656)."""
+    """reference <- alpha policy + (1 - alpha) reference every so many steps (arXiv:2404.09656)."""
 
     def __init__(self, trainer: Any, reference: torch.nn.Module):
         self.trainer, self.reference = trainer, reference

@@ -177,7 +177,8 @@ class Collector:
             "score": samples.scores,
             **{f"reward_{i}": per_function[:, i] for i in range(per_function.shape[1])},
         }
-        self._fill_table(rows, completions, per_function)
+        if args.log_completions or args.num_sample_generations:
+            self._fill_table(rows, completions, per_function)  # every process' texts travel
         return samples
 
     def _fill_table(self, rows: list[Prompt], completions: list[Any], rewards: Tensor) -> None:

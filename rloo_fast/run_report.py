@@ -100,14 +100,12 @@ class RunReportMixin:
         else:
             seconds = now - self._run_start
             self.metrics.set_last("train", "eps", int((episodes - self._first_episode) / seconds))
-        if self._samples_due():
-            self.print_completions()
 
-    def _samples_due(self) -> bool:
-        """num_sample_generations: that many tables, evenly spread over the run."""
+    def samples_due(self) -> bool:
+        """After a step: num_sample_generations asks for that many tables, spread over the run."""
         n = self.args.num_sample_generations or 0
         done, total = self.state.global_step, self.state.max_steps
-        return (done + 1) * n // total > done * n // total
+        return done * n // total > (done - 1) * n // total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # evaluation's own time carries its prefix: eval_, eval_<name>_, or the caller's

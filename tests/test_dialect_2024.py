@@ -448,9 +448,9 @@ def due_steps(num_tables, max_steps):
     """Steps after which the table is printed."""
     args = SimpleNamespace(num_sample_generations=num_tables)
     return [
-        done + 1
-        for done in range(max_steps)
-        if RunReportMixin._samples_due(
+        done
+        for done in range(1, max_steps + 1)
+        if RunReportMixin.samples_due(
             SimpleNamespace(args=args, state=SimpleNamespace(global_step=done, max_steps=max_steps))
         )
     ]
@@ -470,9 +470,10 @@ def test_tables_of_a_run_are_printed(tmp_path):
     trainer = make_trainer(tmp_path, num_sample_generations=3)
     trainer.engine = trainer.collector.engine = Fixed()
     printed = []
-    trainer.print_completions = lambda: printed.append(trainer.state.global_step + 1)
+    trainer.print_completions = lambda: printed.append(trainer.state.global_step)
     trainer.train()
-    assert len(printed) == 3
+    assert printed == due_steps(3, trainer.state.max_steps)
+    assert len(trainer.collector.table.prompts) > 0
 
 
 def watch_rows(trainer):

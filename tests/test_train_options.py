@@ -234,7 +234,7 @@ def test_a_reward_model_scores_prompt_and_completion(tmp_path, how):
     model = reward_model()
     model.save_pretrained(tmp_path / "judge")
     trainer = train(
-        tmp_path, max_steps=1,
+        tmp_path, max_steps=1, log_completions=True,
         reward_funcs=reward_model() if how == "module" else str(tmp_path / "judge"),
         reward_processing_classes=make_tokenizer(),
         generation_kwargs={"suppress_tokens": list(range(6))},  # texts that can be tokenised again
