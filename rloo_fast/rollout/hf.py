@@ -64,8 +64,8 @@ class HFEngine:
         config = self._generation_config(sampling)
         base = base_causal_lm(self.model)
         saved = base.generation_config
-        # generate() fills settings that are at their default from the model's own config, so a
-        # model saved with top_p=0.8 would be sampled with 0.8 although 1.0 was asked for
+        # generate() fills settings that are None from the model's own config, so a model saved
+        # with min_p=0.1 would be sampled with that although none was asked for
         base.generation_config = config  # pyright: ignore
         try:
             sequences = self.model.generate(  # pyright: ignore
