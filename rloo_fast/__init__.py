@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rloo_kernels import (
+        LossOptions,
+        Objective,
+        fused_linear_rloo_loss,
         leave_one_out,
         linear_logprob,
         rloo_advantages,
+        rloo_loss,
         rloo_objective,
         selective_log_softmax,
         token_level_advantages,
@@ -20,11 +24,15 @@ if TYPE_CHECKING:
 __version__ = version("rloo-fast")
 
 __all__ = [
+    "LossOptions",
+    "Objective",
     "RLOOConfig",
     "RLOOTrainer",
+    "fused_linear_rloo_loss",
     "leave_one_out",
     "linear_logprob",
     "rloo_advantages",
+    "rloo_loss",
     "rloo_objective",
     "selective_log_softmax",
     "token_level_advantages",

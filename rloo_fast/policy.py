@@ -125,7 +125,7 @@ class Policy:
                 return_entropy=True,
             )
         aux = self._router_loss(model, out, batch) if self.aux_loss else None
-        return TokenScores(scores[0], scores[1], aux)
+        return TokenScores(scores[0], scores[1].detach(), aux)
 
     @staticmethod
     def _router_loss(model: Any, out: Any, batch: MicroBatch) -> Tensor:

@@ -13,15 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rloo_kernels.rloo import (
-    Objective,
-    comparable_rows,
-    rloo_advantages,
-    rloo_objective,
-    scaled_advantages,
-    segment_sum,
-    token_level_advantages,
-)
+from rloo_kernels import Objective, rloo_objective, token_level_advantages
+from rloo_kernels.advantages import comparable_rows, scaled_advantages, segment_sum
 from torch import Tensor, nn
 
 from .config import RLOOConfig
@@ -118,31 +111,26 @@ class Updater:
 
     # KL -> reward -> advantage
 
-    def _shape(self, samples: Samples, rows: list[int], logps: Tensor) -> tuple[Tensor, Tensor]:
-        """(KL per token of `rows`, score - beta KL of each row); fills the rows' statistics."""
-        index, bounds = samples.token_index(rows), _bounds(samples, rows)
-        ref = samples.ref_logps
-        kl = logps - ref[index] if ref is not None else torch.zeros_like(logps)
-        row_kl = segment_sum(kl, bounds)
-        shaped = samples.scores[rows] - self.args.beta * row_kl
-        for name, values in (
-            ("kl", row_kl),
-            ("shaped", shaped),
-            ("surprisal", -segment_sum(logps, bounds)),
-        ):
+    def _note(self, samples: Samples, rows: list[int], **columns: Tensor) -> None:
+        """Per-row statistics of `rows`, for the metrics."""
+        for name, values in columns.items():
             column = samples.stats.setdefault(name, torch.full((samples.num_rows,), float("nan")))
-            column[rows] = values
-        return kl, shaped
+            column[rows] = values.to(column)
 
     def credit_all(self, samples: Samples) -> None:
         """samples.advantages from old_logps (or without, at beta = 0), over all processes."""
-        args, rows = self.args, list(range(samples.num_rows))
-        k = samples.num_generations
-        if samples.old_logps is not None:
-            kl, shaped = self._shape(samples, rows, samples.old_logps)
-        else:
+        args, k = self.args, samples.num_generations
+        kl, shaped = torch.zeros(int(samples.cu_seqlens[-1])), samples.scores
+        if samples.old_logps is None:
             assert args.beta == 0
-            kl, shaped = torch.zeros(int(samples.cu_seqlens[-1])), samples.scores
+        else:
+            if samples.ref_logps is not None:
+                kl = samples.old_logps - samples.ref_logps
+            row_kl = segment_sum(kl, samples.cu_seqlens)
+            shaped = samples.scores - args.beta * row_kl
+            surprisal = -segment_sum(samples.old_logps, samples.cu_seqlens)
+            rows = list(range(samples.num_rows))
+            self._note(samples, rows, kl=row_kl, shaped=shaped, surprisal=surprisal)
         everyone = gather_rows(self.accelerator, {"shaped": shaped})["shaped"].to(shaped.dtype)
         if k > 1:
             advantages, scale = scaled_advantages(
@@ -158,17 +146,6 @@ class Updater:
             beta = args.beta * float(scale)  # the KL is scaled as the rewards it is taken off
             advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
         samples.advantages = advantages
-
-    def _credit_groups(self, samples: Samples, rows: list[int], logps: Tensor) -> Tensor:
-        """Advantages of whole groups from the log-probs of the training forward."""
-        kl, shaped = self._shape(samples, rows, logps)
-        k = samples.num_generations
-        advantages = rloo_advantages(shaped, k)
-        if self.args.token_level_kl:
-            advantages = token_level_advantages(
-                advantages, kl, _bounds(samples, rows), self.args.beta, comparable_rows(shaped, k)
-            )
-        return advantages
 
     def on_policy_loss(self, samples: Samples) -> Tensor:
         """- mean over rows of A_i (of sum_t A_it with token-level KL): the loss at ratio 1."""
@@ -218,10 +195,19 @@ class Updater:
 
     def _settle(self, samples: Samples) -> None:
         """After a batch's first pass of updates, what it found out holds for the next ones."""
-        for name in ("old_logps", "advantages"):
-            found = samples.stats.pop(f"new_{name}", None)
-            if found is not None:
-                setattr(samples, name, found)
+        if (logps := samples.stats.pop("new_old_logps", None)) is not None:
+            samples.old_logps = logps
+        if (advantages := samples.stats.pop("new_advantages", None)) is not None:
+            if self.args.token_level_kl and samples.ref_logps is not None:
+                assert samples.old_logps is not None
+                advantages = token_level_advantages(
+                    advantages,
+                    samples.old_logps - samples.ref_logps,
+                    samples.cu_seqlens,
+                    self.args.beta,
+                    comparable_rows(samples.stats["shaped"], samples.num_generations),
+                )
+            samples.advantages = advantages
 
     def loss(self, wrapped: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch; leaves its per-row statistics in inputs["statistics"].
@@ -238,15 +224,14 @@ class Updater:
         if scores.aux_loss is not None:
             share = len(batch.rows) / inputs["num_rows"]
             loss = loss + self.aux_loss_coef * share * scores.aux_loss
-        bounds = batch.cu_seqlens
         inputs["statistics"] = {
-            "tokens": bounds.diff(),
-            "entropy": segment_sum(scores.entropy, bounds),
+            "tokens": objective.num_tokens,
+            "entropy": objective.entropy_sum,
             "low": objective.clipped_low,
             "high": objective.clipped_high,
             "log_ratio": objective.log_ratio,
             "token_ratio": objective.token_ratio_sum,
-            "loss": objective.per_row_loss,
+            "loss": objective.loss_per_row,
         }
         if scores.aux_loss is not None:
             inputs["statistics"]["aux_loss"] = scores.aux_loss.detach().expand(len(batch.rows))
@@ -255,41 +240,52 @@ class Updater:
     def _objective(
         self, samples: Samples, batch: MicroBatch, scores: TokenScores, num_rows: int
     ) -> Objective:
-        rows, device = batch.rows, scores.logps.device
-        index = samples.token_index(rows)
-        detached = scores.logps.detach().cpu()
-        if samples.on_policy:  # the weights are those that sampled: the ratio is 1, exactly
-            old = detached
+        index, rows = samples.token_index(batch.rows), torch.tensor(batch.rows)
+        token_level = self.args.token_level_kl
+        credit: dict[str, Any]
+        if samples.advantages is None:  # whole groups: their KL and baseline come out of this pass
+            credit = {
+                "rewards": samples.scores[rows],
+                "num_generations": samples.num_generations,
+                "beta": self.args.beta,
+                "kl": "reward_to_go" if token_level else "reward",
+            }
+        elif token_level:
+            credit = {"token_advantages": samples.advantages[index]}
         else:
+            credit = {"advantages": samples.advantages[rows]}
+        # None: the weights are those that sampled, and the ratio is 1, exactly
+        old = None
+        if not samples.on_policy:
             assert samples.old_logps is not None
             old = samples.old_logps[index]
-        if samples.old_logps is None:
-            self._keep(samples, "new_old_logps", index, detached)
-        if samples.advantages is None:
-            advantages = self._credit_groups(samples, rows, detached)
-            where = index if self.args.token_level_kl else torch.tensor(rows)
-            self._keep(samples, "new_advantages", where, advantages)
-        else:
-            token_level = self.args.token_level_kl
-            advantages = samples.advantages[index if token_level else torch.tensor(rows)]
-            if samples.old_logps is None:
-                self._shape(samples, rows, detached)  # for the metrics
-        return rloo_objective(
+        objective = rloo_objective(
             scores.logps,
-            old.to(device),
-            advantages.to(device),
             batch.cu_seqlens,
+            old_logps=old,
+            ref_logps=None if samples.ref_logps is None else samples.ref_logps[index],
+            entropy=scores.entropy,
             epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high,
             denominator=num_rows,
-            token_level=self.args.token_level_kl,
+            level="token" if token_level else "sequence",
+            **credit,
         )
+        if samples.old_logps is None:
+            self._keep(samples, "new_old_logps", index, scores.logps.detach())
+            shaped = samples.scores[rows]
+            if samples.advantages is None:
+                shaped = objective.shaped_rewards
+                self._keep(samples, "new_advantages", rows, objective.advantages)
+            self._note(
+                samples, batch.rows, kl=objective.kl, shaped=shaped, surprisal=-objective.logp_sum
+            )
+        return objective
 
     def _keep(self, samples: Samples, name: str, where: Tensor, values: Tensor) -> None:
-        tokens = name == "new_old_logps" or self.args.token_level_kl
-        size = int(samples.cu_seqlens[-1]) if tokens else samples.num_rows
+        size = int(samples.cu_seqlens[-1]) if name == "new_old_logps" else samples.num_rows
         column = samples.stats.setdefault(name, torch.full((size,), float("nan")))
-        column[where] = values.to(column.dtype)
+        column[where] = values.to(column)
 
     # Small things
 
@@ -307,9 +303,3 @@ class Updater:
 
     def _sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.accelerator.no_sync(wrapped)
-
-
-def _bounds(samples: Samples, rows: list[int]) -> Tensor:
-    """cu_seqlens of `rows` alone."""
-    counted = samples.cu_seqlens.diff()[rows]
-    return torch.cat([counted.new_zeros(1), counted.cumsum(0)])

@@ -13,7 +13,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loss_example_runs_and_gives_gradients():
-    (example,) = [code for code in PYTHON if "rloo_objective" in code]
+    (example,) = [code for code in PYTHON if "fused_linear_rloo_loss" in code]
     names: dict = {}
     exec(example, names)
     assert names["hidden"].grad.isfinite().all()

@@ -157,18 +157,23 @@ def run(trainer_class, config_class, model_dir, out, case):
     return recorder, weights
 
 
-def relative(ours: dict, theirs: dict) -> float:
+def relative(ours: dict, theirs: dict, usual: dict | None = None) -> float:
     """Largest |ours - theirs| / |theirs| (2-norms) over the tensors of a model.
 
     Tensors whose norm is below 1e-6 of the largest (a key bias has no gradient but rounding) are
-    measured against the largest.
+    measured against the largest. With `usual` norms, a tensor counts as at least a tenth of its
+    own: in a step whose rewards nearly tie, an advantage is what is left after cancellation.
     """
     assert ours.keys() == theirs.keys()
     floor = 1e-6 * max(t.norm() for t in theirs.values())
     floor = floor if floor > 0 else torch.tensor(1e-12)
     largest = max(t.norm() for t in theirs.values()).clamp(min=1e-12)
+
+    def size(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.norm() if usual is None else torch.maximum(tensor.norm(), usual[name] / 10)
+
     return max(
-        float((ours[n] - t).norm() / (t.norm() if t.norm() > floor * 1e3 else largest))
+        float((ours[n] - t).norm() / (size(n, t) if t.norm() > floor * 1e3 else largest))
         for n, t in theirs.items()
     )
 
@@ -182,6 +187,7 @@ def differences(case: dict, tmp: Path) -> dict[str, float]:
     ours, our_weights = run(RLOOTrainer, RLOOConfig, tmp / "model", tmp / "ours", case)
     theirs, their_weights = run(TRLTrainer, TRLConfig, tmp / "model", tmp / "trl", case)
     assert len(ours.gradients) == len(theirs.gradients) == 4
+    usual = {n: max(g[n].norm() for g in theirs.gradients) for n in theirs.gradients[0]}
     # the loss of an on-policy step is a sum of advantages that cancel: measured against their size
     scale = max(abs(log["loss"]) for log in theirs.logs)
     scale = max(scale, max(log.get("reward_std", 0.0) for log in theirs.logs))
@@ -195,7 +201,8 @@ def differences(case: dict, tmp: Path) -> dict[str, float]:
             abs(a["loss"] - b["loss"]) / scale for a, b in zip(ours.logs, theirs.logs, strict=True)
         ),
         "gradients": max(
-            relative(a, b) for a, b in zip(ours.gradients, theirs.gradients, strict=True)
+            relative(a, b, usual)
+            for a, b in zip(ours.gradients, theirs.gradients, strict=True)
         ),
         "weights": relative(our_weights, their_weights),
         "metrics": max(

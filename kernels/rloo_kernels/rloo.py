@@ -1,14 +1,7 @@
-"""Rewards and per-token log-probs -> KL, shaped reward, leave-one-out advantage, ratio, clip, loss.
+"""The RLOO loss of completions, from their log-probs or from their logits.
 
-    KL_i  = sum_t (logp_it - ref_it)                                   k1 estimate, no gradient
-    R_i   = score_i - beta KL_i                                        NaN: unscorable
-    A_i   = R_i - mean over scorable j != i of the group of R_j        (arXiv:2402.14740)
-    rho_i = exp(sum_t logp_it - sum_t old_it)                          a sum over t, not a mean
-    loss  = - sum_i min(rho_i A_i, clip(rho_i, 1 - eps_low, 1 + eps_high) A_i) / denominator
-
-Letters: R rows (completions), N completion tokens of all rows together, K rows per group. Row r
-owns tokens `cu_seqlens[r]:cu_seqlens[r + 1]` of every packed (N,) tensor. Everything is fp32 (fp64
-in, fp64 out).
+The mathematics and the letters are those of `segments.py`; `linear_rloo.py` has the same loss from
+hidden states.
 """
 
 from __future__ import annotations
@@ -18,183 +11,112 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def segment_ids(cu_seqlens: Tensor) -> Tensor:  # (R + 1,) -> (N,)
-    """Row number of every packed token."""
-    lengths = cu_seqlens.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-
-
-def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:  # (N,), (R + 1,) -> (R,)
-    """sum_t values_it of every row; 0 for a row without tokens."""
-    out = values.new_zeros(len(cu_seqlens) - 1)
-    return out.index_add(0, segment_ids(cu_seqlens), values)
-
-
-def segment_exclusive_cumsum(
-    values: Tensor, cu_seqlens: Tensor
-) -> Tensor:  # (N,), (R + 1,) -> (N,)
-    """sum_{s < t} values_is: what a row has accumulated before token t.
-
-    Summed row by row, so that a row's result does not depend on the rows packed before it.
-    """
-    parts = [v.cumsum(0) - v for v in values.split(cu_seqlens.diff().tolist())]
-    return torch.cat(parts) if parts else values
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
-    """A_i = R_i - mean over scorable j != i of R_j  (arXiv:2402.14740); NaN rewards are unscorable.
-
-    Unscorable rows, and the only scorable row of a group, get advantage 0: there is nothing to
-    compare with. Raises ValueError if K < 2.
-    """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            "leave-one-out needs rewards of shape (P, K) with K >= 2 samples per prompt, "
-            f"got {tuple(rewards.shape)}."
-        )
-    scorable = ~rewards.isnan()
-    others = scorable.sum(1, keepdim=True) - 1
-    total = rewards.nansum(1, keepdim=True)
-    baseline = (total - rewards) / others.clamp(min=1)
-    return torch.where(scorable & (others > 0), rewards - baseline, 0.0)
-
-
-def comparable_rows(rewards: Tensor, num_generations: int) -> Tensor:  # (P K,) -> (P K,) bool
-    """Scorable rows whose group has another scorable row; all others get advantage 0."""
-    scorable = ~rewards.view(-1, num_generations).isnan()
-    return (scorable & (scorable.sum(1, keepdim=True) > 1)).view(-1)
-
-
-def nan_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, unbiased std) over the entries that are not NaN; std is 0 for fewer than two."""
-    kept = values[~values.isnan()]
-    if kept.numel() == 0:
-        nan = values.new_tensor(float("nan"))
-        return nan, nan
-    std = kept.std() if kept.numel() > 1 else kept.new_zeros(())
-    return kept.mean(), std
-
-
-def whiten(values: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) + mean, over entries that are not NaN: the mean is kept."""
-    mean, std = nan_moments(values)
-    return (values - mean) * torch.rsqrt(std * std + 1e-8) + mean
-
-
-def rloo_advantages(
-    rewards: Tensor, num_generations: int, *, normalize: bool = False, whiten_rewards: bool = False
-) -> Tensor:
-    """Leave-one-out advantages of prompt-major rewards: rows i K .. (i + 1) K are prompt i's K
-    samples.
-
-    Shapes: rewards (P K,) fp32, NaN where unscorable; returns (P K,), 0 where there is nothing to
-    compare with. `whiten_rewards`: rewards are first scaled to unit variance over all rows.
-    `normalize`: the advantages of the scorable rows become (A - mean) / (std + 1e-4), mean and
-    unbiased std over all those rows. Raises ValueError if the number of rows is no multiple of
-    `num_generations`, or that is < 2.
-    """
-    return scaled_advantages(
-        rewards, num_generations, normalize=normalize, whiten_rewards=whiten_rewards
-    )[0]
-
-
-def scaled_advantages(
-    rewards: Tensor, num_generations: int, *, normalize: bool, whiten_rewards: bool
-) -> tuple[Tensor, Tensor]:
-    """(`rloo_advantages`, the factor () that `whiten_rewards` and `normalize` put on rewards)."""
-    if num_generations < 2 or rewards.ndim != 1 or len(rewards) % num_generations:
-        raise ValueError(
-            "rewards must hold whole groups of num_generations >= 2 samples, "
-            f"got shape {tuple(rewards.shape)} and num_generations = {num_generations}."
-        )
-    scale = rewards.new_ones(())
-    if whiten_rewards:
-        scale = torch.rsqrt(nan_moments(rewards)[1] ** 2 + 1e-8)
-        rewards = whiten(rewards)
-    advantages = leave_one_out(rewards.view(-1, num_generations)).view(-1)
-    if normalize:
-        compared = comparable_rows(rewards, num_generations)
-        mean, std = nan_moments(torch.where(compared, advantages, float("nan")))
-        advantages = torch.where(compared, (advantages - mean) / (std + 1e-4), 0.0)
-        scale = scale / (std + 1e-4)
-    return advantages, scale
-
-
-def token_level_advantages(
-    advantages: Tensor,
-    kl_per_token: Tensor,
-    cu_seqlens: Tensor,
-    beta: float,
-    compared: Tensor | None = None,
-) -> Tensor:  # (R,), (N,), (R + 1,), (R,) -> (N,)
-    """A_it = A_i + beta sum_{s < t} (logp_is - ref_is): the KL penalty as reward-to-go.
-
-    The reward-to-go of token t is score_i - beta sum_{s >= t} KL_is (REINFORCE++,
-    arXiv:2501.03262, eq. 1); the baseline is the sequence's leave-one-out mean. A penalty already
-    paid before t drops out of A_it. Where rewards were scaled (`scaled_advantages`), give beta
-    times the factor. Rows where `compared` is False (see `comparable_rows`) get 0.
-    """
-    owner = segment_ids(cu_seqlens)
-    per_token = advantages[owner] + beta * segment_exclusive_cumsum(kl_per_token, cu_seqlens)
-    return per_token if compared is None else torch.where(compared[owner], per_token, 0.0)
+from .logprob import selective_log_softmax
+from .segments import LossOptions, Signal, check_signal, flat_signal, option_values, segments_op
 
 
 class Objective(NamedTuple):
-    """What `rloo_objective` returns; per-row tensors carry no gradient."""
+    """The loss and what it is made of; only `loss` is differentiable. R rows, N tokens."""
 
-    loss: Tensor  # () differentiable: minus the clipped objective, summed over rows, / denominator
-    per_row_loss: Tensor  # (R,) before the division
+    loss: Tensor  # () minus the clipped objective, summed over rows, / denominator
+    coefficients: Tensor  # (N,) dloss / dlogp, in the layout of token_ids
+    loss_per_row: Tensor  # (R,) before the division
+    advantages: Tensor  # (R,) A_i; per-token advantages: their sum over the row's tokens
+    kl: Tensor  # (R,) sum_t (logp_it - ref_it), 0 without a reference
+    shaped_rewards: Tensor  # (R,) reward - beta KL; NaN where advantages were given
+    logp_sum: Tensor  # (R,) sum_t logp_it
     log_ratio: Tensor  # (R,) sum_t (logp_it - old_it)
     token_ratio_sum: Tensor  # (R,) sum_t exp(logp_it - old_it)
     clipped_low: Tensor  # (R,) share of the row's ratios below 1 - eps_low with A < 0
     clipped_high: Tensor  # (R,) share of the row's ratios above 1 + eps_high with A > 0
+    entropy_sum: Tensor  # (R,) sum_t H_it, 0 where no entropies were given
+    num_tokens: Tensor  # (R,) tokens counted
+    logps: Tensor | None = None  # the ops that make them: log-probs in the layout of token_ids
+    entropy: Tensor | None = None  # likewise, if asked for
+
+
+def pack_rows(token_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor]:
+    """(R, cu_seqlens) of packed (N,) token ids, or of padded ones (R, T): cu_seqlens None."""
+    if cu_seqlens is not None:
+        if token_ids.ndim != 1:
+            raise ValueError(f"with cu_seqlens, token_ids must be (N,), got {token_ids.shape}.")
+        return len(cu_seqlens) - 1, cu_seqlens
+    if token_ids.ndim != 2:
+        raise ValueError(f"without cu_seqlens, token_ids must be (R, T), got {token_ids.shape}.")
+    num_rows, width = token_ids.shape
+    bounds = torch.arange(num_rows + 1, device=token_ids.device) * width
+    return num_rows, bounds
 
 
 def rloo_objective(
     logps: Tensor,
-    old_logps: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     *,
-    epsilon_low: float,
-    epsilon_high: float,
-    denominator: float,
-    token_level: bool = False,
+    rewards: Tensor | None = None,
+    advantages: Tensor | None = None,
+    token_advantages: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+    **options: object,
 ) -> Objective:
-    """The clipped RLOO loss over packed completions; `denominator` = completions of the step on
-    all ranks.
+    """The clipped RLOO loss of completions from their log-probs; `LossOptions` lists the options.
 
-    Shapes: logps, old_logps (N,); cu_seqlens (R + 1,). Sequence level: advantages (R,), one ratio
-    per row, rho_i = exp(sum_t logp_it - old_it). Token level: advantages (N,), one ratio per
-    token, and the loss sums over the row's tokens (so that at beta = 0 and ratio 1 both levels
-    have the same gradient). Only `logps` gets a gradient.
+    Shapes: logps, old_logps, ref_logps, mask, entropy (N,) with cu_seqlens (R + 1,) starting at 0
+    and ending at N, or padded (R, T) without; exactly one of rewards (R,) (prompt-major, with
+    `num_generations`; NaN: unscorable), advantages (R,) and token_advantages (as logps, with
+    level="token"). old_logps None: on-policy, the ratio is exactly 1. `denominator`: what the sum
+    over rows is divided by: the number of completions of the step on all ranks; by default R.
+    Only `logps` gets a gradient. With level="token" the loss sums over a row's tokens, so that at
+    beta = 0 and ratio 1 both levels have the same gradient.
+
+    Raises ValueError for shapes that do not fit and options that contradict each other.
     """
-    old_logps, advantages = old_logps.detach(), advantages.detach()
-    log_ratio_t = logps - old_logps
-    log_ratio = segment_sum(log_ratio_t, cu_seqlens)
-    exponent = log_ratio_t if token_level else log_ratio
-    with torch.no_grad():
-        ratio = torch.exp(exponent)
-        low = (ratio < 1 - epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + epsilon_high) & (advantages > 0)
-        # no gradient there, whatever the ratio: an inf must not meet a 0, which makes nan
-        still = low | high | (advantages == 0)
-        bound = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantages
-    moving = torch.exp(torch.where(still, 0.0, exponent)) * advantages
-    objective = torch.where(still, bound, moving)
-    with torch.no_grad():
-        low, high = low.to(logps.dtype), high.to(logps.dtype)
-        if token_level:
-            count = cu_seqlens.diff().clamp(min=1)
-            low, high = (segment_sum(x, cu_seqlens) / count for x in (low, high))
-        token_ratio_sum = segment_sum(torch.exp(log_ratio_t), cu_seqlens)
-    per_row = -(segment_sum(objective, cu_seqlens) if token_level else objective)
-    return Objective(
-        loss=per_row.sum() / denominator,
-        per_row_loss=per_row.detach(),
-        log_ratio=log_ratio.detach(),
-        token_ratio_sum=token_ratio_sum,
-        clipped_low=low,
-        clipped_high=high,
+    checked = LossOptions(**options)  # pyright: ignore[reportArgumentType]
+    num_rows, cu_seqlens = pack_rows(logps, cu_seqlens)
+    signal = Signal(rewards, advantages, token_advantages, old_logps, ref_logps, mask)
+    check_signal(signal, logps.shape, num_rows, checked)
+    shape = logps.shape
+    signal = flat_signal(signal, logps)
+    if logps.dtype not in (torch.float32, torch.float64):
+        logps = logps.float()
+    loss, coefficients, table = segments_op(
+        logps.reshape(-1),
+        cu_seqlens.to(logps.device),
+        *signal,
+        None if entropy is None else entropy.detach().reshape(-1),
+        *option_values(checked, num_rows),
     )
+    return Objective(loss, coefficients.view(shape), *table.unbind(0))
+
+
+def rloo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    return_entropy: bool = False,
+    **loss: object,
+) -> Objective:
+    """The RLOO loss from logits: three passes over them (read; read and write in backward).
+
+    Shapes: logits (N, V) and token_ids (N,) with cu_seqlens (R + 1,), or padded (R, T, V) and
+    (R, T) with mask (R, T). `loss`: the signal and options of `rloo_objective`. Where the logits
+    need not exist, `fused_linear_rloo_loss` is the op to take.
+    """
+    scores = selective_log_softmax(
+        logits,
+        token_ids,
+        temperature=temperature,
+        mask=mask,
+        return_entropy=return_entropy,
+        inplace_backward=inplace_backward,
+    )
+    logps, entropy = scores if isinstance(scores, tuple) else (scores, None)
+    found = rloo_objective(logps, cu_seqlens, mask=mask, entropy=entropy, **loss)  # pyright: ignore
+    entropy = None if entropy is None else entropy.detach()
+    return found._replace(logps=logps.detach(), entropy=entropy)

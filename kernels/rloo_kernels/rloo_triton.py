@@ -1,0 +1,265 @@
+"""The kernel of `segments.py`: one program per group (per row where the advantages are given).
+
+First pass over the group's tokens: KL and log-ratio of each of its K rows, held in registers.
+Then shaped rewards, leave-one-out, ratio and clip of all K at once. Second pass: coefficients and
+what is counted per token. Bytes, 4 per number: each per-token input is loaded twice (reference,
+entropy and a sequence-level old log-prob once), the coefficients are stored once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import on_device_of
+from .segments import ROWS, LossOptions, Signal
+
+
+@triton.jit
+def _pick(values, lane, k):
+    """values[k] of a vector in registers."""
+    return tl.sum(tl.where(lane == k, values, 0.0), 0)
+
+
+@triton.jit
+def _clip(exponent, a, epsilon_low, epsilon_high):
+    """(loss, dloss/dexponent, clipped below, clipped above) of -min(rho a, clip(rho) a)."""
+    ratio = tl.exp(exponent)
+    low = (ratio < 1.0 - epsilon_low) & (a < 0)
+    high = (ratio > 1.0 + epsilon_high) & (a > 0)
+    # where nothing moves the ratio may be inf, and inf times 0 would be nan
+    still = low | high | (a == 0)
+    moving = -tl.exp(tl.where(still, 0.0, exponent)) * a
+    edge = tl.where(low, 1.0 - epsilon_low, 1.0 + epsilon_high)
+    bound = tl.where(a == 0, 0.0, -edge * a)
+    loss = tl.where(still, bound, moving)
+    return loss, tl.where(still, 0.0, moving), low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _segments_kernel(
+    logps,
+    cu_seqlens,
+    rewards,
+    advantages,
+    token_advantages,
+    old_logps,
+    ref_logps,
+    mask,
+    entropy,
+    coefficients,
+    table,
+    R,
+    K,
+    beta,
+    epsilon_low,
+    epsilon_high,
+    denominator,
+    HAS_REWARDS: tl.constexpr,
+    HAS_TOKEN_ADVANTAGES: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    GROUP_NORMALIZED: tl.constexpr,
+    KL_TO_GO: tl.constexpr,
+    KL_LOSS: tl.constexpr,
+    TOKEN_LEVEL: tl.constexpr,
+    TOKEN_MEAN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    first = tl.program_id(0) * K
+    lane = tl.arange(0, BLOCK_K)
+    lane_t = tl.arange(0, BLOCK_T)
+    kl_of = tl.zeros([BLOCK_K], tl.float32)
+    ratio_of = tl.zeros([BLOCK_K], tl.float32)
+    count_of = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, K):
+        begin = tl.load(cu_seqlens + first + k)
+        end = tl.load(cu_seqlens + first + k + 1)
+        logp_sum = tl.zeros([BLOCK_T], tl.float32)
+        kl_sum = tl.zeros([BLOCK_T], tl.float32)
+        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+        entropy_sum = tl.zeros([BLOCK_T], tl.float32)
+        count = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(begin, end, BLOCK_T):
+            t = start + lane_t
+            valid = t < end
+            if HAS_MASK:
+                valid = valid & (tl.load(mask + t, mask=valid, other=0) != 0)
+            logp = tl.load(logps + t, mask=valid, other=0.0)
+            logp_sum += logp
+            count += valid.to(tl.float32)
+            if HAS_REF:
+                kl_sum += logp - tl.load(ref_logps + t, mask=valid, other=0.0)
+            if HAS_OLD:
+                ratio_sum += logp - tl.load(old_logps + t, mask=valid, other=0.0)
+            if HAS_ENTROPY:
+                entropy_sum += tl.load(entropy + t, mask=valid, other=0.0)
+        here = lane == k
+        kl_of = tl.where(here, tl.sum(kl_sum, 0), kl_of)
+        ratio_of = tl.where(here, tl.sum(ratio_sum, 0), ratio_of)
+        count_of = tl.where(here, tl.sum(count, 0), count_of)
+        tl.store(table + 4 * R + first + k, tl.sum(logp_sum, 0))
+        tl.store(table + 9 * R + first + k, tl.sum(entropy_sum, 0))
+
+    inside = lane < K
+    row = first + lane
+    a = tl.zeros([BLOCK_K], tl.float32)
+    shaped = tl.full([BLOCK_K], float("nan"), tl.float32)
+    compared = inside
+    if HAS_REWARDS:
+        shaped = tl.load(rewards + row, mask=inside, other=float("nan"))
+        if not KL_LOSS:
+            shaped -= beta * kl_of
+        scorable = inside & (shaped == shaped)
+        known = tl.where(scorable, shaped, 0.0)
+        n = tl.sum(scorable.to(tl.float32), 0) + tl.zeros([BLOCK_K], tl.float32)
+        total = tl.sum(known, 0)
+        compared = scorable & (n > 1)
+        if GROUP_NORMALIZED:
+            distance = tl.where(scorable, shaped - total / tl.maximum(n, 1.0), 0.0)
+            variance = tl.sum(distance * distance, 0) / tl.maximum(n - 1.0, 1.0)
+            a = distance / (tl.sqrt(variance) + 1e-4)
+        else:
+            a = shaped - (total - known) / tl.maximum(n - 1.0, 1.0)
+        a = tl.where(compared, a, 0.0)
+    elif not HAS_TOKEN_ADVANTAGES:
+        a = tl.load(advantages + row, mask=inside, other=0.0)
+        a = tl.where(a == a, a, 0.0)  # nan: unscorable
+    tl.store(table + R + row, a, mask=inside)
+    tl.store(table + 2 * R + row, kl_of, mask=inside)
+    tl.store(table + 3 * R + row, shaped, mask=inside)
+    tl.store(table + 5 * R + row, ratio_of, mask=inside)
+    tl.store(table + 10 * R + row, count_of, mask=inside)
+    slope_of = tl.zeros([BLOCK_K], tl.float32)
+    if not TOKEN_LEVEL:
+        loss, slope_of, low, high = _clip(ratio_of, a, epsilon_low, epsilon_high)
+        tl.store(table + row, loss, mask=inside)
+        tl.store(table + 7 * R + row, low, mask=inside)
+        tl.store(table + 8 * R + row, high, mask=inside)
+
+    for k in range(0, K):
+        begin = tl.load(cu_seqlens + first + k)
+        end = tl.load(cu_seqlens + first + k + 1)
+        a_k = _pick(a, lane, k)
+        slope_k = _pick(slope_of, lane, k)
+        share = 1.0 / tl.maximum(_pick(count_of, lane, k), 1.0)
+        weight = 1.0
+        if TOKEN_MEAN:
+            weight = share
+        kept = _pick(compared.to(tl.float32), lane, k) > 0
+        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+        loss_sum = tl.zeros([BLOCK_T], tl.float32)
+        low_sum = tl.zeros([BLOCK_T], tl.float32)
+        high_sum = tl.zeros([BLOCK_T], tl.float32)
+        a_sum = tl.zeros([BLOCK_T], tl.float32)
+        paid = 0.0  # KL of the tokens before this block
+        for start in range(begin, end, BLOCK_T):
+            t = start + lane_t
+            in_row = t < end
+            valid = in_row
+            if HAS_MASK:
+                valid = valid & (tl.load(mask + t, mask=valid, other=0) != 0)
+            log_ratio = tl.zeros([BLOCK_T], tl.float32)
+            kl = tl.zeros([BLOCK_T], tl.float32)
+            logp = 0.0
+            if HAS_OLD or KL_TO_GO or KL_LOSS:
+                logp = tl.load(logps + t, mask=valid, other=0.0)
+            if HAS_OLD:
+                log_ratio = logp - tl.load(old_logps + t, mask=valid, other=0.0)
+            if KL_TO_GO or KL_LOSS:
+                kl = logp - tl.load(ref_logps + t, mask=valid, other=0.0)
+            ratio_sum += tl.where(valid, tl.exp(log_ratio), 0.0)
+            slope = slope_k + tl.zeros([BLOCK_T], tl.float32)
+            if TOKEN_LEVEL:
+                a_t = a_k + tl.zeros([BLOCK_T], tl.float32)
+                if HAS_TOKEN_ADVANTAGES:
+                    a_t = tl.load(token_advantages + t, mask=valid, other=0.0)
+                    a_sum += a_t
+                if KL_TO_GO:
+                    a_t += beta * (paid + tl.cumsum(kl, 0) - kl)
+                    a_t = tl.where(kept, a_t, 0.0)
+                    paid += tl.sum(kl, 0)
+                loss, slope, low, high = _clip(log_ratio, a_t, epsilon_low, epsilon_high)
+                if KL_LOSS:  # k3
+                    inverse = tl.exp(-kl)
+                    loss += beta * (inverse + kl - 1.0)
+                    slope += beta * (1.0 - inverse)
+                loss_sum += tl.where(valid, loss, 0.0)
+                low_sum += tl.where(valid, low, 0.0)
+                high_sum += tl.where(valid, high, 0.0)
+                slope *= weight
+            slope = tl.where(valid, slope / denominator, 0.0)
+            tl.store(coefficients + t, slope, mask=in_row)
+        tl.store(table + 6 * R + first + k, tl.sum(ratio_sum, 0))
+        if TOKEN_LEVEL:
+            tl.store(table + first + k, tl.sum(loss_sum, 0) * weight)
+            tl.store(table + 7 * R + first + k, tl.sum(low_sum, 0) * share)
+            tl.store(table + 8 * R + first + k, tl.sum(high_sum, 0) * share)
+        if HAS_TOKEN_ADVANTAGES:
+            tl.store(table + R + first + k, tl.sum(a_sum, 0))
+
+
+def segments_triton(
+    logps: Tensor,
+    cu_seqlens: Tensor,
+    signal: Signal,
+    entropy: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:
+    """`segments_torch` in one launch; not for normalize=True, which looks at all rows."""
+    assert not (options.normalize and signal.rewards is not None)
+    num_rows = cu_seqlens.numel() - 1
+    coefficients = torch.empty_like(logps)
+    table = torch.empty(len(ROWS), num_rows, dtype=torch.float32, device=logps.device)
+    if num_rows == 0:
+        return coefficients, table
+    group = options.num_generations if signal.rewards is not None else 1
+    # without rewards nothing reads the KL for the advantages
+    kl = options.kl if signal.rewards is not None or options.kl == "loss" else "reward"
+
+    def plain(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.float().contiguous()
+
+    rewards, advantages, token_advantages, old_logps, ref_logps = map(plain, signal[:5])
+    if kl == "loss" and ref_logps is None:
+        kl = "reward"  # beta = 0
+    with on_device_of(logps):
+        _segments_kernel[(num_rows // group,)](
+            logps.contiguous(),
+            cu_seqlens,
+            rewards,
+            advantages,
+            token_advantages,
+            old_logps,
+            ref_logps,
+            signal.mask,
+            plain(entropy),
+            coefficients,
+            table,
+            num_rows,
+            group,
+            options.beta,
+            options.epsilon_low,
+            options.high,
+            options.denominator,
+            HAS_REWARDS=rewards is not None,
+            HAS_TOKEN_ADVANTAGES=token_advantages is not None,
+            HAS_OLD=old_logps is not None,
+            HAS_REF=ref_logps is not None,
+            HAS_MASK=signal.mask is not None,
+            HAS_ENTROPY=entropy is not None,
+            GROUP_NORMALIZED=options.advantage == "grpo",
+            KL_TO_GO=kl == "reward_to_go",
+            KL_LOSS=kl == "loss",
+            TOKEN_LEVEL=options.level == "token",
+            TOKEN_MEAN=options.token_mean,
+            BLOCK_K=triton.next_power_of_2(group),
+            BLOCK_T=512,
+            num_warps=4,
+        )
+    return coefficients, table
