@@ -1,4 +1,4 @@
-# make quickstart | make test | make lint | make clean
+# make quickstart | make test | make lint | make bench | make gpu-check | make clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench gpu-check clean
 
 $(BIN)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rloo_fast needs Python 3.11 or newer")'
@@ -26,16 +26,38 @@ $(BIN)/.dev: $(BIN)/.package
 	$(BIN)/pip install -qq --editable ".[test,lint]"
 	@touch $@
 
+# The kernels are compiled for GPUs with the installed Triton and with the oldest supported one.
+# OpenRLHF and verl are there to be patched, not run: what they need for that, and no more.
+$(BIN)/.test: $(BIN)/.dev
+	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
+	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
+	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
+	@touch $@
+
+$(BIN)/.peers: $(BIN)/.dev
+	$(BIN)/pip install -qq --editable ".[peers]"
+	@touch $@
+
 quickstart: $(BIN)/.package
 	$(BIN)/rloo-fast quickstart --seed $(SEED) --output_dir runs/quickstart
 
-test: $(BIN)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(BIN)/.test
+	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# On a CPU: every provider on the two vocabularies, fp32 and bf16 (about 40 minutes).
+bench: $(BIN)/.peers
+	$(BIN)/python -m benchmarks.loss --shape 2048,1024,50304 --shape 2048,1024,151936 \
+	  --dtype float32,bfloat16 --json runs/loss-cpu.json --plot runs/loss-cpu.png
+
+# On a GPU, within nine minutes, with the python that has torch >= 2.11 and triton >= 3.6.
+OUT ?= runs/gpu-check
+gpu-check:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

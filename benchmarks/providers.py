@@ -83,6 +83,13 @@ def ours(batch: Batch) -> Tensor:
     ).loss
 
 
+def ours_library(batch: Batch) -> Tensor:
+    from rloo_kernels.head_triton import library_products
+
+    with library_products():
+        return ours(batch)
+
+
 def ours_logprob(batch: Batch) -> Tensor:
     hidden, weight = batch.leaves
     logps = linear_logprob(hidden, weight, batch.token_ids)
@@ -188,6 +195,11 @@ def quack(batch: Batch) -> Tensor:
 
 LINEAR = {
     "ours": Provider(ours),
+    "ours_library": Provider(
+        ours_library,
+        needs("triton", cuda=True),
+        note="the library's matrix products and row kernels in place of the matrix kernel",
+    ),
     "ours_logprob": Provider(ours_logprob, note="linear_logprob + torch loss"),
     "eager": Provider(eager),
     "compile": Provider(compiled),

@@ -14,7 +14,7 @@ from typing import Any
 # package -> what it is for; those without a note are needed
 PACKAGES = {
     "torch": "",
-    "triton": "not used by this version",
+    "triton": "for the loss kernels on a GPU; torch's CUDA builds bring it",
     "transformers": "",
     "accelerate": "",
     "datasets": "",
@@ -77,6 +77,16 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
+def _kernels(device: str) -> tuple[str, str]:
+    from rloo_kernels.dispatch import triton_missing
+
+    if device == "cpu":
+        return "torch", "Triton's kernels are for GPUs; neither way holds [N, V] logits"
+    if (reason := triton_missing()) is not None:
+        return "torch", f"{reason}: the loss is slower without its kernels"
+    return "Triton", "the loss kernels of rloo_kernels"
+
+
 def gpu_note() -> str | None:
     """Why torch sees no GPU, as far as can be told; None where it sees one."""
     try:
@@ -132,11 +142,7 @@ def run_here() -> dict[str, dict[str, str]]:
         )
     plan["precision"] = _precision(config, torch.cuda.is_available())
     plan["attention"] = _attention(device)
-    plan["kernels"] = (
-        "torch",
-        "rloo_kernels' torch implementations, which never hold [N, V] logits; Triton kernels are "
-        "not in this version",
-    )
+    plan["kernels"] = _kernels(device)
     plan["rollouts"] = ("transformers generate", "vLLM is not in this version")
     plan["layout"] = (
         "padded" if config.layout == "auto" else config.layout,

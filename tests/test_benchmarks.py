@@ -12,8 +12,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # benchmarks/ is not installed
-    sys.path.insert(0, str(ROOT))
 
 from benchmarks import batches, harness, loss, memory, providers  # noqa: E402
 from benchmarks.loss import JOBS, Job, Shape  # noqa: E402

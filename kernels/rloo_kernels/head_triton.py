@@ -19,6 +19,8 @@ The row's own logit comes from a dot product of its own, h . W[y], 2nD FLOPs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -214,7 +216,9 @@ TILES = {
 
 def tile_for(depth: int, softcap: float | None) -> Tile:
     """The tile for the current device, no deeper than D asks for."""
-    if INTERPRETED:
+    if _forced_tile is not None:
+        tile = _forced_tile
+    elif INTERPRETED:
         tile = TILES["interpreter"]
     else:
         target = triton.runtime.driver.active.get_current_target()
@@ -227,15 +231,41 @@ def tile_for(depth: int, softcap: float | None) -> Tile:
     return tile._replace(depth=min(tile.depth, max(16, triton.next_power_of_2(depth))))
 
 
+_library_only = False
+_forced_tile: Tile | None = None
+
+
+@contextmanager
+def forced_tile(tile: Tile) -> Iterator[None]:
+    """Within it the matrix kernel takes this tile: for measuring tiles against each other."""
+    global _forced_tile
+    before, _forced_tile = _forced_tile, tile
+    try:
+        yield
+    finally:
+        _forced_tile = before
+
+
+@contextmanager
+def library_products() -> Iterator[None]:
+    """Within it every piece goes the "library" way: for measuring the two against each other."""
+    global _library_only
+    before, _library_only = _library_only, True
+    try:
+        yield
+    finally:
+        _library_only = before
+
+
 def uses_matrix_kernel(hidden: Tensor, weight: Tensor, want_weights: bool) -> bool:
     """ "triton" (True) or "library" (False), for a piece of these rows."""
     dtypes = (torch.bfloat16,) if want_weights else (torch.bfloat16, torch.float16)
-    return hidden.dtype in dtypes and weight.stride(1) == 1
+    return hidden.dtype in dtypes and weight.stride(1) == 1 and not _library_only
 
 
 def bytes_per_logit(hidden: Tensor) -> int:
     """What a piece holds per logit while its weights are made."""
-    if hidden.dtype == torch.bfloat16:
+    if hidden.dtype == torch.bfloat16 and not _library_only:
         return 2
     return 4 + hidden.element_size()
 
