@@ -159,8 +159,7 @@ def test_the_2024_clip_share_is_where_the_clipped_loss_is_larger():
     log_ratio, advantages = torch.randn(50) / 2, torch.randn(50)
     cu = torch.arange(51)
     found = rloo_objective(
-        log_ratio, torch.zeros(50), advantages, cu,
-        epsilon_low=0.2, epsilon_high=0.2, denominator=50,
+        log_ratio, cu, advantages=advantages, old_logps=torch.zeros(50), denominator=50,
     )  # fmt: skip
     zeros = torch.zeros(50, dtype=torch.double)
     rows = {

@@ -201,8 +201,7 @@ def differences(case: dict, tmp: Path) -> dict[str, float]:
             abs(a["loss"] - b["loss"]) / scale for a, b in zip(ours.logs, theirs.logs, strict=True)
         ),
         "gradients": max(
-            relative(a, b, usual)
-            for a, b in zip(ours.gradients, theirs.gradients, strict=True)
+            relative(a, b, usual) for a, b in zip(ours.gradients, theirs.gradients, strict=True)
         ),
         "weights": relative(our_weights, their_weights),
         "metrics": max(

@@ -32,11 +32,18 @@ def segment_exclusive_cumsum(
 ) -> Tensor:  # (N,), (R + 1,) -> (N,)
     """sum_{s < t} values_is: what a row has accumulated before token t.
 
-    Summed over all rows at once, but in fp64: the rows packed before leave no trace in fp32.
+    Summed over all rows at once, but in fp64: the rows packed before leave no trace in fp32. After
+    a value that is not finite, the rest of its own row is nan.
     """
-    before = values.double().cumsum(0) - values
-    start = torch.cat([before, before.new_zeros(1)])[cu_seqlens[:-1].long()]
-    return (before - start[segment_ids(cu_seqlens, len(values))]).to(values.dtype)
+    owner, first = segment_ids(cu_seqlens, len(values)), cu_seqlens[:-1].long()
+
+    def before(x: Tensor) -> Tensor:
+        total = torch.cat([x.new_zeros(1), x.cumsum(0)])
+        return total[:-1] - total[first][owner]
+
+    finite = values.isfinite()
+    total = before(torch.where(finite, values, 0.0).double()).to(values.dtype)
+    return torch.where(before((~finite).long()) > 0, float("nan"), total)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)

@@ -13,6 +13,7 @@ statistics and sums over pieces in fp32. FLOPs: forward 2nDV, each of dX and dW 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Weights(NamedTuple):
 
 
 def piece_rows(hidden: Tensor, vocab_size: int, chunk_bytes: int | None) -> int:
-    """Rows per piece: pieces of (nearly) equal size whose logits take at most `chunk_bytes`."""
+    """The most rows of a piece: its logits take at most `chunk_bytes` (at least one row)."""
     if chunk_bytes is None:
         chunk_bytes = PIECE_BYTES.get(hidden.dtype, PIECE_BYTES_HALF)
     bytes_per_row = vocab_size * hidden.element_size()
@@ -73,10 +74,14 @@ def piece_rows(hidden: Tensor, vocab_size: int, chunk_bytes: int | None) -> int:
         from .head_triton import bytes_per_logit
 
         bytes_per_row = vocab_size * bytes_per_logit(hidden)
-    most = max(1, chunk_bytes // max(bytes_per_row, 1))
-    num_rows = hidden.shape[0]
-    num_pieces = -(-num_rows // most)
-    return -(-num_rows // max(num_pieces, 1)) or 1
+    return max(1, min(hidden.shape[0], chunk_bytes // max(bytes_per_row, 1)))
+
+
+def pieces(num_rows: int, most: int) -> Iterator[slice]:
+    """Slices of nearly equal length, at most `most` rows each."""
+    size = -(-num_rows // max(-(-num_rows // most), 1))
+    for start in range(0, num_rows, max(size, 1)):
+        yield slice(start, min(start + size, num_rows))
 
 
 def forward_piece(

@@ -15,7 +15,7 @@ FLOPs, chosen by what requires a gradient:
                            there and scaled in backward), nothing in backward
     weight, one piece      2NDV + 4NDV: the piece's weights are kept for backward
     weight, more pieces    2NDV + 6NDV: backward makes the logits again
-    through the entropy    2NDV more in backward (4NDV for `hidden only`)
+    through the entropy    backward makes the logits again where it would not have to otherwise
 
 `fused_linear_rloo_loss` knows the coefficients in forward and never needs the fourth product.
 """
@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import Gradients, Head, Weights, forward_piece, piece_rows
+from .head import Gradients, Head, Weights, forward_piece, piece_rows, pieces
 from .logprob import accumulation_dtype, check_temperature, check_token_ids, check_token_range
 
 
@@ -64,8 +64,7 @@ def forward_rows(
     """(log-probs (N,), entropies (N,) or empty) without a gradient, `size` rows at a time: 2NDV."""
     logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     entropy = torch.zeros_like(logps) if want_entropy else logps.new_empty(0)
-    for start in range(0, hidden.shape[0], size):
-        rows = slice(start, start + size)
+    for rows in pieces(hidden.shape[0], size):
         found, _ = forward_piece(hidden[rows], head, token_ids[rows], want_entropy=want_entropy)
         logps[rows] = found.logps
         if want_entropy:
@@ -83,7 +82,7 @@ def _select(keep: Tensor | None, *tensors: Tensor) -> tuple[Tensor | None, tuple
 
 def _spread(values: Tensor, index: Tensor | None, num_rows: int) -> Tensor:
     """Rows put back where they were taken from, 0 elsewhere."""
-    if index is None or not values.numel():
+    if index is None:
         return values
     return values.new_zeros((num_rows, *values.shape[1:])).index_copy_(0, index, values)
 
@@ -118,14 +117,15 @@ def _linear_logprob(
     index, (hidden, token_ids) = _select(keep, hidden, token_ids)
     check_token_range(token_ids, weight.shape[0])
     saved, row_scale = hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+    if saves == "weights":
+        saved = hidden.new_empty(0, weight.shape[0])  # where the mask keeps no row
     if saves == "nothing":
         logps, entropy = forward_rows(hidden, head, token_ids, size, want_entropy)
     else:
         logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
         entropy = torch.zeros_like(logps) if want_entropy else logps.new_empty(0)
         unit = Gradients(hidden, head, (saves == "unit gradient", False, False), 1)
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
+        for rows in pieces(hidden.shape[0], size):
             part = hidden[rows]
             found, weights = forward_piece(
                 part, head, token_ids[rows], want_entropy=want_entropy, want_weights=True
@@ -142,7 +142,9 @@ def _linear_logprob(
         if saves == "unit gradient":
             assert unit.hidden is not None
             saved = unit.hidden
-    return _spread(logps, index, num_rows), _spread(entropy, index, num_rows), saved, row_scale
+    if want_entropy:
+        entropy = _spread(entropy, index, num_rows)
+    return _spread(logps, index, num_rows), entropy, saved, row_scale
 
 
 @_linear_logprob.register_fake
@@ -151,12 +153,11 @@ def _(hidden, weight, bias, ids, keep, temperature, softcap, scale, want_entropy
     logps = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden.dtype))
     entropy = torch.empty_like(logps) if want_entropy else logps.new_empty(0)
     saves = _saves(need, num_rows, size)
-    kept = num_rows if keep is None else torch.library.get_ctx().new_dynamic_size()
     saved = hidden.new_empty(0)
-    if saves == "unit gradient":
-        saved = hidden.new_empty(kept, hidden.shape[1])
-    elif saves == "weights":
-        saved = hidden.new_empty(kept, weight.shape[0])
+    if saves != "nothing":
+        kept = num_rows if keep is None else torch.library.get_ctx().new_dynamic_size()
+        width = hidden.shape[1] if saves == "unit gradient" else weight.shape[0]
+        saved = hidden.new_empty(kept, width)
     row_scale = hidden.new_empty(0, dtype=torch.float32)
     return logps, entropy, saved, row_scale
 
@@ -200,8 +201,6 @@ def _linear_logprob_backward(
     grads = [hidden.new_empty(0) if g is None else g for g in found]
     if need[0]:
         grads[0] = _spread(grads[0], index, num_rows)
-        if not grads[0].numel():  # every row masked
-            grads[0] = hidden.new_zeros(num_rows, hidden.shape[1])
     return grads[0], grads[1], grads[2]
 
 
@@ -214,8 +213,7 @@ def _recompute(
     grad_entropy: Tensor | None,
     size: int,
 ) -> None:
-    for start in range(0, hidden.shape[0], size):
-        rows = slice(start, start + size)
+    for rows in pieces(hidden.shape[0], size):
         upstream = None
         if grad_entropy is not None:
             g = torch.zeros_like(grad_entropy) if grad is None else grad

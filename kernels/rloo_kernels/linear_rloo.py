@@ -15,8 +15,9 @@ FLOPs of one call, N rows of which n have c != 0:
     groups, or sequences with a ratio, that fit a piece   2NDV + 4nDV (2nDV with a frozen head)
     those that do not, and normalize=True                 2NDV + 6nDV (2NDV + 2NDV, frozen head)
 
-Rows that `mask` leaves out are not run. Held at a time: one piece of logits (`chunk_bytes`), and
-with more than one piece an fp32 sum of dW.
+Rows that `mask` leaves out are not run. (On a GPU, unscorable rows of a pass without ratios are not
+looked for: n counts them.) Held at a time: one piece of logits (`chunk_bytes`), and with more than
+one piece an fp32 sum of dW.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from .linear_logprob import check_head, needed_gradients
 from .linear_run import Run
 from .logprob import accumulation_dtype, check_token_ids, check_token_range
 from .rloo import Objective, pack_rows
-from .segments import ROWS, LossOptions, Signal, check_signal, flat_signal, option_values
+from .segments import (
+    ROWS,
+    LossOptions,
+    Signal,
+    check_signal,
+    flat_signal,
+    option_values,
+    scaled_gradient,
+)
 
 
 @torch.library.custom_op("rloo_kernels::linear_rloo", mutates_args=())
@@ -114,18 +123,19 @@ def _setup_context(ctx, inputs, output):
     ctx.need = inputs[-2]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[5:])
+    ctx.save_for_backward(*output[5:], *inputs[:3])
 
 
 def _differentiate(ctx, grad, *_):
-    grads = ctx.saved_tensors
+    grads, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     if grad is None:
         return (None,) * 27
     # looking at the number is free on a CPU, and saves a copy of the weight gradient
-    is_one = type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0
+    plain = type(grad) is Tensor and not torch.is_grad_enabled() and grad.device.type == "cpu"
+    is_one = plain and float(grad) == 1.0
     found = (
-        (g if is_one else (g * grad).to(g.dtype)) if wanted else None
-        for g, wanted in zip(grads, ctx.need, strict=True)
+        (g if is_one else scaled_gradient(g, grad, x)) if wanted else None
+        for g, x, wanted in zip(grads, inputs, ctx.need, strict=True)
     )
     return (*found, *(None,) * 24)
 
@@ -163,7 +173,8 @@ def fused_linear_rloo_loss(
     for (requires_grad, and gradients enabled) and backward scales them. The result does not depend
     on `chunk_bytes`, the bound on the logits alive at one time, beyond rounding.
 
-    Raises ValueError for what does not fit together and for token ids outside [0, V); on a GPU,
+    On a GPU, finding masked rows and those without signal waits for the device. Raises ValueError
+    for what does not fit together and for token ids outside [0, V); on a GPU,
     where looking at the ids would wait for the device, the loss is nan.
     """
     checked = LossOptions(**options)  # pyright: ignore[reportArgumentType]

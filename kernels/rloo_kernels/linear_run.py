@@ -16,7 +16,7 @@ from .dispatch import log_once
 from .head import Gradients, Head, Weights, forward_piece
 from .linear_logprob import forward_rows
 from .logprob import accumulation_dtype
-from .segments import ROWS, LossOptions, Signal, segments
+from .segments import ROWS, LossOptions, Signal, check_bounds, segments
 
 
 class Chunk(NamedTuple):
@@ -70,6 +70,7 @@ class Run:
         self.hidden, self.head, self.token_ids = hidden, head, token_ids
         self.cu_seqlens = cu_seqlens.to(hidden.device)
         self.bounds: list[int] = cu_seqlens.tolist()
+        check_bounds(self.bounds, len(token_ids))
         self.signal, self.options, self.size = signal, options, size
         self.need, self.frozen = need, need == (True, False, False)
         dtype = accumulation_dtype(hidden.dtype)
@@ -129,7 +130,8 @@ class Run:
         weights = self._forward_with_weights(rows)
         self._credit(chunk)
         hidden, c = self.hidden[rows], self.coefficients[rows]
-        if self.signal.old_logps is not None:  # clipped sequences have c = 0
+        # clipped sequences have c = 0, unscorable ones too; a GPU is not asked for those alone
+        if self.signal.old_logps is not None or not c.is_cuda:
             active = c.nonzero().squeeze(1)
             if len(active) < len(c):
                 scale = weights.row_scale

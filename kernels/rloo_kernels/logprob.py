@@ -136,6 +136,8 @@ def block_gradient_(
 
 def _matrices(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, rows (n, V)): views of logits (..., V), whatever its strides."""
+    if logits.numel() == 0:
+        return
     if logits.ndim <= 2:
         yield 0, logits.reshape(-1, logits.shape[-1])
         return
@@ -311,12 +313,19 @@ def selective_log_softmax(
     token ids are looked at. `inplace_backward` overwrites the logits with their gradient: a second
     backward is then refused.
 
-    Raises ValueError for a temperature that is not positive and for token ids outside [0, V); on a
+    Raises ValueError for a temperature that is not positive, for expanded logits that are to be
+    overwritten, and for token ids outside [0, V); on a
     GPU, where looking at the ids would wait for the device, such a row's log-prob is nan.
     """
     check_temperature(temperature)
     shape = logits.shape[:-1]
     check_token_ids(token_ids, shape)
+    overlap = any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True))
+    if inplace_backward and overlap:
+        raise ValueError(
+            "inplace_backward=True would write the gradients of several rows to one place: the "
+            f"logits are expanded (strides {logits.stride()} of shape {tuple(logits.shape)})."
+        )
     keep, ids = None, token_ids.reshape(-1).long()
     if mask is not None:
         if mask.shape != shape:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logprob import selective_log_softmax
+from .logprob import accumulation_dtype, selective_log_softmax
 from .segments import LossOptions, Signal, check_signal, flat_signal, option_values, segments_op
 
 
@@ -39,10 +39,19 @@ def pack_rows(token_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor
     """(R, cu_seqlens) of packed (N,) token ids, or of padded ones (R, T): cu_seqlens None."""
     if cu_seqlens is not None:
         if token_ids.ndim != 1:
-            raise ValueError(f"with cu_seqlens, token_ids must be (N,), got {token_ids.shape}.")
+            raise ValueError(
+                f"with cu_seqlens, per-token tensors must be (N,), got {tuple(token_ids.shape)}."
+            )
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                "cu_seqlens must be integers of shape (R + 1,), "
+                f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}."
+            )
         return len(cu_seqlens) - 1, cu_seqlens
     if token_ids.ndim != 2:
-        raise ValueError(f"without cu_seqlens, token_ids must be (R, T), got {token_ids.shape}.")
+        raise ValueError(
+            f"without cu_seqlens, per-token tensors must be (R, T), got {tuple(token_ids.shape)}."
+        )
     num_rows, width = token_ids.shape
     bounds = torch.arange(num_rows + 1, device=token_ids.device) * width
     return num_rows, bounds
@@ -71,7 +80,8 @@ def rloo_objective(
     Only `logps` gets a gradient. With level="token" the loss sums over a row's tokens, so that at
     beta = 0 and ratio 1 both levels have the same gradient.
 
-    Raises ValueError for shapes that do not fit and options that contradict each other.
+    Raises ValueError for shapes that do not fit, options that contradict each other, and (on a
+    CPU) cu_seqlens that do not run from 0 to N.
     """
     checked = LossOptions(**options)  # pyright: ignore[reportArgumentType]
     num_rows, cu_seqlens = pack_rows(logps, cu_seqlens)
@@ -79,13 +89,17 @@ def rloo_objective(
     check_signal(signal, logps.shape, num_rows, checked)
     shape = logps.shape
     signal = flat_signal(signal, logps)
+    if entropy is not None:
+        if entropy.shape != shape:
+            raise ValueError(f"entropy must be {tuple(shape)}, got {tuple(entropy.shape)}.")
+        entropy = entropy.detach().to(logps.device, accumulation_dtype(logps.dtype)).reshape(-1)
     if logps.dtype not in (torch.float32, torch.float64):
         logps = logps.float()
     loss, coefficients, table = segments_op(
         logps.reshape(-1),
         cu_seqlens.to(logps.device),
         *signal,
-        None if entropy is None else entropy.detach().reshape(-1),
+        entropy,
         *option_values(checked, num_rows),
     )
     return Objective(loss, coefficients.view(shape), *table.unbind(0))

@@ -24,6 +24,13 @@ def _pick(values, lane, k):
 
 
 @triton.jit
+def _expm1(x):
+    """exp(x) - 1, with the digits of a small x."""
+    series = x * (1.0 + x * (0.5 + x * (0.1666666667 + x * (0.04166666667 + x * 0.008333333333))))
+    return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def _clip(exponent, a, epsilon_low, epsilon_high):
     """(loss, dloss/dexponent, clipped below, clipped above) of -min(rho a, clip(rho) a)."""
     ratio = tl.exp(exponent)
@@ -186,9 +193,9 @@ def _segments_kernel(
                     paid += tl.sum(kl, 0)
                 loss, slope, low, high = _clip(log_ratio, a_t, epsilon_low, epsilon_high)
                 if KL_LOSS:  # k3
-                    inverse = tl.exp(-kl)
-                    loss += beta * (inverse + kl - 1.0)
-                    slope += beta * (1.0 - inverse)
+                    e = _expm1(-kl)
+                    loss += beta * (e + kl)
+                    slope -= beta * e
                 loss_sum += tl.where(valid, loss, 0.0)
                 low_sum += tl.where(valid, low, 0.0)
                 high_sum += tl.where(valid, high, 0.0)

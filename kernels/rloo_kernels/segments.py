@@ -17,6 +17,7 @@ device; bytes: each (N,) input read twice, c written once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from .advantages import (
     token_level_advantages,
 )
 from .dispatch import use_triton
+from .logprob import accumulation_dtype
 
 # One line of the (len(ROWS), R) table that a segment pass fills.
 ROWS = (
@@ -124,9 +126,23 @@ def check_signal(signal: Signal, shape: torch.Size, num_rows: int, options: Loss
         raise ValueError("normalize=True scales advantages that are made here: give rewards.")
     if signal.token_advantages is not None and options.level == "sequence":
         raise ValueError('token_advantages need level="token".')
-    uses_reference = signal.rewards is not None or options.kl == "loss"
-    if options.beta != 0 and uses_reference and signal.ref_logps is None:
+    if options.beta != 0 and signal.rewards is None and options.kl != "loss":
+        raise ValueError(
+            f"beta={options.beta} takes the KL off rewards, and advantages were given: leave beta "
+            'out, or add the KL to the loss with kl="loss".'
+        )
+    if options.beta != 0 and signal.ref_logps is None:
         raise ValueError(f"beta={options.beta} needs ref_logps, the reference's log-probs.")
+
+
+def check_bounds(bounds: list[int], num_tokens: int) -> None:
+    """Raise ValueError unless cu_seqlens run from 0 to the number of tokens without falling."""
+    falls = any(a > b for a, b in pairwise(bounds))
+    if not bounds or bounds[0] != 0 or bounds[-1] != num_tokens or falls:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the number of tokens, {num_tokens}, without falling; "
+            f"got {bounds[:8]}{' ...' if len(bounds) > 8 else ''}, ending at {bounds[-1:]}."
+        )
 
 
 def segments_torch(
@@ -169,8 +185,8 @@ def segments_torch(
     slope = -torch.where(still, 0.0, moving)
     low, high = low.to(logps.dtype), high.to(logps.dtype)
     if options.kl == "loss":
-        k3 = torch.exp(-kl) + kl - 1
-        loss, slope = loss + options.beta * k3, slope + options.beta * (1 - torch.exp(-kl))
+        e = torch.expm1(-kl)
+        loss, slope = loss + options.beta * (e + kl), slope - options.beta * e
     if token_level:
         share = 1 / num_tokens.clamp(min=1)
         weight = share if options.token_mean else torch.ones_like(share)
@@ -252,6 +268,8 @@ def segments_op(
         token_mean, normalize,
     )  # fmt: skip
     signal = Signal(rewards, advantages, token_advantages, old_logps, ref_logps, mask)
+    if not cu_seqlens.is_cuda:  # on a GPU, looking would wait for the device
+        check_bounds(cu_seqlens.tolist(), len(logps))
     coefficients, table = segments(logps, cu_seqlens, signal, entropy, options)
     return table[0].sum() / denominator, coefficients, table
 
@@ -264,11 +282,23 @@ def _(logps, cu_seqlens, *args):
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
 
 
 def _differentiate(ctx, grad, _coefficients, _table):
-    return (grad * ctx.saved_tensors[0], *(None,) * 18)
+    return (scaled_gradient(ctx.saved_tensors[0], grad, ctx.saved_tensors[1]), *(None,) * 18)
+
+
+@torch.library.custom_op("rloo_kernels::loss_backward", mutates_args=())
+def scaled_gradient(gradient: Tensor, factor: Tensor, of: Tensor) -> Tensor:
+    """gradient * factor. An op of its own, with the input `of` which it is the gradient, so that
+    differentiating it once more is refused and not taken for constant."""
+    return (gradient * factor).to(gradient.dtype)
+
+
+@scaled_gradient.register_fake
+def _(gradient, factor, of):
+    return torch.empty_like(gradient)
 
 
 segments_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -302,9 +332,11 @@ def segments(
 
 
 def flat_signal(signal: Signal, like: Tensor) -> Signal:
-    """Every tensor detached, on the device of `like`, per-token ones flat."""
-    flat = Signal(*(None if x is None else x.detach().to(like.device).reshape(-1) for x in signal))
-    return flat if flat.mask is None else flat._replace(mask=flat.mask.bool())
+    """Every tensor detached, flat, on the device of `like` and in its accumulation dtype."""
+    dtype = accumulation_dtype(like.dtype)
+    numbers = (None if x is None else x.detach().to(like.device, dtype) for x in signal[:5])
+    mask = None if signal.mask is None else signal.mask.to(like.device).bool()
+    return Signal(*(None if x is None else x.reshape(-1) for x in (*numbers, mask)))
 
 
 def option_values(options: LossOptions, num_rows: int) -> tuple:
