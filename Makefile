@@ -30,8 +30,8 @@ $(BIN)/.dev: $(BIN)/.package
 # OpenRLHF and verl are there to be patched, not run: what they need for that, and no more.
 $(BIN)/.test: $(BIN)/.dev
 	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
-	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
 	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
+	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
 	@touch $@
 
 $(BIN)/.peers: $(BIN)/.dev
