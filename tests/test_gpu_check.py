@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from benchmarks import gpu_check, loss, numerics
 from benchmarks.gpu_check import Step
 

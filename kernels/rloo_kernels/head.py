@@ -61,8 +61,31 @@ class Head(NamedTuple):
 class Weights(NamedTuple):
     """d log p(y) / d raw of a piece, as row_scale[:, None] * matrix."""
 
-    matrix: Tensor  # (n, V) in the hidden states' dtype
+    matrix: Tensor  # (n, V) in the hidden states' dtype; its rows may be further apart than V
     row_scale: Tensor | None  # (n,) fp32; None: 1
+
+    def whole(self) -> Tensor:
+        """The matrix with what lies between its rows, contiguous: (n, `weights_width`)."""
+        width = self.matrix.stride(0)
+        return self.matrix.as_strided((self.matrix.shape[0], width), (width, 1))
+
+
+def weights_are_scaled(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a piece's weights come with a row scale: those of the matrix kernel do."""
+    if not use_triton(hidden):
+        return False
+    from .head_triton import uses_matrix_kernel
+
+    return uses_matrix_kernel(hidden, weight, want_weights=True)
+
+
+def weights_width(hidden: Tensor, weight: Tensor) -> int:
+    """Distance between the rows of a piece's weights."""
+    if not weights_are_scaled(hidden, weight):
+        return weight.shape[0]
+    from .head_triton import stored_width
+
+    return stored_width(weight.shape[0])
 
 
 def piece_rows(hidden: Tensor, vocab_size: int, chunk_bytes: int | None) -> int:

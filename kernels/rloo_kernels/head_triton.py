@@ -5,9 +5,10 @@ Two ways to the logits, by dtype:
 "triton" (bf16; fp16 without weights): a matrix kernel whose tiles turn into exponentials while they
 are still fp32 accumulators. Without weights nothing of size [n, V] is written: every tile leaves a
 maximum, a sum of exponentials and a weighted sum per row. With weights it stores E = exp(z - a) in
-bf16, n V 2 bytes, with the token's own logit a = z_y as the anchor in place of the maximum, which
-is not known yet: for a sampled token log Z - z_y = -log p(y) is moderate. Rows where some
-z - a > 64 log 2 are flagged and done again with their maximum; nobody waits for the flags.
+bf16, 2 n V bytes (V rounded up to 16), with the token's own logit a = z_y as the anchor in place of
+the maximum, which is not known yet: for a sampled token log Z - z_y = -log p(y) is moderate. Rows
+where some z - a > 64 log 2 are flagged and done again with their maximum; nobody waits for the
+flags.
 
     S = 1 + sum_{v != y} E_v     log p(y) = -log S     M_v = -E_v / S,  M_y = (S - 1) / S
 
@@ -71,7 +72,7 @@ def _label_kernel(
 @triton.jit
 def _head_kernel(
     hidden, weight, bias, ids, anchor, flagged, matrix, tops, sums, weighted,
-    n, D, V, stride_h, stride_w, scale, inner, softcap,
+    n, D, V, pitch, stride_h, stride_w, scale, inner, softcap,
     HAS_BIAS: tl.constexpr, MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, ONLY_FLAGGED: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -128,15 +129,17 @@ def _head_kernel(
         if MODE == 1:  # d softcap / d raw = 1 - tanh^2
             t = tl.maximum(z, -softcap) / softcap  # -inf beyond the edge, where e = 0
             e *= 1.0 - t * t
-        at = matrix + row.to(tl.int64)[:, None] * V + column[None, :]
-        tl.store(at, (-e).to(matrix.dtype.element_ty), mask=in_n[:, None] & in_v[None, :])
+        # up to the pitch, a multiple of 16, so that stores are wide; e = 0 beyond V
+        at = matrix + row.to(tl.int64)[:, None] * pitch + column[None, :]
+        in_pitch = (column < pitch)[None, :]
+        tl.store(at, (-e).to(matrix.dtype.element_ty), mask=in_n[:, None] & in_pitch)
 
 
 @triton.jit
 def _combine_kernel(
     z_y, ids, anchor, matrix, tops, sums, weighted,
     logps, top_out, log_total, rest, entropy, row_scale, flagged, new_anchor,
-    n, V, tiles_v, scale, softcap, slope,
+    n, V, pitch, tiles_v, scale, softcap, slope,
     MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles -> statistics of each row; with STORE also M_y, the row scale, who is to be redone."""
@@ -163,7 +166,8 @@ def _combine_kernel(
             spread += w
         else:
             new_m = tl.maximum(m, tile_top)
-            old_shift = (m - new_m) * scale
+            # a label of -inf is the first m, and -inf - -inf is nan
+            old_shift = tl.where(m == float("-inf"), 0.0, (m - new_m) * scale)
             shift = tl.where(tile_top == float("-inf"), 0.0, (tile_top - new_m) * scale)
             old_factor, factor = tl.exp2(old_shift), tl.exp2(shift)
             spread = (spread + others * old_shift) * old_factor + (w + s * shift) * factor
@@ -191,7 +195,7 @@ def _combine_kernel(
             mine *= 1.0 - t * t
         y = tl.load(ids + row, mask=in_n, other=-1)
         valid = in_n & (y >= 0) & (y < V)
-        at = matrix + row.to(tl.int64) * V + y
+        at = matrix + row.to(tl.int64) * pitch + y
         tl.store(at, mine.to(matrix.dtype.element_ty), mask=valid)
 
 
@@ -208,7 +212,7 @@ class Tile(NamedTuple):
 TILES = {
     "interpreter": Tile(32, 64, 32, 4, 1),
     "hopper": Tile(128, 256, 64, 8, 3),  # wgmma; the accumulator alone takes half the registers
-    "narrow": Tile(128, 128, 64, 8, 4),  # where the wide tile spills: a soft-cap, and sm_100
+    "narrow": Tile(128, 128, 64, 8, 4),  # where the wide tile spills: soft-cap, odd D, sm_100
     "ampere": Tile(128, 128, 32, 8, 3),
     "cdna": Tile(128, 128, 32, 8, 2),
 }
@@ -227,7 +231,8 @@ def tile_for(depth: int, softcap: float | None) -> Tile:
         elif target.arch < 90:
             tile = TILES["ampere"]
         else:
-            tile = TILES["hopper" if target.arch == 90 and softcap is None else "narrow"]
+            wide = target.arch == 90 and softcap is None and depth % TILES["hopper"].depth == 0
+            tile = TILES["hopper" if wide else "narrow"]
     return tile._replace(depth=min(tile.depth, max(16, triton.next_power_of_2(depth))))
 
 
@@ -285,6 +290,11 @@ def forward_piece_triton(
     return library_piece(hidden, head, token_ids, want_entropy, want_weights, upstream)
 
 
+def stored_width(vocab_size: int) -> int:
+    """Columns of the matrix that the matrix kernel stores, so that rows are aligned to 32 bytes."""
+    return -(-vocab_size // 16) * 16
+
+
 def matrix_piece(
     hidden: Tensor, head: Head, token_ids: Tensor, want_entropy: bool, store: bool
 ) -> tuple[RowStatistics, Weights | None]:
@@ -297,19 +307,21 @@ def matrix_piece(
 
     columns = [floats(n) for _ in range(4)]
     statistics = RowStatistics(*columns, floats(n if want_entropy else 0))
-    matrix = hidden.new_empty((n, vocab_size) if store else (0, 0))
+    pitch = stored_width(vocab_size)
+    matrix = hidden.new_empty((n, pitch) if store else (0, 0))
     row_scale, anchor = floats(n if store else 0), floats(n if store else 0)
-    weights = Weights(matrix, row_scale) if store else None
+    weights = Weights(matrix[:, :vocab_size], row_scale) if store else None
     if n == 0:
         return statistics, weights
-    hidden = hidden.contiguous()
+    hidden, token_ids = hidden.contiguous(), token_ids.contiguous()
+    bias = None if head.bias is None else head.bias.contiguous()
     scale, inner, softcap = _factors(head.temperature, head.softcap, head.logit_scale)
     mode, has_bias = _mode(head.softcap, head.logit_scale), head.bias is not None
     z_y = floats(n)
     flagged = torch.empty(n if store else 0, dtype=torch.int32, device=hidden.device)
     strides = hidden.stride(0), head.weight.stride(0)
     _label_kernel[(n,)](
-        hidden, head.weight, head.bias, token_ids, z_y, depth, vocab_size, *strides, inner, softcap,
+        hidden, head.weight, bias, token_ids, z_y, depth, vocab_size, *strides, inner, softcap,
         HAS_BIAS=has_bias, MODE=mode, BLOCK_D=min(1024, triton.next_power_of_2(depth)),
         num_warps=4,
     )  # fmt: skip
@@ -320,8 +332,8 @@ def matrix_piece(
 
     def tiles(base: Tensor, only_flagged: bool) -> None:
         _head_kernel[(tiles_n * tiles_v,)](
-            hidden, head.weight, head.bias, token_ids, base, flagged, matrix,
-            tops, sums, weighted, n, depth, vocab_size, *strides, scale, inner, softcap,
+            hidden, head.weight, bias, token_ids, base, flagged, matrix,
+            tops, sums, weighted, n, depth, vocab_size, pitch, *strides, scale, inner, softcap,
             HAS_BIAS=has_bias, MODE=mode, WANT_ENTROPY=want_entropy,
             STORE=store, ONLY_FLAGGED=only_flagged, EVEN_D=depth % tile.depth == 0,
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_D=tile.depth,
@@ -332,7 +344,7 @@ def matrix_piece(
         _combine_kernel[(triton.cdiv(n, 128),)](
             z_y, token_ids, base, matrix, tops, sums, weighted,
             *statistics, row_scale, flagged, anchor,
-            n, vocab_size, tiles_v, scale, softcap, head.slope,
+            n, vocab_size, pitch, tiles_v, scale, softcap, head.slope,
             MODE=mode, WANT_ENTROPY=want_entropy, STORE=store, BLOCK=128, num_warps=4,
         )  # fmt: skip
 

@@ -25,7 +25,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import Gradients, Head, Weights, forward_piece, piece_rows, pieces
+from .head import (
+    Gradients,
+    Head,
+    Weights,
+    forward_piece,
+    piece_rows,
+    pieces,
+    weights_are_scaled,
+    weights_width,
+)
 from .logprob import accumulation_dtype, check_temperature, check_token_ids, check_token_range
 
 
@@ -118,7 +127,7 @@ def _linear_logprob(
     check_token_range(token_ids, weight.shape[0])
     saved, row_scale = hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
     if saves == "weights":
-        saved = hidden.new_empty(0, weight.shape[0])  # where the mask keeps no row
+        saved = hidden.new_empty(0, weights_width(hidden, weight))  # if the mask keeps no row
     if saves == "nothing":
         logps, entropy = forward_rows(hidden, head, token_ids, size, want_entropy)
     else:
@@ -137,7 +146,7 @@ def _linear_logprob(
             if saves == "unit gradient":
                 unit.add(rows, part, weights, None)
             else:
-                saved = weights.matrix
+                saved = weights.whole()
                 row_scale = row_scale if weights.row_scale is None else weights.row_scale
         if saves == "unit gradient":
             assert unit.hidden is not None
@@ -156,9 +165,11 @@ def _(hidden, weight, bias, ids, keep, temperature, softcap, scale, want_entropy
     saved = hidden.new_empty(0)
     if saves != "nothing":
         kept = num_rows if keep is None else torch.library.get_ctx().new_dynamic_size()
-        width = hidden.shape[1] if saves == "unit gradient" else weight.shape[0]
+        unit = saves == "unit gradient"
+        width = hidden.shape[1] if unit else weights_width(hidden, weight)
         saved = hidden.new_empty(kept, width)
-    row_scale = hidden.new_empty(0, dtype=torch.float32)
+    scaled = saves == "weights" and weights_are_scaled(hidden, weight)
+    row_scale = hidden.new_empty(saved.shape[0] if scaled else 0, dtype=torch.float32)
     return logps, entropy, saved, row_scale
 
 
@@ -193,7 +204,8 @@ def _linear_logprob_backward(
         flags = (need[0], need[1], need[2])
         sums = Gradients(hidden, head, flags, -(-hidden.shape[0] // size))
         if grad_entropy is None and saves == "weights":
-            weights = Weights(saved, row_scale if row_scale.numel() else None)
+            matrix = saved[:, : weight.shape[0]]
+            weights = Weights(matrix, row_scale if row_scale.numel() else None)
             sums.add(slice(None), hidden, weights, grad)
         else:
             _recompute(sums, hidden, head, token_ids, grad, grad_entropy, size)

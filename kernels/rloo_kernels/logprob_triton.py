@@ -238,6 +238,8 @@ def forward_triton(
     if num_rows == 0:
         return RowStatistics(*columns, entropy)
     logits, inner_rows, stride_outer, stride_inner = _layout(logits)
+    token_ids = token_ids.contiguous()
+    keep = None if keep is None else keep.contiguous()
     block, num_warps = _block(vocab_size)
     with on_device_of(logits):
         _forward_kernel[(num_rows,)](
@@ -293,6 +295,8 @@ def backward_triton_(
     num_rows, vocab_size = token_ids.numel(), logits.shape[-1]
     if num_rows == 0:
         return
+    token_ids = token_ids.contiguous()
+    keep = None if keep is None else keep.contiguous()
     view, inner_rows, stride_outer, stride_inner = _layout(logits)
     target, out_rows, out_outer, out_inner = _layout(out)
     if out_rows != inner_rows or target.data_ptr() != out.data_ptr():

@@ -2,8 +2,9 @@
 
 First pass over the group's tokens: KL and log-ratio of each of its K rows, held in registers.
 Then shaped rewards, leave-one-out, ratio and clip of all K at once. Second pass: coefficients and
-what is counted per token. Bytes, 4 per number: each per-token input is loaded twice (reference,
-entropy and a sequence-level old log-prob once), the coefficients are stored once.
+what is counted per token. Bytes, 4 per number: log-probs, reference and old log-probs are loaded
+once, and once more where the second pass needs them (token-level ratios; a KL to go or in the
+loss); entropies once; the coefficients are stored once.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def _segments_kernel(
         logp_sum = tl.zeros([BLOCK_T], tl.float32)
         kl_sum = tl.zeros([BLOCK_T], tl.float32)
         ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+        token_ratio_sum = tl.zeros([BLOCK_T], tl.float32)
         entropy_sum = tl.zeros([BLOCK_T], tl.float32)
         count = tl.zeros([BLOCK_T], tl.float32)
         for start in range(begin, end, BLOCK_T):
@@ -103,7 +105,9 @@ def _segments_kernel(
             if HAS_REF:
                 kl_sum += logp - tl.load(ref_logps + t, mask=valid, other=0.0)
             if HAS_OLD:
-                ratio_sum += logp - tl.load(old_logps + t, mask=valid, other=0.0)
+                log_ratio = logp - tl.load(old_logps + t, mask=valid, other=0.0)
+                ratio_sum += log_ratio
+                token_ratio_sum += tl.where(valid, tl.exp(log_ratio), 0.0)
             if HAS_ENTROPY:
                 entropy_sum += tl.load(entropy + t, mask=valid, other=0.0)
         here = lane == k
@@ -112,6 +116,10 @@ def _segments_kernel(
         count_of = tl.where(here, tl.sum(count, 0), count_of)
         tl.store(table + 4 * R + first + k, tl.sum(logp_sum, 0))
         tl.store(table + 9 * R + first + k, tl.sum(entropy_sum, 0))
+        if HAS_OLD:
+            tl.store(table + 6 * R + first + k, tl.sum(token_ratio_sum, 0))
+        else:  # on-policy: every ratio is 1
+            tl.store(table + 6 * R + first + k, tl.sum(count, 0))
 
     inside = lane < K
     row = first + lane
@@ -159,7 +167,6 @@ def _segments_kernel(
         if TOKEN_MEAN:
             weight = share
         kept = _pick(compared.to(tl.float32), lane, k) > 0
-        ratio_sum = tl.zeros([BLOCK_T], tl.float32)
         loss_sum = tl.zeros([BLOCK_T], tl.float32)
         low_sum = tl.zeros([BLOCK_T], tl.float32)
         high_sum = tl.zeros([BLOCK_T], tl.float32)
@@ -174,13 +181,12 @@ def _segments_kernel(
             log_ratio = tl.zeros([BLOCK_T], tl.float32)
             kl = tl.zeros([BLOCK_T], tl.float32)
             logp = 0.0
-            if HAS_OLD or KL_TO_GO or KL_LOSS:
+            if (HAS_OLD and TOKEN_LEVEL) or KL_TO_GO or KL_LOSS:
                 logp = tl.load(logps + t, mask=valid, other=0.0)
-            if HAS_OLD:
+            if HAS_OLD and TOKEN_LEVEL:
                 log_ratio = logp - tl.load(old_logps + t, mask=valid, other=0.0)
             if KL_TO_GO or KL_LOSS:
                 kl = logp - tl.load(ref_logps + t, mask=valid, other=0.0)
-            ratio_sum += tl.where(valid, tl.exp(log_ratio), 0.0)
             slope = slope_k + tl.zeros([BLOCK_T], tl.float32)
             if TOKEN_LEVEL:
                 a_t = a_k + tl.zeros([BLOCK_T], tl.float32)
@@ -202,7 +208,6 @@ def _segments_kernel(
                 slope *= weight
             slope = tl.where(valid, slope / denominator, 0.0)
             tl.store(coefficients + t, slope, mask=in_row)
-        tl.store(table + 6 * R + first + k, tl.sum(ratio_sum, 0))
         if TOKEN_LEVEL:
             tl.store(table + first + k, tl.sum(loss_sum, 0) * weight)
             tl.store(table + 7 * R + first + k, tl.sum(low_sum, 0) * share)
@@ -232,19 +237,21 @@ def segments_triton(
     def plain(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
 
+    mask = None if signal.mask is None else signal.mask.contiguous()
+
     rewards, advantages, token_advantages, old_logps, ref_logps = map(plain, signal[:5])
     if kl == "loss" and ref_logps is None:
         kl = "reward"  # beta = 0
     with on_device_of(logps):
         _segments_kernel[(num_rows // group,)](
             logps.contiguous(),
-            cu_seqlens,
+            cu_seqlens.contiguous(),
             rewards,
             advantages,
             token_advantages,
             old_logps,
             ref_logps,
-            signal.mask,
+            mask,
             plain(entropy),
             coefficients,
             table,
@@ -258,7 +265,7 @@ def segments_triton(
             HAS_TOKEN_ADVANTAGES=token_advantages is not None,
             HAS_OLD=old_logps is not None,
             HAS_REF=ref_logps is not None,
-            HAS_MASK=signal.mask is not None,
+            HAS_MASK=mask is not None,
             HAS_ENTROPY=entropy is not None,
             GROUP_NORMALIZED=options.advantage == "grpo",
             KL_TO_GO=kl == "reward_to_go",
