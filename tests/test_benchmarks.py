@@ -74,6 +74,8 @@ def test_our_providers_pass_the_gate(written):
     status, content, _ = written
     ours = {r["provider"]: r["skipped"] for r in content["rows"] if r["provider"][:4] == "ours"}
     assert status == 0
+    gpu_only = ours.pop("ours_library")
+    assert gpu_only == "its kernels need a GPU, not cpu"
     assert ours == {"ours": None, "ours_logprob": None}
 
 

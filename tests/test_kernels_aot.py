@@ -31,8 +31,8 @@ KERNELS = {
     "_segments_kernel",
 }
 # Bytes spilled per thread. Under triton 3.6 the wide tile of sm_90 spills where nothing is stored,
-# later a row kernel (fp32, masked, with entropy) two registers.
-SPILL_BOUND = {"3.6": 160, "later": 16}
+# later the redo pass of the lm_head where D is no multiple of 8, and a row kernel two registers.
+SPILL_BOUND = {"3.6": 160, "later": 64}
 ALIGNED, UNALIGNED, SMALL = 151936, 50257, 507
 ROOT = Path(__file__).parent.parent
 OLDEST = Path(os.environ.get("RLOO_TRITON_36") or ROOT / ".triton36")
