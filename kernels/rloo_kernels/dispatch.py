@@ -42,9 +42,9 @@ def use_triton(x: Tensor) -> bool:
 
 
 @functools.cache
-def log_once(message: str) -> None:
-    """One warning per message and process."""
-    logger.warning(message)
+def log_once(message: str, level: int = logging.WARNING) -> None:
+    """One line per message and process."""
+    logger.log(level, message)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ gradients.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -86,12 +87,22 @@ class Run:
             self._forward(slice(None))
             self._credit(everything)
             return None, None, None
+        self._log_mode()
         if self._coefficients_known():
             sums = self._known_beforehand()
             self._credit(everything)
         else:
             sums = self._chunk_by_chunk()
         return sums.finish()
+
+    def _log_mode(self) -> None:
+        head = "frozen lm_head, no dW" if self.frozen else "three products"
+        if self._coefficients_known():
+            when = "coefficients are known before the log-probs, any chunking"
+        else:
+            per = "group" if self.signal.rewards is not None else "completion"
+            when = f"coefficients of a {per} come out of its own chunk"
+        log_once(f"fused_linear_rloo_loss: {head}; {when}.", logging.INFO)
 
     def _coefficients_known(self) -> bool:
         """Whether dloss / dlogp depends on no log-prob."""
