@@ -15,6 +15,8 @@ from kernel_losses import (
     make_head,
     make_loss,
 )
+from rloo_kernels import fused_linear_rloo_loss
+from rloo_kernels.dispatch import log_once
 from rloo_kernels.linear_run import plan_chunks
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
@@ -121,3 +123,33 @@ def test_plan_of_chunks_holds_every_row_once():
                     assert (c.t0, c.t1) == (sum(lengths[: c.r0]), sum(lengths[: c.r1]))
                     assert c.fits == (c.t1 - c.t0 <= size)
                     assert c.fits or c.r1 - c.r0 == unit
+
+
+@pytest.mark.parametrize(
+    ("beta", "chunk_bytes", "level", "sentence"),
+    [
+        (0.0, None, "INFO", "three products; coefficients are known before the log-probs"),
+        (0.1, None, "INFO", "three products; coefficients of a group come out of its own chunk"),
+        (0.1, 1, "WARNING", "do not fit into one piece"),
+    ],
+    ids=["known", "a group per chunk", "too large"],
+)
+def test_what_costs_how_much_is_said_once(caplog, beta, chunk_bytes, level, sentence):
+    hidden, weight = torch.randn(8, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    log_once.cache_clear()
+    with caplog.at_level("INFO", "rloo_kernels"):
+        for _ in range(2):
+            fused_linear_rloo_loss(
+                hidden,
+                weight,
+                torch.randint(5, (8,)),
+                torch.tensor([0, 3, 8]),
+                rewards=torch.tensor([1.0, 0.0]),
+                num_generations=2,
+                ref_logps=torch.zeros(8),
+                beta=beta,
+                chunk_bytes=chunk_bytes,
+            )
+    said = [r.getMessage() for r in caplog.records if r.levelname == level]
+    assert len(said) == 1
+    assert sentence in said[0]
