@@ -138,15 +138,17 @@ def forward_piece_torch(
 ) -> tuple[RowStatistics, Weights | None]:
     """The specification; the row's elementwise work is done block by block, in the cache."""
     raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    dtype = accumulation_dtype(raw.dtype)
-    found = []
+    dtype, want_entropy = accumulation_dtype(raw.dtype), want_entropy or upstream is not None
+    # allocated first: small tensors kept from each block would cut up the memory of the next ones
+    columns = [raw.new_empty(raw.shape[0], dtype=dtype) for _ in range(4)]
+    columns.append(raw.new_empty(raw.shape[0] if want_entropy else 0, dtype=dtype))
     for rows in row_blocks(*raw.shape):
         ids = token_ids[rows]
         z, slope = head.transform(raw[rows].to(dtype))
-        statistics, e = block_statistics(
-            z, ids, head.temperature, want_entropy or upstream is not None
-        )
-        found.append(statistics)
+        statistics, e = block_statistics(z, ids, head.temperature, want_entropy)
+        for column, values in zip(columns, statistics, strict=True):
+            if column.numel():
+                column[rows] = values
         if want_weights:
             if upstream is None:
                 d = block_gradient_(e, None, ids, statistics, z.new_ones(len(ids)), None)
@@ -157,7 +159,6 @@ def forward_piece_torch(
             if head.slope != 1.0:
                 d.mul_(head.slope)
             raw[rows] = d  # in the raw logits' place: nobody needs them again
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
     return RowStatistics(*columns), Weights(raw, None) if want_weights else None
 
 
@@ -168,25 +169,34 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype)
 
 
-def _add_product_(out: Tensor, a: Tensor, b: Tensor, c: Tensor | None) -> None:
-    """out += a (c b), with a (V, n) in half precision or not, c (n,) and the sum fp32.
+def _add_product(
+    out: Tensor | None, a: Tensor, b: Tensor, c: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """out + a (c b), summed in `dtype` (fp32) into `out`, None for 0; a (V, n), b (n, D), c (n,).
 
-    Only the factors are ever rounded to the dtype of a, never the product.
+    Factors are rounded to the dtype of a, products never.
     """
-    if a.dtype == out.dtype:
-        out.addmm_(a, b if c is None else b * c[:, None])
-    elif not a.is_cuda:  # no such product: a tile of rows at a time, so that a's copy stays small
-        b = b.to(out.dtype) if c is None else b * c[:, None]
+    if a.dtype == dtype:
+        b = b if c is None else b * c[:, None]
+        return a @ b if out is None else out.addmm_(a, b)
+    if not a.is_cuda:  # no such product: a tile of rows at a time, so that a's copy stays small
+        b = b.to(dtype) if c is None else b * c[:, None]
+        total = a.new_empty(a.shape[0], b.shape[1], dtype=dtype) if out is None else out
         for rows in row_blocks(*a.shape):
-            out[rows].addmm_(a[rows].to(out.dtype), b)
-    elif (
-        a.dtype == torch.float16 and c is not None
-    ):  # c b may leave fp16's range: take c's size off
+            tile = a[rows].to(dtype)
+            if out is None:
+                torch.mm(tile, b, out=total[rows])
+            else:
+                total[rows].addmm_(tile, b)
+        return total
+    if a.dtype == torch.float16 and c is not None:  # c b may leave fp16's range: take c's size off
         size = c.abs().amax().clamp_(min=torch.finfo(c.dtype).tiny)
-        out += torch.mm(a, (b * (c / size)[:, None]).to(a.dtype), out_dtype=out.dtype) * size
-    else:
-        b = b if c is None else (b * c[:, None]).to(a.dtype)
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        part = torch.mm(a, (b * (c / size)[:, None]).to(a.dtype), out_dtype=dtype).mul_(size)
+        return part if out is None else out.add_(part)
+    b = b if c is None else (b * c[:, None]).to(a.dtype)
+    if out is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(out, a, b, out_dtype=dtype, out=out)
 
 
 class Gradients:
@@ -203,16 +213,11 @@ class Gradients:
         self.head, self.dtype = head, hidden.dtype
         self.sum_dtype = accumulation_dtype(hidden.dtype)
         self.one_piece = num_pieces == 1 and hidden.dtype != torch.float16
-        need_hidden, need_weight, need_bias = need
-        weight, bias = head.weight, head.bias
+        need_hidden, self.need_weight, self.need_bias = need
+        assert head.bias is not None or not self.need_bias
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
-        self.weight = self.bias = None
-        self.need_weight = need_weight
-        if need_weight and not self.one_piece:
-            self.weight = torch.zeros_like(weight, dtype=self.sum_dtype)
-        if need_bias:
-            assert bias is not None
-            self.bias = torch.zeros_like(bias, dtype=self.sum_dtype)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def add(
         self, rows: slice | Tensor, hidden: Tensor, weights: Weights, coefficients: Tensor | None
@@ -230,25 +235,24 @@ class Gradients:
             if c is not None:
                 grad.mul_(c[:, None])
             self.hidden[rows] = grad.to(self.dtype)
-        if self.need_weight:
-            if self.one_piece:
-                self.weight = matrix.T @ (hidden if c is None else hidden * c[:, None]).to(
-                    self.dtype
-                )
-            else:
-                assert self.weight is not None
-                _add_product_(self.weight, matrix.T, hidden, c)
-        if self.bias is not None:
+        if self.need_weight and self.one_piece:
+            scaled = hidden if c is None else (hidden * c[:, None]).to(self.dtype)
+            self.weight = matrix.T @ scaled
+        elif self.need_weight:
+            self.weight = _add_product(self.weight, matrix.T, hidden, c, self.sum_dtype)
+        if self.need_bias:
             ones = matrix.new_ones(len(matrix), 1)
-            _add_product_(self.bias[:, None], matrix.T, ones, c)
+            self.bias = _add_product(self.bias, matrix.T, ones, c, self.sum_dtype)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dL/d hidden, dL/d weight, dL/d bias) in the inputs' dtypes, None where not asked for."""
-        weight = self.weight
+        weight, bias = self.weight, self.bias
         if self.need_weight and weight is None:  # no piece came
             weight = torch.zeros_like(self.head.weight)
+        if self.need_bias and bias is None:
+            bias = self.head.weight.new_zeros(self.head.weight.shape[0], 1)
         return (
             self.hidden,
             None if weight is None else weight.to(self.dtype),
-            None if self.bias is None else self.bias.to(self.dtype),
+            None if bias is None else bias.squeeze(1).to(self.dtype),
         )
