@@ -30,7 +30,7 @@ from .logprob import (
 
 # What a piece of logits may take. Pieces of fp32 are summed into the weight gradient at no cost;
 # pieces of bf16 and fp16 cost an fp32 copy of it, so they are fewer and larger.
-PIECE_BYTES = {torch.float32: 256 << 20, torch.float64: 256 << 20}
+PIECE_BYTES = {torch.float32: 384 << 20, torch.float64: 384 << 20}
 PIECE_BYTES_HALF = 768 << 20
 
 
