@@ -161,14 +161,18 @@ class Collector:
             clip_range=args.reward_clip_range,
         )
         start = self.accelerator.process_index * len(rows)
+        numbers = torch.arange(start, start + len(rows))
         samples = Samples(
             prompt_ids=[row.ids for row in rows],
             completion_ids=rollout.completion_ids,
             cu_seqlens=torch.cat([counted.new_zeros(1), counted.cumsum(0)]),
             scores=scores[start : start + len(rows)],
             num_generations=num_generations,
+            groups=(numbers // num_generations).tolist(),
+            whole_groups=len(rows) % num_generations == 0,
         )
         samples.stats = {
+            "row": numbers,
             "length": lengths,
             "tokens": counted,
             "truncated": truncated,

@@ -58,7 +58,14 @@ class RLOOConfig(Names2024, TrainingArguments):
         True, "Set every dropout of the model to 0, that of LoRA adapters too."
     )
     layout: str = _field(
-        "auto", "How completions are batched for the update: auto | padded. auto picks the best."
+        "auto",
+        "How completions are batched for the update: shared_prefix (a prompt is run once for all "
+        "its completions) | packed (no padding) | padded | auto: the first the model supports.",
+    )
+    max_tokens_per_micro_batch: int | None = _field(
+        None,
+        "Most tokens of a micro-batch, those that are run. Default: what "
+        "per_device_train_batch_size rows as long as the batch's longest would have.",
     )
 
     # Data
@@ -141,8 +148,9 @@ class RLOOConfig(Names2024, TrainingArguments):
     cache_implementation: str | None = _field(None, "transformers' KV cache class for generation.")
     rollout_forward_batch_size: int | None = _field(
         None,
-        "Rows per generate call, no-grad forward and reward-model call. Default: all rows at a "
-        "time in generation, per_device_train_batch_size in forwards.",
+        "Rows per generate call, reward-model call and no-grad forward (there as many tokens as "
+        "such rows may have). Default: all at a time in generation, else "
+        "per_device_train_batch_size.",
     )
     ds3_gather_for_generation: bool = _field(
         True, "ZeRO-3: gather the weights for generation. Only True is offered."
@@ -219,6 +227,13 @@ class RLOOConfig(Names2024, TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch, all processes."""
         return int(self.generation_batch_size or 0) // self.num_generations
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """Arguments of torch.compile, None without it."""
+        if not self.torch_compile:
+            return None
+        return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:

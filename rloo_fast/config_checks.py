@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
+from .packing import LAYOUTS
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -88,7 +90,7 @@ COUNTS = (
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
-    "rollout_forward_batch_size", "num_completions_to_print",
+    "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -113,7 +115,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "reward_timeout_s": (_optional(lambda s: s > 0), "> 0 seconds, or left out"),
     "num_sample_generations": (_optional(lambda n: n >= 0), ">= 0, or left out"),
-    "layout": (lambda name: name in ("auto", "padded"), "'auto' or 'padded'"),
+    "layout": (lambda name: name in ("auto", *LAYOUTS), f"one of {('auto', *LAYOUTS)}"),
     "stop_token": (
         _optional(lambda token: token == "eos"),
         "'eos' (write the id of another token as stop_token_id)",

@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_find_batch_size": (
         (False,),
-        "it would split groups; lower per_device_train_batch_size and raise "
-        "gradient_accumulation_steps by the same factor, which does not change the result",
+        "a micro-batch is halved by itself where memory runs out, and the batch of a step does not "
+        "depend on it; leave it out",
     ),
     "ds3_gather_for_generation": ((True,), "ZeRO-3 is not in this version; leave it True"),
     "log_multimodal": ((True,), "there are no images here; leave it True"),
-    "torch_compile": ((False,), "it is not in this version; leave it False"),
     "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
     "neftune_noise_alpha": (
         (None, 0.0),

@@ -145,30 +145,34 @@ def rollout_metrics(
 def update_metrics(rows: dict[str, Tensor], micro_batch: Tensor) -> dict[str, float]:
     """Metrics of one optimizer step from its gathered rows.
 
-    Columns of `rows`: tokens, entropy (sum over tokens), low, high (clipped), log_ratio (sum over
-    tokens), token_ratio (sum over tokens), loss (of the row). `micro_batch`: the micro-batch each
-    row went through, for the 2024 trainer's variance of the mean ratio over micro-batches.
+    Columns of `rows`: ran (1; 0: its advantage was 0, and it was not run), tokens, entropy (sum
+    over tokens), low, high (clipped), log_ratio (sum over tokens), token_ratio (sum over tokens),
+    loss (of the row). `micro_batch`: the micro-batch each row went through, for the 2024 trainer's
+    variance of the mean ratio over micro-batches. Ratios are of the rows that ran, the entropy of
+    those where it is known (not NaN).
     """
-    tokens = rows["tokens"].sum().clamp(min=1)
+    ran = rows["ran"].bool()
+    tokens = rows["tokens"][ran]
     low, high = rows["low"], rows["high"]
-    num = int(micro_batch.max()) + 1
+    num = int(micro_batch.max()) + 1 if ran.any() else 0
     sums = torch.zeros(2, num, dtype=torch.double)
-    sums[0].index_add_(0, micro_batch, rows["token_ratio"])
-    sums[1].index_add_(0, micro_batch, rows["tokens"])
+    sums[0].index_add_(0, micro_batch[ran], rows["token_ratio"][ran])
+    sums[1].index_add_(0, micro_batch[ran], tokens)
     ratios = (sums[0] / sums[1])[sums[1] > 0]
     mean_ratio = ratios.mean().item() if len(ratios) else 1.0
-    entropy = (rows["entropy"].sum() / tokens).item()
+    known = ~rows["entropy"].isnan()
+    entropy = (rows["entropy"][known].sum() / rows["tokens"][known].sum().clamp(min=1)).item()
     region = torch.clamp(low + high, max=1).mean().item()
     return {
-        "entropy": entropy,
+        "entropy": entropy if known.any() else float("nan"),
         "clip_ratio/low_mean": low.mean().item(),
         "clip_ratio/low_min": low.min().item(),
         "clip_ratio/high_mean": high.mean().item(),
         "clip_ratio/high_max": high.max().item(),
         "clip_ratio/region_mean": region,
-        "policy/approxkl_avg": 0.5 * rows["log_ratio"].square().mean().item(),
+        "policy/approxkl_avg": 0.5 * _mean(rows["log_ratio"][ran].square()),
         "policy/clipfrac_avg": region,
-        "policy/entropy_avg": entropy,
+        "policy/entropy_avg": entropy if known.any() else float("nan"),
         "loss/policy_avg": rows["loss"].mean().item(),
         "val/ratio": mean_ratio,
         "val/ratio_var": ratios.var().item() if len(ratios) > 1 else 0.0,

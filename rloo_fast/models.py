@@ -154,7 +154,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 def has_dropout(model: nn.Module) -> bool:
     """True if a forward in train mode draws random numbers for dropout."""
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or any(
+    in_modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return in_modules or has_attention_dropout(model)
+
+
+def has_attention_dropout(model: nn.Module) -> bool:
+    return any(
         getattr(m, name, 0.0) > 0
         for m in model.modules()
         for name in ("attention_dropout", "attn_pdrop")

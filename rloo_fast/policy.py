@@ -1,7 +1,8 @@
-"""Stage 5: micro-batch -> hidden states -> completion log-probs, inside the model's forward.
+"""Stage 5: micro-batch -> hidden states -> the fused loss, inside the wrapped model's forward.
 
-The backbone runs on the whole batch, the lm_head only on the positions that predict a completion
-token, so logits of prompts and padding are never made, and [N, V] never held (`linear_logprob`).
+The backbone runs on the whole micro-batch, the lm_head only on the positions that predict a counted
+completion token, and neither ever makes [N, V] logits: `fused_linear_rloo_loss` where a gradient is
+wanted, `linear_logprob` where only log-probs are.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from rloo_kernels import linear_logprob, selective_log_softmax
+from rloo_kernels import (
+    Objective,
+    fused_linear_rloo_loss,
+    linear_logprob,
+    rloo_loss,
+    selective_log_softmax,
+)
 from torch import Tensor, nn
 
+from .attention import keep_for_backward, segment_attention
 from .models import base_causal_lm
-from .types import MicroBatch, Samples
+from .types import Credit, MicroBatch
 
 
 class TokenScores(NamedTuple):
-    """Per completion token, packed; `aux_loss` is a mixture-of-experts model's, else None."""
+    """Per completion token, packed."""
 
     logps: Tensor  # (N,) fp32, at the sampling temperature
     entropy: Tensor  # (N,) nats
-    aux_loss: Tensor | None
 
 
 class Head(NamedTuple):
@@ -76,67 +83,169 @@ def router_coef(model: nn.Module, coef: float | None) -> float:
 
 
 class Policy:
-    """Scores micro-batches with a model through whatever wraps it (DDP, autocast).
+    """Log-probs and loss of micro-batches by a model, through whatever wraps it (DDP, autocast).
 
-    `model` is the bare model, `wrapped` what the training engine made of it. Log-probs are of
-    logits / temperature. `aux_loss` asks a mixture-of-experts model for its load-balancing loss.
+    `model` is the bare model; `wrapped`, given with each call, what the training engine made of it.
+    Log-probs are of logits / temperature. `compile_options`: arguments of torch.compile for the
+    backbone (generation keeps the model as it is), None: not compiled.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float, aux_loss: bool = False):
-        self.model, self.temperature, self.aux_loss = model, temperature, aux_loss
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        compile_options: dict[str, Any] | None = None,
+    ):
+        self.model, self.temperature = model, temperature
         self.num_forwards = 0
+        self.num_tokens_run = 0  # positions put through the model, fillers and padding included
+        self._compile_options, self._compiled = compile_options, None
 
-    def __call__(self, batch: MicroBatch, wrapped: nn.Module | None = None) -> TokenScores:
+    def score(self, batch: MicroBatch, wrapped: nn.Module | None = None) -> TokenScores:
+        """Log-prob and entropy of every target; for calls under no_grad."""
+        return self._run(self._score, batch, wrapped)
+
+    def loss(
+        self,
+        batch: MicroBatch,
+        credit: Credit,
+        options: dict[str, Any],
+        wrapped: nn.Module | None = None,
+        *,
+        router_loss: bool = False,
+    ) -> tuple[Objective, Tensor | None]:
+        """The RLOO loss of the micro-batch, with its `logps` and `entropy`, and, if asked for, a
+        mixture-of-experts model's load-balancing loss.
+
+        `options` are those of `fused_linear_rloo_loss`.
+        """
+        return self._run(self._loss, batch, wrapped, credit, options, router_loss)
+
+    def _run(
+        self, function: Callable[..., Any], batch: MicroBatch, wrapped: nn.Module | None, *args: Any
+    ) -> Any:
         self.num_forwards += 1
+        self.num_tokens_run += batch.input_ids.numel()
         if wrapped is None or wrapped is self.model:
-            return self._forward(batch)
-        return run_inside(wrapped, self.model, self._forward, batch)
+            return function(batch, *args)
+        return run_inside(wrapped, self.model, function, batch, *args)
 
-    def _forward(self, batch: MicroBatch) -> TokenScores:
-        model = base_causal_lm(self.model)
-        head = find_head(model)
-        kwargs: dict[str, Any] = {"use_cache": False}
-        if self.aux_loss:
-            kwargs["output_router_logits"] = True
-        # right-padded rows need no mask in a causal model: no real token can see the padding
-        # and positions count from the row's start, which is the default
+    # Inside the forward
+
+    def _score(self, batch: MicroBatch) -> TokenScores:
+        head = find_head(base_causal_lm(self.model))
         if head.linear is None:
-            out = model(input_ids=batch.input_ids, **kwargs)
-            logits = out.logits.flatten(0, 1)[batch.logit_index]
-            scores = selective_log_softmax(
-                logits, batch.targets, temperature=self.temperature, return_entropy=True
+            return TokenScores(
+                *selective_log_softmax(
+                    self._logits(batch)[0],
+                    batch.targets,
+                    temperature=self.temperature,
+                    return_entropy=True,
+                )
+            )
+        return TokenScores(
+            *linear_logprob(
+                *self._hidden(batch, head)[:2],
+                batch.targets,
+                return_entropy=True,
+                **self._head_options(head),
+            )
+        )
+
+    def _loss(
+        self, batch: MicroBatch, credit: Credit, options: dict[str, Any], router_loss: bool
+    ) -> tuple[Objective, Tensor | None]:
+        head = find_head(base_causal_lm(self.model))
+        common = {"return_entropy": True, **credit._asdict(), **options}
+        if head.linear is None:
+            logits, out = self._logits(batch, router_loss)
+            objective = rloo_loss(
+                logits, batch.targets, batch.cu_seqlens, temperature=self.temperature, **common
             )
         else:
-            out = model.base_model(input_ids=batch.input_ids, **kwargs)  # pyright: ignore
-            hidden = out.last_hidden_state.flatten(0, 1)[batch.logit_index]
-            weight, bias = head.linear.weight, head.linear.bias
-            if torch.is_autocast_enabled(hidden.device.type):
-                dtype = torch.get_autocast_dtype(hidden.device.type)
-                hidden, weight = hidden.to(dtype), weight.to(dtype)  # pyright: ignore
-                bias = bias.to(dtype) if bias is not None else None  # pyright: ignore
-            scores = linear_logprob(
-                hidden.to(weight.dtype),  # pyright: ignore
-                weight,  # pyright: ignore
+            hidden, weight, out = self._hidden(batch, head, router_loss)
+            objective = fused_linear_rloo_loss(
+                hidden,
+                weight,
                 batch.targets,
-                bias=bias,  # pyright: ignore
-                temperature=self.temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                return_entropy=True,
+                batch.cu_seqlens,
+                **self._head_options(head),
+                **common,
             )
-        aux = self._router_loss(model, out, batch) if self.aux_loss else None
-        return TokenScores(scores[0], scores[1].detach(), aux)
+        return objective, self._router_loss(out, batch) if router_loss else None
 
-    @staticmethod
-    def _router_loss(model: Any, out: Any, batch: MicroBatch) -> Tensor:
-        """Load-balancing loss over the real tokens (Switch Transformer, arXiv:2101.03961)."""
+    def _hidden(
+        self, batch: MicroBatch, head: Head, router_logits: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(hidden states (N, D) that predict the targets, lm_head weight (V, D), model output)."""
+        model = base_causal_lm(self.model)
+        out = self._call(self._backbone(model), batch, router_logits)
+        assert head.linear is not None
+        hidden, weight = out.last_hidden_state, head.linear.weight
+        if batch.segments is not None and hidden.requires_grad:
+            keep_for_backward(hidden, model)
+        hidden = hidden.flatten(0, 1)[batch.logit_index]
+        if torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))  # pyright: ignore
+        return hidden.to(weight.dtype), weight, out  # pyright: ignore
+
+    def _logits(self, batch: MicroBatch, router_logits: bool = False) -> tuple[Tensor, Any]:
+        """(logits (N, V), model output) by the model's own head."""
+        model = base_causal_lm(self.model)
+        if batch.segments is None:
+            out = self._call(model, batch, router_logits)
+            return out.logits.flatten(0, 1)[batch.logit_index], out
+        out = self._call(model, batch, router_logits, logits_to_keep=batch.logit_index)
+        if out.logits.requires_grad:
+            keep_for_backward(out.logits, model)
+        return out.logits[0], out
+
+    def _call(self, module: Any, batch: MicroBatch, router_logits: bool, **kwargs: Any) -> Any:
+        if router_logits:
+            kwargs["output_router_logits"] = True
+        # right-padded lines need no mask in a causal model, and positions that count from the
+        # line's start are the default
+        if batch.segments is None:
+            return module(input_ids=batch.input_ids, use_cache=False, **kwargs)
+        with segment_attention(base_causal_lm(self.model)):
+            return module(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                segments=batch.segments,
+                use_cache=False,
+                **kwargs,
+            )
+
+    def _backbone(self, model: Any) -> Any:
+        if self._compile_options is None:
+            return model.base_model
+        if self._compiled is None:
+            self._compiled = torch.compile(model.base_model, dynamic=False, **self._compile_options)
+        return self._compiled
+
+    def _head_options(self, head: Head) -> dict[str, Any]:
+        assert head.linear is not None
+        bias: Any = head.linear.bias
+        if bias is not None and torch.is_autocast_enabled(bias.device.type):
+            bias = bias.to(torch.get_autocast_dtype(bias.device.type))
+        return {
+            "bias": bias,
+            "temperature": self.temperature,
+            "softcap": head.softcap,
+            "logit_scale": head.logit_scale,
+        }
+
+    def _router_loss(self, out: Any, batch: MicroBatch) -> Tensor:
+        """Load-balancing loss (Switch Transformer, arXiv:2101.03961) over the tokens of all rows: a
+        shared prompt's count once for each of its rows."""
         # one function serves every mixture-of-experts family of transformers
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        config = model.config.get_text_config()
+        config = base_causal_lm(self.model).config.get_text_config()
         num_experts = getattr(config, "num_local_experts", None) or config.num_experts
         loss = load_balancing_loss_func(
-            out.router_logits, num_experts, config.num_experts_per_tok, batch.attention_mask
+            out.router_logits, num_experts, config.num_experts_per_tok, batch.token_weights
         )
         assert isinstance(loss, Tensor), "the model returned no router logits"
         return loss
@@ -163,34 +272,3 @@ def run_inside(
         return wrapped(*args)
     finally:
         restore()
-
-
-def padded_batch(
-    samples: Samples, rows: list[int], *, pad_token_id: int, pad_to_multiple_of: int | None = None
-) -> MicroBatch:
-    """Rows of `samples` as prompt | completion | padding, positions counted from the prompt."""
-    prompts = [samples.prompt_ids[r] for r in rows]
-    completions = [samples.completion_ids[r] for r in rows]
-    counted = samples.cu_seqlens.diff()[torch.tensor(rows)]
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    multiple = pad_to_multiple_of or 1
-    width = -(-width // multiple) * multiple
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    index, targets = [], []
-    for r, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        length = len(prompt) + len(completion)
-        input_ids[r, :length] = torch.tensor(prompt + completion)
-        mask[r, :length] = 1
-        n = int(counted[r])  # 0 for a masked row
-        first = r * width + len(prompt) - 1
-        index.append(torch.arange(first, first + n))
-        targets.append(input_ids[r, len(prompt) : len(prompt) + n])
-    return MicroBatch(
-        rows=rows,
-        input_ids=input_ids,
-        attention_mask=mask,
-        logit_index=torch.cat(index),
-        targets=torch.cat(targets),
-        cu_seqlens=torch.cat([counted.new_zeros(1), counted.cumsum(0)]),
-    )

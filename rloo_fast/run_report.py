@@ -43,16 +43,23 @@ class RunReportMixin:
     _step_tokens = 0
     _writer: MetricsWriter | None = None
 
-    def _record_update(self, rows: dict[str, Tensor]) -> None:
-        """Metrics of an optimizer step from its rows on this process."""
-        num_batches = int(rows["micro_batch"].max()) + 1
-        rows["micro_batch"] = rows["micro_batch"] + self.accelerator.process_index * num_batches
+    def _record_update(self, rows: dict[str, Tensor], counts: dict[str, float]) -> None:
+        """Metrics of an optimizer step from its rows and counts on this process."""
+        first = self.accelerator.process_index * counts["micro_batches"]  # all have as many
+        rows["micro_batch"] = rows["micro_batch"] + first
         everyone = gather_rows(self.accelerator, rows)
         micro_batch = everyone.pop("micro_batch").long()
         aux = everyone.pop("aux_loss", None)
         values = update_metrics(everyone, micro_batch)
         if aux is not None:
-            values["aux_loss"] = aux.mean().item()
+            values["aux_loss"] = aux.nanmean().item()
+        total = gather_rows(
+            self.accelerator, {name: torch.tensor([float(n)]) for name, n in counts.items()}
+        )
+        sums = {name: column.sum().item() for name, column in total.items()}
+        values["update/tokens_run"] = sums["tokens_run"]
+        values["update/micro_batches"] = counts["micro_batches"]
+        values["update/frac_groups_not_run"] = sums["groups_not_run"] / sums["groups"]
         self._step_tokens = int(everyone["tokens"].sum())
         self.metrics.add("train", values)
 
@@ -71,7 +78,8 @@ class RunReportMixin:
             advantages = advantages[starts] if len(advantages) else torch.zeros(samples.num_rows)
         columns["advantage"] = advantages
         everyone = gather_rows(self.accelerator, columns)
-        everyone = {name: column[:num_real] for name, column in everyone.items()}
+        order = everyone.pop("row").argsort()[:num_real]  # as sampled, before rows were exchanged
+        everyone = {name: column[order] for name, column in everyone.items()}
         self.collector.table.advantages = everyone["advantage"].tolist()
         entropy_sum = everyone.pop("entropy_sum", None)
         values = rollout_metrics(

@@ -13,6 +13,7 @@ class RunStateMixin:
     args: Any
     buffer: Any
     metrics: Any
+    planner: Any
     reference: Any
     state: Any
     _tr_loss: Any
@@ -35,6 +36,7 @@ class RunStateMixin:
             "loss_total": self.loss_total,
             "num_skipped_steps": self.num_skipped_steps,
             "num_nonfinite_steps": self.num_nonfinite_steps,
+            "planner": self.planner.state_dict(),
         }
         if self.args.sync_ref_model and self.reference is not None:
             state["reference"] = self.reference.model.state_dict()
@@ -54,5 +56,6 @@ class RunStateMixin:
         self.loss_total = state["loss_total"]
         self.num_skipped_steps = state["num_skipped_steps"]
         self.num_nonfinite_steps = state["num_nonfinite_steps"]
+        self.planner.load_state_dict(state["planner"])
         if "reference" in state and self.reference is not None:
             self.reference.model.load_state_dict(state["reference"])

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,14 +33,18 @@ from .collect import Collector
 from .config import RLOOConfig, trainer_args
 from .config_checks import refuse_launcher
 from .dataset_checks import check_datasets, check_prompts, check_reward_columns
+from .exchange import balance_rows
 from .metrics import Metrics
 from .names_2024 import refuses_arguments_2024
+from .planner import Planner
 from .policy import Policy, router_coef
+from .probe import choose_layout
 from .rewards import RewardFunc, load_reward_functions
 from .rollout import HFEngine
 from .rollout.engine import sampling_of, step_seed
 from .run_report import RunReportMixin
 from .run_state import RunStateMixin
+from .scorer import Scorer
 from .types import Prompt, Samples
 from .update import Updater
 
@@ -133,10 +138,11 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         args, device = self.args, self.accelerator.device
         coef = router_coef(self.model, args.router_aux_loss_coef)
         pad_id = self.processing_class.pad_token_id  # pyright: ignore
-        self.policy = Policy(self.model, temperature=args.temperature, aux_loss=coef != 0)
+        common = {"temperature": args.temperature, "compile_options": args.compile_options}
+        self.policy = Policy(self.model, **common)
         self.reference = None
         if reference is not None:
-            self.reference = Policy(reference.to(device), temperature=args.temperature)
+            self.reference = Policy(reference.to(device), **common)
             if args.sync_ref_model:
                 self.add_callback(SyncReference(self, reference))
         self.engine = HFEngine(
@@ -156,14 +162,25 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             self.accelerator,
             self.metrics,
         )
-        self.updater = Updater(
+        self.planner = Planner(
+            self.accelerator,
+            rows=args.per_device_train_batch_size,
+            max_tokens=args.max_tokens_per_micro_batch,
+            pad_token_id=pad_id,
+            multiple_of=args.pad_to_multiple_of,  # pyright: ignore
+            every_token=coef != 0,
+            few_sizes=args.torch_compile,
+        )
+        self.scorer = Scorer(
             self.policy,
             self.reference,
+            self.planner,
             args,
             self.accelerator,
-            pad_token_id=pad_id,
-            aux_loss_coef=coef,
             has_dropout=models.has_dropout(self.model),
+        )
+        self.updater = Updater(
+            self.policy, self.scorer, self.planner, args, self.accelerator, aux_loss_coef=coef
         )
         self.buffer = RolloutBuffer(
             args.per_device_train_batch_size,
@@ -206,6 +223,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """One optimizer step's rollouts, loss and gradients; `inputs`: its new prompts."""
+        self._choose_layout(model)
         self._step_start = time.perf_counter()
         self.metrics.stages.clear()
         model.train()
@@ -214,38 +232,50 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             self.buffer.add(self._collect_train(inputs[start : start + size], model))
         pieces = self.buffer.take(self.args.micro_steps_per_update)
         with self.metrics.stage("policy", self.accelerator.device):
-            loss, rows = self.updater.backward(pieces, model, self.compute_loss)
+            loss, rows, counts = self.updater.backward(pieces, model, self.compute_loss)
         self.buffer.mark_off_policy()
         self._step_loss = self.accelerator.gather(loss).mean().item()  # pyright: ignore
-        self._record_update(rows)
+        self._record_update(rows, counts)
         for samples in {id(s): s for s, _ in pieces}.values():
             self._record_rollout(samples, "train")
         return loss
 
+    def _choose_layout(self, model: nn.Module) -> None:
+        if self.planner.layout:
+            return
+        asked = self.args.layout
+        self.planner.layout, why = choose_layout(asked, self.policy, model, self.accelerator)
+        self._say_once(f"Micro-batches: {why}.")
+
     def _collect_train(self, rows: list[prompts.Row], model: nn.Module) -> Samples:
         number = self.buffer.num_added
         seed = step_seed(self.args.seed, number, self.accelerator.process_index)
-        samples = self._collect(self._tokenize(rows), seed, "train")
+        samples = self._collect(self._tokenize(rows), seed, "train", model)
         with self.metrics.stage("reference", self.accelerator.device):
-            self.updater.score_reference(samples, model)
+            self.scorer.score_reference(samples, model)
         waiting = self.buffer.pending_micro_steps()
         covered = waiting + self.args.steps_per_generation <= self.args.micro_steps_per_update
-        reason = self.updater.first_pass_reason(samples, covered)
+        reason = self.scorer.first_pass_reason(samples, covered)
         if reason is not None:
             self._say_once(f"A policy pass without gradients runs before the update: {reason}.")
             with self.metrics.stage("old_logps", self.accelerator.device):
-                self.updater.first_pass(samples, model)
+                self.scorer.first_pass(samples, model)
         elif self.args.beta == 0:
-            self.updater.credit_all(samples)
+            self.scorer.credit_all(samples)
         return samples
 
-    def _collect(self, batch: list[Prompt], seed: int, mode: str) -> Samples:
+    def _collect(self, batch: list[Prompt], seed: int, mode: str, model: nn.Module) -> Samples:
         k = self._num_generations(mode)
         samples = self.collector(batch, k, seed, mode, self.state)
         lengths = samples.stats["length"] + torch.tensor([len(p) for p in samples.prompt_ids])
         if mode == "train":
+            hidden = models.base_causal_lm(self.model).config.get_text_config().hidden_size
+            samples = balance_rows(
+                samples, self.accelerator, layout=self.planner.layout, tokens_per_pair=6 * hidden
+            )
             total = lengths.sum().reshape(1).to(self.accelerator.device)
             self.state.num_input_tokens_seen += int(self.accelerator.gather(total).sum())  # pyright: ignore
+        self.planner.survey(samples)
         return samples
 
     def compute_loss(
@@ -273,6 +303,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Samples, scores, and returns the loss, with ratio 1: nothing was updated."""
+        self._choose_layout(model)
         world = self.accelerator.num_processes
         k = self._num_generations("eval")
         num_real = len(inputs) * k
@@ -283,11 +314,11 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             self.accelerator.process_index,
         )  # fmt: skip
         self.num_eval_batches += 1
-        samples = self._collect(self._tokenize(inputs), seed, "eval")
-        self.updater.score_reference(samples, model)
-        self.updater.first_pass(samples, model)
+        samples = self._collect(self._tokenize(inputs), seed, "eval", model)
+        self.scorer.score_reference(samples, model)
+        self.scorer.first_pass(samples, model)
         self._record_rollout(samples, "eval", num_real)
-        return self.updater.on_policy_loss(samples).to(self.accelerator.device), None, None
+        return self.scorer.on_policy_loss(samples).to(self.accelerator.device), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.num_eval_batches = 0
@@ -308,6 +339,12 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     # transformers' own, adapted
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        # not the whole model is compiled, but its backbone, in the update only (see Policy)
+        built["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        return built
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return super().get_total_train_batch_size(args) * self.args.micro_steps_per_update

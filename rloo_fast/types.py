@@ -7,10 +7,13 @@ rows. Rows are prompt-major: rows i K .. (i + 1) K - 1 are the K samples of prom
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attention import Segments
 
 Message = dict[str, Any]
 PromptText = str | list[Message]
@@ -47,24 +50,37 @@ class Rollout:
     finish_reasons: list[str]  # "stop": ended by a stop token; "length": cut at max_new_tokens
 
 
+class Credit(NamedTuple):
+    """What the loss credits the rows of a micro-batch with: exactly one of the first three.
+
+    Per token in the order of the micro-batch's `targets`, on the CPU.
+    """
+
+    rewards: Tensor | None = None  # (R,) whole groups: KL and baseline come out of the forward
+    advantages: Tensor | None = None  # (R,)
+    token_advantages: Tensor | None = None  # (N,)
+    old_logps: Tensor | None = None  # (N,) None: on-policy, the ratio is exactly 1
+    ref_logps: Tensor | None = None  # (N,)
+
+
 @dataclass
 class MicroBatch:
     """Rows that go through the model together, and where their completions' log-probs are read.
 
-    Layout `padded`: input_ids (R, T) is prompt | completion | padding. `logit_index` (N,) points
-    into the flattened (R T) positions, at the one before each completion token.
+    Layout `padded`: input_ids (R, T) is prompt | completion | padding, one line per row. Layouts
+    `packed` and `shared_prefix`: input_ids (1, T), sequences one after another (see `layouts.py`).
+    `logit_index` (N,) points into the flattened positions, at the one before each completion token.
+    No rows: a filler, which runs one token and weighs nothing.
     """
 
     rows: list[int]  # row numbers in the Samples they came from
-    input_ids: Tensor  # (R, T)
-    attention_mask: Tensor  # (R, T) 1 for real tokens; only auxiliary losses need it
+    input_ids: Tensor  # (R, T) or (1, T)
     logit_index: Tensor  # (N,) int64
     targets: Tensor  # (N,) int64
-    cu_seqlens: Tensor  # (R + 1,) row r owns packed tokens cu_seqlens[r]:cu_seqlens[r + 1]
-
-    def to(self, device: torch.device) -> MicroBatch:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return MicroBatch(rows=self.rows, **moved)
+    cu_seqlens: Tensor  # (R + 1,) on the CPU; row r owns tokens cu_seqlens[r]:cu_seqlens[r + 1]
+    token_weights: Tensor  # as input_ids: rows that a token stands for, 0 for padding
+    position_ids: Tensor | None = None  # (1, T) None: from 0 in every line
+    segments: Segments | None = None  # which tokens see which; None: all before them in the line
 
 
 @dataclass
@@ -80,6 +96,10 @@ class Samples:
     cu_seqlens: Tensor  # (R + 1,)
     scores: Tensor  # (R,) weighted reward after penalty, normalisation and clip; NaN: unscorable
     num_generations: int
+    groups: list[int]  # per row, the number of its prompt in the generation batch; ascending
+    whole_groups: bool  # on every process, all K rows of each of its prompts
+    longest: int = 0  # tokens put through the model for the longest row of all processes
+    largest_group: int = 0  # likewise for the completions of one prompt, in the layout
     on_policy: bool = True  # the weights have not changed since these were sampled
     ref_logps: Tensor | None = None  # (N,)
     old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
@@ -89,6 +109,11 @@ class Samples:
     @property
     def num_rows(self) -> int:
         return len(self.completion_ids)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Completion tokens of each row that count in the loss."""
+        return self.cu_seqlens.diff().tolist()
 
     def token_index(self, rows: list[int]) -> Tensor:
         """Indices into the packed tensors of the tokens of `rows`, row after row."""

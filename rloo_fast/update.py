@@ -1,305 +1,285 @@
-"""Samples -> loss and gradients: KL, leave-one-out, ratio, clip, one micro-batch at a time.
+"""Samples -> loss and gradients of one optimizer step, one micro-batch at a time.
 
 On the first update after a rollout the training forward is the only policy forward: its own
 log-probs, detached, are the old ones (so the ratio is exactly 1), and where a micro-batch holds
-whole groups the KL and the leave-one-out baseline come out of it too.
+whole groups the KL and the leave-one-out baseline come out of it too. Rows whose advantage is known
+to be 0 are not run.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rloo_kernels import Objective, rloo_objective, token_level_advantages
-from rloo_kernels.advantages import comparable_rows, scaled_advantages, segment_sum
+from rloo_kernels import Objective
+from rloo_kernels.advantages import segment_sum
 from torch import Tensor, nn
 
 from .config import RLOOConfig
-from .metrics import gather_rows
-from .models import reference_weights
-from .packing import plan_micro_batches
-from .policy import Policy, TokenScores, padded_batch
-from .types import MicroBatch, Samples
+from .planner import Planner, Step
+from .policy import Policy
+from .scorer import Scorer
+from .types import Credit, MicroBatch, Samples
+
+Piece = tuple[Samples, list[int]]  # a generation batch, and its rows that a step takes
+NAN = float("nan")
+# per row of a step, and what it is for a row that was not run
+STATISTICS = {
+    "ran": 0.0,
+    "entropy": NAN,
+    "low": 0.0,
+    "high": 0.0,
+    "log_ratio": 0.0,
+    "token_ratio": 0.0,
+    "loss": 0.0,
+    "micro_batch": -1.0,
+    "aux_loss": NAN,
+}
+
+
+@dataclass
+class Found:
+    """What an attempt at a step has found out; nothing of it is kept if memory runs out."""
+
+    loss: Tensor
+    columns: list[dict[str, Tensor]]  # per piece: STATISTICS by row of its samples
+    logps: dict[int, Tensor] = field(default_factory=dict)  # by id(samples): (N,)
+    per_row: dict[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    num_batches: int = 0
+    num_tokens_run: int = 0
 
 
 class Updater:
-    """The loss of RLOO over Samples, and the passes it needs.
-
-    `reference`: the frozen model, or None where the policy's adapters are put off instead.
-    """
+    """The loss of RLOO over Samples, and its gradient."""
 
     def __init__(
         self,
         policy: Policy,
-        reference: Policy | None,
+        scorer: Scorer,
+        planner: Planner,
         args: RLOOConfig,
         accelerator: Accelerator,
         *,
-        pad_token_id: int,
         aux_loss_coef: float = 0.0,
-        has_dropout: bool = False,
     ):
-        self.policy, self.reference, self.args = policy, reference, args
-        self.accelerator, self.pad_token_id = accelerator, pad_token_id
-        self.aux_loss_coef, self.has_dropout = aux_loss_coef, has_dropout
-        self.epsilon_low = args.epsilon
+        self.policy, self.scorer, self.planner = policy, scorer, planner
+        self.args, self.accelerator = args, accelerator
+        self.aux_loss_coef = aux_loss_coef
         self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-
-    # What must be known before the first update
-
-    def first_pass_reason(self, samples: Samples, covered_by_first_update: bool) -> str | None:
-        """Why a no-grad policy pass over the samples must come before the update, or None."""
-        if not covered_by_first_update:
-            return (
-                "later optimizer steps reuse the completions, and need their log-probs as sampled"
-            )
-        if self.args.beta == 0:
-            return None
-        k, rows = samples.num_generations, self.args.per_device_train_batch_size
-        if self.args.normalize_advantages or self.args.whiten_rewards:
-            return "normalising needs the KL of the whole generation batch first"
-        if samples.num_rows % k or k > rows:
-            return (
-                f"num_generations={k} completions do not fit into one micro-batch of "
-                f"per_device_train_batch_size={rows}"
-            )
-        if self.has_dropout:
-            return (
-                "the model has dropout, which would put noise into the KL of the training forward"
-            )
-        return None
-
-    def score_reference(self, samples: Samples, wrapped: nn.Module) -> None:
-        """samples.ref_logps: the reference model's log-probs of the completions."""
-        if self.args.beta == 0:
-            return
-        if self.reference is not None:
-            samples.ref_logps = self._score(samples, self.reference, None)[0]
-        else:
-            with reference_weights(self.policy.model):
-                samples.ref_logps = self._score(samples, self.policy, wrapped)[0]
-
-    def first_pass(self, samples: Samples, wrapped: nn.Module) -> None:
-        """Old log-probs, KL and advantages by a no-grad pass over all rows."""
-        training = self.policy.model.training
-        self.policy.model.eval()
-        try:
-            samples.old_logps, entropy = self._score(samples, self.policy, wrapped)
-        finally:
-            self.policy.model.train(training)
-        samples.stats["entropy"] = segment_sum(entropy, samples.cu_seqlens)
-        self.credit_all(samples)
-
-    def _score(
-        self, samples: Samples, policy: Policy, wrapped: nn.Module | None
-    ) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropies) of every counted completion token, packed, on the CPU."""
-        size = self.args.rollout_forward_batch_size or self.args.per_device_train_batch_size
-        lengths = self._lengths(samples, range(samples.num_rows))
-        logps = torch.empty(int(samples.cu_seqlens[-1]))
-        entropy = torch.empty_like(logps)
-        for rows in plan_micro_batches(lengths, 1, size):
-            batch = self._batch(samples, rows)
-            with torch.no_grad(), self.accelerator.autocast():
-                scores = policy(batch, wrapped)
-            index = samples.token_index(rows)
-            logps[index], entropy[index] = scores.logps.cpu(), scores.entropy.cpu()
-        return logps, entropy
-
-    # KL -> reward -> advantage
-
-    def _note(self, samples: Samples, rows: list[int], **columns: Tensor) -> None:
-        """Per-row statistics of `rows`, for the metrics."""
-        for name, values in columns.items():
-            column = samples.stats.setdefault(name, torch.full((samples.num_rows,), float("nan")))
-            column[rows] = values.to(column)
-
-    def credit_all(self, samples: Samples) -> None:
-        """samples.advantages from old_logps (or without, at beta = 0), over all processes."""
-        args, k = self.args, samples.num_generations
-        kl, shaped = torch.zeros(int(samples.cu_seqlens[-1])), samples.scores
-        if samples.old_logps is None:
-            assert args.beta == 0
-        else:
-            if samples.ref_logps is not None:
-                kl = samples.old_logps - samples.ref_logps
-            row_kl = segment_sum(kl, samples.cu_seqlens)
-            shaped = samples.scores - args.beta * row_kl
-            surprisal = -segment_sum(samples.old_logps, samples.cu_seqlens)
-            rows = list(range(samples.num_rows))
-            self._note(samples, rows, kl=row_kl, shaped=shaped, surprisal=surprisal)
-        everyone = gather_rows(self.accelerator, {"shaped": shaped})["shaped"].to(shaped.dtype)
-        if k > 1:
-            advantages, scale = scaled_advantages(
-                everyone, k, normalize=args.normalize_advantages, whiten_rewards=args.whiten_rewards
-            )
-        else:  # one completion per prompt in evaluation: nothing to compare with
-            advantages, scale = torch.zeros_like(everyone), torch.ones(())
-        start = self.accelerator.process_index * samples.num_rows
-        mine = slice(start, start + samples.num_rows)
-        advantages = advantages[mine]
-        if args.token_level_kl:
-            compared = comparable_rows(everyone, k)[mine]
-            beta = args.beta * float(scale)  # the KL is scaled as the rewards it is taken off
-            advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
-        samples.advantages = advantages
-
-    def on_policy_loss(self, samples: Samples) -> Tensor:
-        """- mean over rows of A_i (of sum_t A_it with token-level KL): the loss at ratio 1."""
-        advantages = samples.advantages
-        assert advantages is not None
-        if self.args.token_level_kl:
-            advantages = segment_sum(advantages, samples.cu_seqlens)
-        return -advantages.mean()
-
-    # The update
 
     def backward(
         self,
-        pieces: list[tuple[Samples, list[int]]],
+        pieces: list[Piece],
         wrapped: nn.Module,
         compute_loss: Callable[[nn.Module, Any], Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of one optimizer step; returns its loss and the per-row statistics.
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Gradients of one optimizer step; returns its loss, statistics per row, and counts.
 
         The loss is the sum over this process' rows of the step divided by their number; with the
-        mean over processes that the engines take of gradients, the mean over all rows.
+        mean over processes that the engines take of gradients, the mean over all rows. Without
+        memory for it, the step is taken again from its start, in smaller micro-batches.
         """
-        steps = [(piece, batch_rows) for piece in pieces for batch_rows in self._plan(*piece)]
+        rng = torch.get_rng_state(), _cuda_rng_state()
+        while True:
+            steps = self._steps(pieces)
+            found = self._attempt(pieces, steps, wrapped, compute_loss)
+            if found is not None:
+                break
+            wrapped.zero_grad(set_to_none=True)
+            self.planner.shrink(steps)
+            for samples in _distinct(pieces):
+                if samples.advantages is None and self.planner.why_groups_are_split(samples):
+                    self.scorer.first_pass(samples, wrapped)
+            torch.set_rng_state(rng[0])
+            _set_cuda_rng_state(rng[1])
+        for samples in _distinct(pieces):
+            self._keep(samples, found)
+        columns = [
+            {name: values[rows] for name, values in column.items()}
+            for column, (_, rows) in zip(found.columns, pieces, strict=True)
+        ]
+        together = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        if not self.aux_loss_coef:
+            del together["aux_loss"]
+        return found.loss, together, self._counts(pieces, found)
+
+    def _steps(self, pieces: list[Piece]) -> list[Step]:
+        steps = []
+        for number, (samples, rows) in enumerate(pieces):
+            # advantages still to be made: whole groups, so that they come out of the forward
+            known = samples.advantages is not None
+            plan = self.planner.plan(samples, self._rows_with_signal(samples, rows), split=known)
+            steps += [Step(samples, units, number) for units in plan]
+        return self.planner.even(steps, pieces[-1][0])
+
+    def _rows_with_signal(self, samples: Samples, rows: list[int]) -> list[int]:
+        """Without those whose gradient is known to be 0."""
+        if samples.advantages is None or self.aux_loss_coef:
+            return rows
+        signal = samples.advantages != 0
+        if self.args.token_level_kl:
+            signal = segment_sum(signal.float(), samples.cu_seqlens) > 0
+        return [row for row in rows if signal[row] and samples.num_tokens[row]]
+
+    def _attempt(
+        self,
+        pieces: list[Piece],
+        steps: list[Step],
+        wrapped: nn.Module,
+        compute_loss: Callable[[nn.Module, Any], Tensor],
+    ) -> Found | None:
         num_rows = sum(len(rows) for _, rows in pieces)
-        total = torch.zeros((), device=self.accelerator.device)
-        statistics: list[dict[str, Tensor]] = []
-        for i, ((samples, piece_rows), rows) in enumerate(steps):
-            last = i == len(steps) - 1
-            batch = self._batch(samples, rows)
-            inputs = {"samples": samples, "batch": batch, "num_rows": num_rows}
+        empty = [
+            {name: torch.full((s.num_rows,), value) for name, value in STATISTICS.items()}
+            for s, _ in pieces
+        ]
+        for column, (samples, _) in zip(empty, pieces, strict=True):
+            column["tokens"] = samples.cu_seqlens.diff().float()
+            if samples.on_policy and "entropy" in samples.stats:  # of the first pass
+                column["entropy"] = samples.stats["entropy"].to(column["entropy"], copy=True)
+        found = Found(torch.zeros((), device=self.accelerator.device), empty)
+        before = self.policy.num_tokens_run
+
+        def run_one(step: Step, last: bool) -> None:
+            batch = self.planner.batch(step)
+            inputs = {"samples": step.samples, "batch": batch, "num_rows": num_rows}
             with self._sync(wrapped, last):
                 loss = compute_loss(wrapped, inputs)
                 self.accelerator.backward(loss)
-            total += loss.detach()
-            statistics.append({**inputs["statistics"], "micro_batch": torch.full((len(rows),), i)})
-            if last or steps[i + 1][0][1] is not piece_rows:
-                self._settle(samples)
-        columns = {name: torch.cat([s[name].cpu() for s in statistics]) for name in statistics[0]}
-        return total, columns
+            found.loss += loss.detach()
+            if batch.rows:
+                self._record(found, step, batch, inputs)
 
-    def _plan(self, samples: Samples, rows: list[int]) -> list[list[int]]:
-        """Micro-batches of `rows`; whole groups where the advantages are still to be made."""
-        k = samples.num_generations if samples.advantages is None else 1
-        lengths = self._lengths(samples, rows)
-        plan = plan_micro_batches(lengths, k, self.args.per_device_train_batch_size)
-        return [[rows[i] for i in batch] for batch in plan]
-
-    def _settle(self, samples: Samples) -> None:
-        """After a batch's first pass of updates, what it found out holds for the next ones."""
-        if (logps := samples.stats.pop("new_old_logps", None)) is not None:
-            samples.old_logps = logps
-        if (advantages := samples.stats.pop("new_advantages", None)) is not None:
-            if self.args.token_level_kl and samples.ref_logps is not None:
-                assert samples.old_logps is not None
-                advantages = token_level_advantages(
-                    advantages,
-                    samples.old_logps - samples.ref_logps,
-                    samples.cu_seqlens,
-                    self.args.beta,
-                    comparable_rows(samples.stats["shaped"], samples.num_generations),
-                )
-            samples.advantages = advantages
+        if not self.planner.run(steps, run_one, last_synchronises=True):
+            return None
+        found.num_batches = len(steps)
+        found.num_tokens_run = self.policy.num_tokens_run - before
+        return found
 
     def loss(self, wrapped: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The loss of one micro-batch; leaves its per-row statistics in inputs["statistics"].
+        """The loss of one micro-batch; leaves its `objective` and `aux_loss` in `inputs`.
 
         `inputs`: samples, batch (a MicroBatch of rows of the samples), num_rows (of this step on
         this process; every process has the same).
         """
         samples: Samples = inputs["samples"]
         batch: MicroBatch = inputs["batch"]
+        token_level = self.args.token_level_kl
+        options: dict[str, Any] = {
+            "epsilon_low": self.args.epsilon,
+            "epsilon_high": self.epsilon_high,
+            "denominator": inputs["num_rows"],
+            "level": "token" if token_level else "sequence",
+        }
+        credit = self._credit(samples, batch)
+        if credit.rewards is not None:
+            options |= {
+                "num_generations": samples.num_generations,
+                "beta": self.args.beta,
+                "kl": "reward_to_go" if token_level else "reward",
+            }
+        router_loss = self.aux_loss_coef != 0 and bool(batch.rows)
         with self.accelerator.autocast():
-            scores = self.policy(batch, wrapped)
-        objective = self._objective(samples, batch, scores, inputs["num_rows"])
-        loss = objective.loss
-        if scores.aux_loss is not None:
-            share = len(batch.rows) / inputs["num_rows"]
-            loss = loss + self.aux_loss_coef * share * scores.aux_loss
-        inputs["statistics"] = {
-            "tokens": objective.num_tokens,
+            objective, aux = self.policy.loss(
+                batch, credit, options, wrapped, router_loss=router_loss
+            )
+        inputs["objective"], inputs["aux_loss"] = objective, aux
+        if aux is None:
+            return objective.loss
+        share = len(batch.rows) / inputs["num_rows"]
+        return objective.loss + self.aux_loss_coef * share * aux
+
+    def _credit(self, samples: Samples, batch: MicroBatch) -> Credit:
+        if not batch.rows:
+            return Credit(advantages=torch.zeros(0))
+        index, rows = samples.token_index(batch.rows), torch.tensor(batch.rows)
+        ref = None if samples.ref_logps is None else samples.ref_logps[index]
+        # None: the weights are those that sampled, and the ratio is 1, exactly
+        old = None
+        if not samples.on_policy:
+            assert samples.old_logps is not None
+            old = samples.old_logps[index]
+        if samples.advantages is None:  # whole groups: KL and baseline come out of this pass
+            return Credit(rewards=samples.scores[rows], old_logps=old, ref_logps=ref)
+        if self.args.token_level_kl:
+            return Credit(token_advantages=samples.advantages[index], old_logps=old, ref_logps=ref)
+        return Credit(advantages=samples.advantages[rows], old_logps=old, ref_logps=ref)
+
+    # What the step has found out
+
+    def _record(self, found: Found, step: Step, batch: MicroBatch, inputs: dict[str, Any]) -> None:
+        samples, objective, aux = step.samples, inputs["objective"], inputs["aux_loss"]
+        assert isinstance(objective, Objective)
+        columns, rows = found.columns[step.piece], torch.tensor(batch.rows)
+        values = {
+            "ran": torch.ones(len(rows)),
             "entropy": objective.entropy_sum,
             "low": objective.clipped_low,
             "high": objective.clipped_high,
             "log_ratio": objective.log_ratio,
             "token_ratio": objective.token_ratio_sum,
             "loss": objective.loss_per_row,
+            "micro_batch": torch.full((len(rows),), float(found.num_batches)),
         }
-        if scores.aux_loss is not None:
-            inputs["statistics"]["aux_loss"] = scores.aux_loss.detach().expand(len(batch.rows))
-        return loss
-
-    def _objective(
-        self, samples: Samples, batch: MicroBatch, scores: TokenScores, num_rows: int
-    ) -> Objective:
-        index, rows = samples.token_index(batch.rows), torch.tensor(batch.rows)
-        token_level = self.args.token_level_kl
-        credit: dict[str, Any]
-        if samples.advantages is None:  # whole groups: their KL and baseline come out of this pass
-            credit = {
-                "rewards": samples.scores[rows],
-                "num_generations": samples.num_generations,
-                "beta": self.args.beta,
-                "kl": "reward_to_go" if token_level else "reward",
-            }
-        elif token_level:
-            credit = {"token_advantages": samples.advantages[index]}
-        else:
-            credit = {"advantages": samples.advantages[rows]}
-        # None: the weights are those that sampled, and the ratio is 1, exactly
-        old = None
-        if not samples.on_policy:
-            assert samples.old_logps is not None
-            old = samples.old_logps[index]
-        objective = rloo_objective(
-            scores.logps,
-            batch.cu_seqlens,
-            old_logps=old,
-            ref_logps=None if samples.ref_logps is None else samples.ref_logps[index],
-            entropy=scores.entropy,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            denominator=num_rows,
-            level="token" if token_level else "sequence",
-            **credit,
-        )
-        if samples.old_logps is None:
-            self._keep(samples, "new_old_logps", index, scores.logps.detach())
-            shaped = samples.scores[rows]
-            if samples.advantages is None:
-                shaped = objective.shaped_rewards
-                self._keep(samples, "new_advantages", rows, objective.advantages)
-            self._note(
-                samples, batch.rows, kl=objective.kl, shaped=shaped, surprisal=-objective.logp_sum
+        if aux is not None:
+            values["aux_loss"] = aux.detach().expand(len(rows))
+        for name, value in values.items():
+            columns[name][rows] = value.detach().to(columns[name])
+        found.num_batches += 1
+        if samples.old_logps is not None:
+            return
+        logps = found.logps.setdefault(id(samples), torch.full((int(samples.cu_seqlens[-1]),), NAN))
+        assert objective.logps is not None
+        logps[samples.token_index(batch.rows)] = objective.logps.detach().to(logps)
+        per_row = {"kl": objective.kl, "surprisal": -objective.logp_sum}
+        if samples.advantages is None:
+            per_row |= {"shaped": objective.shaped_rewards, "advantages": objective.advantages}
+        for name, value in per_row.items():
+            column = found.per_row[id(samples)].setdefault(
+                name, samples.stats.get(name, torch.full((samples.num_rows,), NAN)).clone()
             )
-        return objective
+            column[rows] = value.detach().to(column)
 
-    def _keep(self, samples: Samples, name: str, where: Tensor, values: Tensor) -> None:
-        size = int(samples.cu_seqlens[-1]) if name == "new_old_logps" else samples.num_rows
-        column = samples.stats.setdefault(name, torch.full((size,), float("nan")))
-        column[where] = values.to(column)
+    def _keep(self, samples: Samples, found: Found) -> None:
+        """What the step found out of a generation batch that it was the first to use."""
+        if id(samples) not in found.logps:
+            return
+        per_row = dict(found.per_row[id(samples)])
+        advantages = per_row.pop("advantages", None)
+        samples.stats |= per_row
+        self.scorer.settle(samples, found.logps[id(samples)], advantages)
 
-    # Small things
-
-    def _batch(self, samples: Samples, rows: list[int]) -> MicroBatch:
-        batch = padded_batch(
-            samples,
-            rows,
-            pad_token_id=self.pad_token_id,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # pyright: ignore
-        )
-        return batch.to(self.accelerator.device)
-
-    def _lengths(self, samples: Samples, rows: Any) -> list[int]:
-        return [len(samples.prompt_ids[r]) + len(samples.completion_ids[r]) for r in rows]
+    def _counts(self, pieces: list[Piece], found: Found) -> dict[str, float]:
+        """Tokens and micro-batches of the step, and its groups that were not run."""
+        groups: dict[tuple[int, int], bool] = {}
+        for (samples, rows), columns in zip(pieces, found.columns, strict=True):
+            for row in rows:
+                key = id(columns), samples.groups[row]
+                groups[key] = groups.get(key, False) or bool(columns["ran"][row])
+        return {
+            "tokens_run": found.num_tokens_run,
+            "micro_batches": found.num_batches,
+            "groups": len(groups),
+            "groups_not_run": len(groups) - sum(groups.values()),
+        }
 
     def _sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.accelerator.no_sync(wrapped)
+
+
+def _distinct(pieces: list[Piece]) -> list[Samples]:
+    return list({id(samples): samples for samples, _ in pieces}.values())
+
+
+def _cuda_rng_state() -> Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def _set_cuda_rng_state(state: Tensor | None) -> None:
+    if state is not None:
+        torch.cuda.set_rng_state(state)

@@ -21,6 +21,8 @@ def make_samples(num_rows, num_generations, tag=0):
         cu_seqlens=torch.arange(num_rows + 1),
         scores=torch.arange(num_rows, dtype=torch.float),
         num_generations=num_generations,
+        groups=[row // num_generations for row in range(num_rows)],
+        whole_groups=num_rows % num_generations == 0,
     )
 
 

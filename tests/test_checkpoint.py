@@ -656,8 +656,8 @@ def test_skipped_steps_leave_the_logged_loss_of_the_run_finite(tmp_path):
     backward = trainer.updater.backward
 
     def nan_at_3(*args: Any) -> Any:
-        loss, rows = backward(*args)
-        return (loss * float("nan") if trainer.state.global_step == 2 else loss), rows
+        loss, *rest = backward(*args)
+        return (loss * float("nan") if trainer.state.global_step == 2 else loss), *rest
 
     trainer.updater.backward = nan_at_3
 

@@ -65,7 +65,7 @@ def test_bf16_is_on_by_default_only_where_a_gpu_supports_it(tmp_path):
 
 REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is answered with)
     "accelerator_config": ({"split_batches": True}, "split_batches=True has no effect"),
-    "auto_find_batch_size": (True, "would split groups; lower per_device_train_batch_size"),
+    "auto_find_batch_size": (True, "halved by itself where memory runs out"),
     "average_tokens_across_devices": (False, "mean over the completions of all processes"),
     "batch_eval_metrics": (True, "keeps rewards only, no predictions"),
     "data_seed": (3, "shuffled by seed: set that"),
@@ -86,15 +86,11 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "include_num_input_tokens_seen": (True, "always counted, in the metric num_tokens"),
     "label_names": (["labels"], "RLOO has no labels"),
     "label_smoothing_factor": (0.1, "RLOO has no labels"),
-    "layout": ("packed", "layout must be 'auto' or 'padded'"),
     "length_column_name": ("tokens", "not grouped by length"),
     "log_multimodal": (False, "there are no images here"),
     "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
     "optim": ("lomo", "inside the backward pass"),
     "parallelism_config": (ParallelismConfig(tp_size=2), "are not in this version"),
-    "torch_compile": (True, "it is not in this version"),
-    "torch_compile_backend": ("inductor", "torch_compile=True is refused"),
-    "torch_compile_mode": ("default", "torch_compile=True is refused"),
     "torch_empty_cache_steps": (5, "it is not in this version"),
     "train_sampling_strategy": ("group_by_length", "see shuffle_dataset"),
     "transformers_continuous_batching_config": ({"max_memory_percent": 0.5}, "has no effect here"),
@@ -116,6 +112,11 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "vllm_tensor_parallel_size": (2, "has no effect here"),
 }
 ELSEWHERE = {  # field: the test that shows its effect
+    "layout": "test_update.py::test_a_step_is_the_same_in_every_layout",
+    "max_tokens_per_micro_batch": "test_update.py::test_number_of_forwards",
+    "torch_compile": "test_compile.py::test_no_compilation_after_the_first_steps",
+    "torch_compile_backend": "test_compile.py::test_no_compilation_after_the_first_steps",
+    "torch_compile_mode": "test_compile.py::test_inductor_with_a_mode_trains_alike",
     "fp16": "test_checkpoint.py::test_fp16_overflows_end_the_run_only_once_the_loss_scale_is_down",
     "max_grad_norm": "test_trl_parity.py::test_loss_gradients_and_weights_equal_trl",
     "max_nonfinite_steps": "test_checkpoint.py::test_too_many_such_steps_in_a_row_end_the_run",

@@ -107,7 +107,7 @@ def make_trainer(out, reward=fixed_reward, **options):
 
 
 def trained(out, unscorable=None, **options):
-    """(logs of every step, rows of every micro-batch of every step, final weights)"""
+    """(logs of every step, the rows of every step and of its micro-batches, final weights)"""
 
     def reward(completion_ids, **kwargs):
         values = fixed_reward(completion_ids)
@@ -118,17 +118,18 @@ def trained(out, unscorable=None, **options):
     if trainer.reference is not None:  # so that the KL is not 0
         trainer.reference.model.load_state_dict(make_model(1).state_dict())
     steps = []
-    step, loss = trainer.training_step, trainer.compute_loss
+    backward, loss = trainer.updater.backward, trainer.compute_loss
 
-    def training_step(*args, **kwargs):
-        steps.append([])
-        return step(*args, **kwargs)
+    def watched_backward(pieces, *args):
+        rows = [row for _, taken in pieces for row in taken]
+        steps.append(SimpleNamespace(rows=rows, batches=[]))
+        return backward(pieces, *args)
 
     def compute_loss(model, inputs, *args, **kwargs):
-        steps[-1].append(list(inputs["batch"].rows))
+        steps[-1].batches.append(list(inputs["batch"].rows))
         return loss(model, inputs, *args, **kwargs)
 
-    trainer.training_step, trainer.compute_loss = training_step, compute_loss
+    trainer.updater.backward, trainer.compute_loss = watched_backward, compute_loss
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     weights = {n: p.detach().double() for n, p in trainer.model.named_parameters()}
@@ -213,9 +214,13 @@ class Script:
         loss, slopes, clips = zip(*parts, strict=True)
         return sum(loss), list(slopes), sum(clips) / len(clips)
 
-    def update(self, micro_batches, lr):
-        """One optimizer step: its metrics; the weights become w - lr * gradient."""
-        rows = [row for batch in micro_batches for row in batch]
+    def update(self, step, lr, first):
+        """One optimizer step: its metrics; the weights become w - lr * gradient.
+
+        Rows without an advantage are not run; `first`: with the weights that sampled, so that their
+        entropies are known all the same.
+        """
+        rows, ran = step.rows, [row for batch in step.batches for row in batch]
         found = {row: self.log_probs(self.model, row) for row in rows}
         losses = {row: self.row_loss(row, found[row][0]) for row in rows}
         surrogate = sum(
@@ -229,17 +234,19 @@ class Script:
         log_ratio = {row: found[row][0] - self.old[row] for row in rows}
         ratios = [
             float(np.mean(np.exp(np.concatenate([log_ratio[row] for row in batch]))))
-            for batch in micro_batches
+            for batch in step.batches
         ]
         return {
             "loss": np.mean([losses[row][0] for row in rows]),
             "grad_norm": math.sqrt(sum(float(g.square().sum()) for g in gradients)),
-            "policy/approxkl_avg": np.mean([0.5 * log_ratio[row].sum() ** 2 for row in rows]),
+            "policy/approxkl_avg": np.mean([0.5 * log_ratio[row].sum() ** 2 for row in ran]),
             "policy/clipfrac_avg": np.mean([losses[row][2] for row in rows]),
             "loss/policy_avg": np.mean([losses[row][0] for row in rows]),
-            "policy/entropy_avg": np.mean(np.concatenate([found[row][1] for row in rows])),
+            "policy/entropy_avg": np.mean(
+                np.concatenate([found[row][1] for row in (rows if first else ran)])
+            ),
             "val/ratio": np.mean(ratios),
-            "val/ratio_var": np.var(ratios, ddof=1),
+            "val/ratio_var": np.var(ratios, ddof=1) if len(ratios) > 1 else 0.0,
             "lr": lr,
             "episode": 8,
         }
@@ -260,7 +267,7 @@ def case(request, tmp_path_factory):
     logs, steps, weights = trained(tmp_path_factory.mktemp("run"), **request.param)
     script = Script(**request.param)
     # linear decay over the run's four optimizer steps
-    wanted = [script.update(rows, LR * (4 - i) / 4) for i, rows in enumerate(steps)]
+    wanted = [script.update(step, LR * (4 - i) / 4, first=i == 0) for i, step in enumerate(steps)]
     return SimpleNamespace(logs=logs, steps=steps, weights=weights, script=script, wanted=wanted)
 
 
@@ -300,12 +307,19 @@ def test_change_of_the_weights(case):
 
 
 def test_two_mini_batches_of_whole_groups_in_each_of_two_epochs(case):
-    assert [[len(rows) for rows in step] for step in case.steps] == [[2, 2]] * 4
+    assert [len(step.rows) for step in case.steps] == [4] * 4
     for epoch in (case.steps[:2], case.steps[2:]):
-        assert sorted(row for step in epoch for rows in step for row in rows) == list(range(8))
+        assert sorted(row for step in epoch for row in step.rows) == list(range(8))
     for step in case.steps:
-        rows = {row for batch in step for row in batch}
-        assert {row ^ 1 for row in rows} == rows
+        assert {row ^ 1 for row in step.rows} == set(step.rows)
+        ran = sorted(row for batch in step.batches for row in batch)
+        # without an advantage there is nothing to run it for
+        assert ran == sorted(r for r in step.rows if not math.isnan(case.script.advantages[r]))
+
+
+def test_several_micro_batches_are_among_the_steps(case):
+    """Else their mean ratios would not be told apart."""
+    assert max(len(step.batches) for step in case.steps) > 1
 
 
 def test_the_clip_acts_on_some_completions(case):
@@ -320,9 +334,9 @@ def test_the_clip_acts_on_some_completions(case):
 def test_one_update_per_rollout(tmp_path, options):
     """On-policy: no pass over the completions before the update where none is needed."""
     options = {**ONE_UPDATE, **options}
-    (got,), (rows,), _ = trained(tmp_path, **options)
+    (got,), (step,), _ = trained(tmp_path, **options)
     script = Script(**options)
-    wanted = {**script.update(rows, LR), **script.rollout_metrics()}
+    wanted = {**script.update(step, LR, first=True), **script.rollout_metrics()}
     assert_equal(got, wanted, [name for name in wanted if name != "lr"])
 
 
@@ -477,14 +491,14 @@ def test_tables_of_a_run_are_printed(tmp_path):
 
 
 def watch_rows(trainer):
-    """Rows of every generate call, and of every forward outside of them, by its gradient mode."""
+    """Rows of every generate call; tokens of every forward outside of them, by gradient mode."""
     rows = {"generate": [], "no_grad": [], "update": []}
     generating = []
 
     def note(module, args, kwargs):
         if not generating:
             kind = "update" if torch.is_grad_enabled() else "no_grad"
-            rows[kind].append(len(kwargs["input_ids"]))
+            rows[kind].append(kwargs["input_ids"].numel())
 
     for model in (trainer.model, trainer.reference.model):
         model.base_model.register_forward_pre_hook(note, with_kwargs=True)
@@ -505,14 +519,17 @@ def watch_rows(trainer):
 def test_local_rollout_forward_batch_size_limits_rows(tmp_path, limit):
     trainer = make_trainer(
         tmp_path, reward=lambda completions, **kwargs: [float(len(c)) for c in completions],
-        local_rollout_forward_batch_size=limit,
+        local_rollout_forward_batch_size=limit, layout="padded", kl_coef=0.05,
     )  # fmt: skip
     rows = watch_rows(trainer)
+    longest = []
+    survey = trainer.planner.survey
+    trainer.planner.survey = lambda samples: (survey(samples), longest.append(samples.longest))
     trainer.train()
-    in_pieces = [limit] * (8 // limit) + [8 % limit] * (8 % limit > 0)
-    assert rows["generate"] == in_pieces
-    assert rows["no_grad"] == in_pieces * 2  # the reference model, then the policy
-    assert set(rows["update"]) == {2}  # goes by per_device_train_batch_size
+    assert rows["generate"] == [limit] * (8 // limit) + [8 % limit] * (8 % limit > 0)
+    tokens = max(longest)
+    assert limit * tokens // 2 < max(rows["no_grad"]) <= limit * tokens
+    assert limit == 3 or max(rows["update"]) > tokens  # goes by per_device_train_batch_size
 
 
 def test_local_rollout_forward_batch_size_does_not_change_the_update(tmp_path):

@@ -99,6 +99,7 @@ def test_rewards_that_never_applied_are_nan():
 # --- one optimizer step: four completions in two micro-batches
 
 UPDATE = columns(
+    ran=[1, 1, 1, 1],
     tokens=[4, 2, 3, 1],
     entropy=[8.0, 3.0, 6.0, 3.0],
     low=[1, 0, 0, 0],
@@ -148,9 +149,40 @@ def test_a_micro_batch_without_tokens_does_not_count_in_the_ratio():
 
 def test_a_step_without_tokens_is_finite():
     nothing = {name: torch.zeros(2, dtype=torch.double) for name in UPDATE}
+    nothing["ran"] += 1
     found = update_metrics(nothing, torch.zeros(2, dtype=torch.long))
     assert found["val/ratio"] == 1
     assert found["entropy"] == 0
+
+
+def test_rows_that_were_not_run_count_where_they_are_known():
+    """Neither clipped nor of any loss; their ratio and, without a first pass, entropy unknown."""
+    nan = float("nan")
+    rows = columns(
+        ran=[1, 1, 0, 0],
+        tokens=[4, 2, 30, 4],
+        entropy=[8.0, 3.0, nan, 9.0],
+        low=[1, 0, 0, 0],
+        high=[0, 0, 0, 0],
+        log_ratio=[0.1, -0.2, 0, 0],
+        token_ratio=[4.4, 1.6, 0, 0],
+        loss=[1.0, -2.0, 0, 0],
+    )
+    found = update_metrics(rows, torch.tensor([0, 0, -1, -1]))
+    assert found["entropy"] == pytest.approx(20 / 10)
+    assert found["clip_ratio/low_mean"] == 0.25
+    assert found["policy/approxkl_avg"] == pytest.approx(0.5 * 0.05 / 2)
+    assert found["loss/policy_avg"] == -0.25
+    assert found["val/ratio"] == 1
+
+
+def test_a_step_of_which_nothing_was_run_has_no_entropy():
+    rows = {name: torch.zeros(2, dtype=torch.double) for name in UPDATE}
+    rows["entropy"] += float("nan")
+    found = update_metrics(rows, torch.tensor([-1, -1]))
+    assert math.isnan(found["entropy"])
+    assert math.isnan(found["policy/approxkl_avg"])
+    assert found["val/ratio"] == 1
 
 
 def test_the_2024_clip_share_is_where_the_clipped_loss_is_larger():
@@ -163,7 +195,7 @@ def test_the_2024_clip_share_is_where_the_clipped_loss_is_larger():
     )  # fmt: skip
     zeros = torch.zeros(50, dtype=torch.double)
     rows = {
-        "tokens": zeros + 1, "entropy": zeros, "low": found.clipped_low.double(),
+        "ran": zeros + 1, "tokens": zeros + 1, "entropy": zeros, "low": found.clipped_low.double(),
         "high": found.clipped_high.double(), "log_ratio": zeros, "token_ratio": zeros + 1,
         "loss": zeros,
     }  # fmt: skip

@@ -90,6 +90,8 @@ def blank_samples(num_rows):
         cu_seqlens=torch.arange(num_rows + 1),
         scores=torch.zeros(num_rows),
         num_generations=2,
+        groups=[row // 2 for row in range(num_rows)],
+        whole_groups=True,
     )
 
 

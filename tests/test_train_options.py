@@ -79,13 +79,13 @@ def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
 
 def keep_samples(trainer: Any) -> list[Any]:
     """The Samples of every rollout, with the reference's log-probs."""
-    kept, original = [], trainer.updater.score_reference
+    kept, original = [], trainer.scorer.score_reference
 
     def score_reference(samples, wrapped):
         original(samples, wrapped)
         kept.append(samples)
 
-    trainer.updater.score_reference = score_reference
+    trainer.scorer.score_reference = score_reference
     return kept
 
 

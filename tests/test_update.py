@@ -11,9 +11,13 @@ from datasets import Dataset
 from test_trl_parity import MAX_NEW, Injected, Recorder, first_reward
 
 from rloo_fast import RLOOConfig, RLOOTrainer, models
+from rloo_fast.metrics import is_timing
+from rloo_fast.probe import choose_layout
 from rloo_fast.types import Rollout
 
-PROMPTS = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(16)]})
+PROMPTS = Dataset.from_dict(
+    {"prompt": [" ".join(f"w{(i * 7 + j) % 26}" for j in range(4 + i % 9)) for i in range(16)]}
+)
 
 
 class AllTruncated(Injected):
@@ -21,7 +25,23 @@ class AllTruncated(Injected):
         return Rollout([[7] * MAX_NEW for _ in prompt_ids], ["length"] * len(prompt_ids))
 
 
-def train(tmp_path, engine=Injected, model=None, reward=first_reward, peft_config=None, **fields):
+class Counter:
+    """Forwards of a model and the token positions put through it, by a hook on its embedding."""
+
+    def __init__(self, model):
+        self.forwards = self.tokens = 0
+        models.base_causal_lm(model).get_input_embeddings().register_forward_hook(self._count)
+
+    def _count(self, module, args, output):
+        self.forwards += 1
+        self.tokens += args[0].numel()
+
+
+def train(
+    tmp_path, engine=Injected, model=None, reward=first_reward, peft_config=None, before=None,
+    **fields,
+):  # fmt: skip
+    """A finished run; `before(trainer)` is called ahead of training."""
     settings = {
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": MAX_NEW,
         "max_steps": 1, "learning_rate": 0.01, "optim": "sgd", "max_grad_norm": 0.0,
@@ -40,9 +60,24 @@ def train(tmp_path, engine=Injected, model=None, reward=first_reward, peft_confi
         peft_config=peft_config,
     )
     trainer.engine = trainer.collector.engine = engine(settings["num_generations"])
+    choose_layout_now(trainer)
+    if not trainer.args.torch_compile:  # the count would be compiled in
+        trainer.policy_count = Counter(trainer.model)
+        trainer.reference_count = Counter(trainer.reference.model) if trainer.reference else None
+    if before is not None:
+        before(trainer)
     trainer.train()
     trainer.gradient = recorder.gradients[0] if recorder.gradients else None
+    trainer.logs = recorder.logs
     return trainer
+
+
+def choose_layout_now(trainer):
+    """The trial run comes before what a test counts."""
+    layout, _ = choose_layout(
+        trainer.args.layout, trainer.policy, trainer.model, trainer.accelerator
+    )
+    trainer.planner.layout = layout
 
 
 @pytest.mark.parametrize(
@@ -51,22 +86,54 @@ def train(tmp_path, engine=Injected, model=None, reward=first_reward, peft_confi
         ({}, 1, 1),
         ({"beta": 0.0}, 1, 0),
         ({"beta": 0.0, "normalize_advantages": True}, 1, 0),
-        ({"gradient_accumulation_steps": 3}, 3, 3),
+        ({"gradient_accumulation_steps": 3, "layout": "padded"}, 3, 3),
+        ({"gradient_accumulation_steps": 3}, 2, 2),
+        ({"gradient_accumulation_steps": 3, "max_tokens_per_micro_batch": 1000}, 1, 1),
         ({"normalize_advantages": True}, 2, 1),
-        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 8, 4),
+        ({"max_tokens_per_micro_batch": 20}, 6, 3),
         ({"num_iterations": 2, "max_steps": 2}, 2, 1),
-        ({"steps_per_generation": 2, "max_steps": 2}, 4, 2),
+        ({"steps_per_generation": 2, "max_steps": 2}, 3, 1),
     ],
     ids=[
         "on-policy with KL: one", "without KL: no reference", "normalised without KL: one",
-        "three micro-batches", "normalised with KL: two", "groups split: two",
+        "padded: three micro-batches", "shared prefix: two hold what was three",
+        "a large budget: one", "normalised with KL: two", "groups split: two",
         "two iterations: one each", "two updates per rollout: old log-probs first",
     ],
 )  # fmt: skip
 def test_number_of_forwards(fields, policy, reference, tmp_path):
     trainer = train(tmp_path, **fields)
-    assert trainer.policy.num_forwards == policy
-    assert (trainer.reference.num_forwards if trainer.reference else 0) == reference
+    assert trainer.policy_count.forwards == policy == trainer.policy.num_forwards
+    assert (trainer.reference_count.forwards if trainer.reference else 0) == reference
+
+
+def injected_lengths():
+    """[(prompt tokens, completion tokens of its four samples)] of the first step's two prompts."""
+    engine, found = Injected(4), []
+    prompts = [row["prompt"] for row in PROMPTS.select(range(2))]
+    ids = [make_tokenizer()(prompt)["input_ids"] for prompt in prompts for _ in range(4)]
+    completions = engine.generate(ids, None, 0).completion_ids
+    for i in (0, 4):
+        found.append((len(ids[i]), [len(c) for c in completions[i : i + 4]]))
+    return found
+
+
+TOKENS = {
+    "shared_prefix": lambda p, ls: p + sum(n - 1 for n in ls),
+    "packed": lambda p, ls: sum(p + n - 1 for n in ls),
+}
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_number_of_tokens_run(layout, tmp_path):
+    trainer = train(tmp_path, layout=layout)
+    groups = injected_lengths()
+    if layout == "padded":
+        want = 8 * max(p + max(ls) - 1 for p, ls in groups)
+    else:
+        want = sum(TOKENS[layout](p, ls) for p, ls in groups)
+    assert trainer.policy_count.tokens == want == trainer.reference_count.tokens
+    assert trainer.logs[0]["update/tokens_run"] == want
 
 
 def assert_same_gradient(a, b):
@@ -75,15 +142,173 @@ def assert_same_gradient(a, b):
         assert (a[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
 
 
-@pytest.mark.parametrize("token_level_kl", [False, True])
+@pytest.fixture(scope="module")
+def padded_steps(tmp_path_factory):
+    """The gradient of one step with plain padded micro-batches, by settings; made once."""
+    made = {}
+
+    def get(**fields):
+        key = tuple(sorted(fields.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("padded")
+            made[key] = train(out, layout="padded", gradient_accumulation_steps=2, **fields)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"beta": 0.0},
+        {"token_level_kl": True},
+        {"normalize_advantages": True},
+        {"gradient_checkpointing": True},
+        {"num_iterations": 2, "max_steps": 2, "epsilon": 0.05},
+    ],
+    ids=["beta 0.2", "beta 0", "token-level KL", "normalised", "checkpointing", "two iterations"],
+)
+@pytest.mark.parametrize("budget", [None, 60, 20], ids=["default", "a group", "groups split"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_a_step_is_the_same_in_every_layout(layout, budget, fields, padded_steps, tmp_path):
+    """Loss, gradient, weights and metrics, whatever the micro-batches."""
+    want = padded_steps(**fields)
+    trainer = train(
+        tmp_path, layout=layout, max_tokens_per_micro_batch=budget,
+        gradient_accumulation_steps=2, **fields,
+    )  # fmt: skip
+    assert trainer.planner.layout == layout
+    assert_same_gradient(trainer.gradient, want.gradient)
+    assert_same_gradient(trainer.model.state_dict(), want.model.state_dict())
+    for ours, theirs in zip(trainer.logs, want.logs, strict=True):
+        names = {name for name in ours | theirs if not is_timing(name)} - BY_MICRO_BATCH
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+# the 2024 trainer's are means over micro-batches; the others count what was run
+BY_MICRO_BATCH = {"val/ratio", "val/ratio_var", "update/tokens_run", "update/micro_batches"}
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_lora_is_the_same_in_every_layout(layout, tmp_path):
+    from peft import LoraConfig
+
+    def lora(layout):
+        torch.manual_seed(0)
+        settings = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return train(tmp_path, layout=layout, peft_config=settings)
+
+    assert_same_gradient(lora(layout).gradient, lora("padded").gradient)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 8])
-def test_the_gradient_does_not_depend_on_micro_batches(micro_batches, token_level_kl, tmp_path):
+def test_the_gradient_does_not_depend_on_the_batch_size_per_device(micro_batches, tmp_path):
     rows = {"per_device_train_batch_size": 16 // micro_batches}
-    split = train(
-        tmp_path, gradient_accumulation_steps=micro_batches, token_level_kl=token_level_kl, **rows
-    )
-    whole = train(tmp_path, per_device_train_batch_size=16, token_level_kl=token_level_kl)
+    split = train(tmp_path, gradient_accumulation_steps=micro_batches, **rows)
+    whole = train(tmp_path, per_device_train_batch_size=16)
     assert_same_gradient(split.gradient, whole.gradient)
+
+
+def constant_for_first_prompt(completion_ids, **kwargs):
+    rewards = first_reward(completion_ids)
+    return [0.5] * 4 + rewards[4:]
+
+
+def test_groups_without_signal_are_not_run(tmp_path):
+    """beta 0: a group whose rewards are all equal has no gradient."""
+    trainer = train(tmp_path, reward=constant_for_first_prompt, beta=0.0)
+    assert trainer.policy_count.tokens == TOKENS["shared_prefix"](*injected_lengths()[1])
+    assert trainer.logs[0]["update/frac_groups_not_run"] == 0.5
+    assert trainer.logs[0]["entropy"] > 0
+    with_them = train(tmp_path, reward=constant_for_first_prompt, beta=1e-12)
+    assert with_them.policy_count.tokens == sum(
+        TOKENS["shared_prefix"](*group) for group in injected_lengths()
+    )
+    assert with_them.logs[0]["update/frac_groups_not_run"] == 0
+    assert_same_gradient(trainer.gradient, with_them.gradient)
+
+
+def test_a_step_without_any_signal_is_a_step_with_gradient_zero(tmp_path):
+    """As if all had been run: AdamW's moments decay on, weight decay acts."""
+    trainer = train(
+        tmp_path, reward=lambda completions, **kwargs: [1.0] * len(completions), beta=0.0
+    )
+    assert trainer.policy_count.tokens == 1  # a filler
+    assert trainer.gradient.keys() == dict(trainer.model.named_parameters()).keys()
+    assert all((g == 0).all() for g in trainer.gradient.values())
+    assert trainer.logs[0]["update/frac_groups_not_run"] == 1
+    assert "entropy" not in trainer.logs[0]
+
+
+def plant_out_of_memory(module, calls, message="CUDA out of memory. Tried to allocate 2.00 GiB."):
+    """The calls of the policy's backbone with these numbers fail, in forward or in backward."""
+    seen = {"forward": 0, "backward": 0}
+
+    def count(kind):
+        seen[kind] += 1
+        if (kind, seen[kind]) in calls:
+            raise torch.OutOfMemoryError(message)
+
+    embedding = models.base_causal_lm(module).get_input_embeddings()
+    embedding.register_forward_hook(lambda *_: count("forward"))
+    embedding.register_full_backward_hook(lambda *_: count("backward"))
+
+
+@pytest.mark.parametrize(
+    ("calls", "fields", "halvings"),
+    [
+        ({("forward", 1)}, {}, 1),
+        ({("backward", 1)}, {}, 1),
+        ({("forward", 2)}, {"gradient_accumulation_steps": 6}, 1),
+        ({("backward", 1)}, {"token_level_kl": True}, 1),
+        ({("forward", 1), ("forward", 2)}, {}, 2),
+        ({("forward", 1)}, {"normalize_advantages": True}, 1),
+        ({("backward", 2)}, {"num_iterations": 2, "max_steps": 2}, 1),
+    ],
+    ids=[
+        "forward", "backward", "second micro-batch", "token-level", "twice", "first pass",
+        "second iteration",
+    ],
+)  # fmt: skip
+def test_out_of_memory_halves_the_budget_and_repeats_the_step(
+    calls, fields, halvings, tmp_path, caplog
+):
+    settings = {"max_tokens_per_micro_batch": 208, **fields}
+    trainer = train(
+        tmp_path, before=lambda trainer: plant_out_of_memory(trainer.model, calls), **settings
+    )
+    undisturbed = train(tmp_path, **settings)
+    assert_same_gradient(trainer.gradient, undisturbed.gradient)
+    assert trainer.logs[-1]["loss"] == pytest.approx(undisturbed.logs[-1]["loss"], abs=1e-6)
+    warned = [r for r in caplog.records if r.getMessage().startswith("Out of memory: ")]
+    assert len(warned) == halvings == trainer.planner.num_halvings  # kept for the steps to come
+    assert f"now holds {208 >> halvings} tokens at most in place of" in warned[-1].getMessage()
+
+
+def test_out_of_memory_in_the_first_rollout_splits_groups_into_two_passes(tmp_path, caplog):
+    """Half the budget no longer holds a group: its KL comes out of a pass of its own."""
+    settings = {"max_tokens_per_micro_batch": 40}
+    trainer = train(
+        tmp_path, before=lambda t: plant_out_of_memory(t.model, {("backward", 1)}), **settings
+    )
+    assert_same_gradient(trainer.gradient, train(tmp_path, **settings).gradient)
+    assert trainer.policy_count.forwards == 1 + 3 + 3  # failed; in halves: first pass, update
+
+
+def test_out_of_memory_with_one_completion_says_what_to_do(tmp_path):
+    every = {("forward", n) for n in range(1, 99)}
+    with pytest.raises(RuntimeError, match="single completion in a micro-batch: set gradient_ch"):
+        train(tmp_path, before=lambda trainer: plant_out_of_memory(trainer.model, every))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
+    def plant(trainer):
+        trainer.policy.loss = lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("broken"))
+
+    with pytest.raises(RuntimeError, match="broken"):
+        train(tmp_path, before=plant)
 
 
 def test_a_constant_added_to_the_rewards_changes_no_gradient(tmp_path):
@@ -113,3 +338,10 @@ def test_dropout_is_off_by_default_in_adapters_too(tmp_path):
     kept = train(tmp_path, peft_config=lora, disable_dropout=False)
     assert models.has_dropout(kept.model)
     assert kept.policy.num_forwards == 3  # reference, KL without dropout, the update
+
+
+def test_dropout_in_the_attention_is_trained_with_padded_rows(tmp_path):
+    model = make_model(attention_dropout=0.1)
+    trainer = train(tmp_path, model=model, disable_dropout=False)
+    assert trainer.planner.layout == "padded"
+    assert trainer.policy.num_forwards == 2  # KL without dropout, the update

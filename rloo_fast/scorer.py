@@ -1,0 +1,156 @@
+"""What must be known of samples before their update: reference and old log-probs, advantages.
+
+On-policy, with whole groups in a micro-batch, only the reference's log-probs: the update's own
+forward gives the rest (`update.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from rloo_kernels import token_level_advantages
+from rloo_kernels.advantages import comparable_rows, scaled_advantages, segment_sum
+from torch import Tensor, nn
+
+from .config import RLOOConfig
+from .metrics import gather_rows
+from .models import reference_weights
+from .planner import Planner, Step
+from .policy import Policy
+from .types import Samples
+
+
+class Scorer:
+    """Passes without gradients, and KL -> reward -> advantage over all processes.
+
+    `reference`: the frozen model, or None where the policy's adapters are put off instead.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        planner: Planner,
+        args: RLOOConfig,
+        accelerator: Accelerator,
+        *,
+        has_dropout: bool = False,
+    ):
+        self.policy, self.reference, self.planner = policy, reference, planner
+        self.args, self.accelerator, self.has_dropout = args, accelerator, has_dropout
+
+    def first_pass_reason(self, samples: Samples, covered_by_first_update: bool) -> str | None:
+        """Why a no-grad policy pass over the samples must come before the update, or None."""
+        if not covered_by_first_update:
+            return (
+                "later optimizer steps reuse the completions, and need their log-probs as sampled"
+            )
+        if self.args.beta == 0:
+            return None
+        if self.args.normalize_advantages or self.args.whiten_rewards:
+            return "normalising needs the KL of the whole generation batch first"
+        if self.has_dropout:
+            return (
+                "the model has dropout, which would put noise into the KL of the training forward"
+            )
+        return self.planner.why_groups_are_split(samples)
+
+    def score_reference(self, samples: Samples, wrapped: nn.Module) -> None:
+        """samples.ref_logps: the reference model's log-probs of the completions."""
+        if self.args.beta == 0:
+            return
+        if self.reference is not None:
+            samples.ref_logps = self._score(samples, self.reference, None)[0]
+        else:
+            with reference_weights(self.policy.model):
+                samples.ref_logps = self._score(samples, self.policy, wrapped)[0]
+
+    def first_pass(self, samples: Samples, wrapped: nn.Module) -> None:
+        """Old log-probs, KL and advantages by a no-grad pass over all rows."""
+        training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            samples.old_logps, entropy = self._score(samples, self.policy, wrapped)
+        finally:
+            self.policy.model.train(training)
+        samples.stats["entropy"] = segment_sum(entropy, samples.cu_seqlens)
+        self.credit_all(samples)
+
+    def _score(
+        self, samples: Samples, policy: Policy, wrapped: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies) of every counted completion token, packed, on the CPU."""
+        rows, every = self.args.rollout_forward_batch_size, list(range(samples.num_rows))
+        logps = torch.empty(int(samples.cu_seqlens[-1]))
+        entropy = torch.empty_like(logps)
+
+        def run_one(step: Step, last: bool) -> None:
+            batch = self.planner.batch(step, rows)
+            with torch.no_grad(), self.accelerator.autocast():
+                scores = policy.score(batch, wrapped)
+            index = samples.token_index(batch.rows)
+            logps[index], entropy[index] = scores.logps.cpu(), scores.entropy.cpu()
+
+        while True:
+            plan = self.planner.plan(samples, every, split=True, max_rows=rows)
+            steps = self.planner.even([Step(samples, units) for units in plan], samples)
+            if self.planner.run(steps, run_one, last_synchronises=False):
+                return logps, entropy
+            self.planner.shrink(steps)
+
+    # KL -> reward -> advantage
+
+    def credit_all(self, samples: Samples) -> None:
+        """samples.advantages from old_logps (or without, at beta = 0), over all processes."""
+        args, k = self.args, samples.num_generations
+        kl = torch.zeros(int(samples.cu_seqlens[-1]))
+        surprisal = torch.full((samples.num_rows,), float("nan"))
+        if samples.old_logps is None:
+            assert args.beta == 0
+        else:
+            surprisal = -segment_sum(samples.old_logps, samples.cu_seqlens)
+            if samples.ref_logps is not None:
+                kl = samples.old_logps - samples.ref_logps
+        row_kl = segment_sum(kl, samples.cu_seqlens)
+        shaped = samples.scores - args.beta * row_kl
+        samples.stats |= {"kl": row_kl, "shaped": shaped, "surprisal": surprisal}
+        everyone = gather_rows(self.accelerator, {"shaped": shaped})["shaped"].to(shaped.dtype)
+        if k > 1:
+            advantages, scale = scaled_advantages(
+                everyone, k, normalize=args.normalize_advantages, whiten_rewards=args.whiten_rewards
+            )
+        else:  # one completion per prompt in evaluation: nothing to compare with
+            advantages, scale = torch.zeros_like(everyone), torch.ones(())
+        start = self.accelerator.process_index * samples.num_rows
+        mine = slice(start, start + samples.num_rows)
+        advantages = advantages[mine]
+        if args.token_level_kl:
+            compared = comparable_rows(everyone, k)[mine]
+            beta = args.beta * float(scale)  # the KL is scaled as the rewards it is taken off
+            advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
+        samples.advantages = advantages
+
+    def on_policy_loss(self, samples: Samples) -> Tensor:
+        """- mean over rows of A_i (of sum_t A_it with token-level KL): the loss at ratio 1."""
+        advantages = samples.advantages
+        assert advantages is not None
+        if self.args.token_level_kl:
+            advantages = segment_sum(advantages, samples.cu_seqlens)
+        return -advantages.mean()
+
+    def settle(self, samples: Samples, logps: Tensor, advantages: Tensor | None) -> None:
+        """After the first update, what its forward found out holds for the next ones: old log-probs
+        (N,) and, where they were not known, advantages (R,)."""
+        samples.old_logps = logps
+        if samples.advantages is not None:
+            return
+        assert advantages is not None
+        if self.args.token_level_kl and samples.ref_logps is not None:
+            advantages = token_level_advantages(
+                advantages,
+                logps - samples.ref_logps,
+                samples.cu_seqlens,
+                self.args.beta,
+                comparable_rows(samples.stats["shaped"], samples.num_generations),
+            )
+        samples.advantages = advantages
