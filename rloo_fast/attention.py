@@ -133,8 +133,8 @@ def segment_attention_forward(
 ) -> tuple[Tensor, None]:
     """query (1, H, T, d), key and value (1, Hkv, T, d) -> (1, T, H, d), as transformers calls it.
 
-    Raises RuntimeError without segments, ValueError for what segments do not go with (a mask,
-    dropout, a batch, a cache), NotImplementedError for attention of another kind.
+    Raises RuntimeError without segments, ValueError for what they do not go with (a mask, dropout,
+    a batch, a cache, a row of another length), NotImplementedError for attention of another kind.
     """
     if segments is None:
         raise RuntimeError(
@@ -156,6 +156,9 @@ def segment_attention_forward(
             f"expected one row and no cache (batch 1, as many keys as queries), got queries "
             f"{tuple(query.shape)} and keys {tuple(key.shape)}: pass use_cache=False."
         )
+    bounds = segments.bounds  # looking at a number on a GPU would wait for it
+    if bounds.is_cpu and not torch.compiler.is_compiling() and bounds[-1] != query.shape[2]:
+        raise ValueError(f"segments cover {int(bounds[-1])} tokens of a row of {query.shape[2]}.")
     dtype, kind = value.dtype, query.device.type
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)

@@ -35,7 +35,28 @@ class Injected:
         return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids])
 
 
+def zero_for_short_prompts(prompts, completion_ids, **kwargs):
+    rewards = first_reward(completion_ids)
+    return [0.0 if len(p.split()) < 3 else r for p, r in zip(prompts, rewards, strict=True)]
+
+
+def plant_out_of_memory(trainer) -> None:
+    """The first training forward on the last rank fails, which is of its largest micro-batch."""
+    calls = []
+
+    def fail_once(*_):
+        if torch.is_grad_enabled() and trainer.accelerator.is_last_process:
+            calls.append(1)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer.model.get_input_embeddings().register_forward_hook(fail_once)
+
+
 def train(out_dir: Path, model_dir: str, settings: dict) -> None:
+    settings = dict(settings)
+    reward = globals()[settings.pop("reward", "first_reward")]
+    out_of_memory = settings.pop("out_of_memory", False)
     args = RLOOConfig(
         output_dir=str(out_dir),
         max_completion_length=MAX_NEW,
@@ -58,7 +79,7 @@ def train(out_dir: Path, model_dir: str, settings: dict) -> None:
     )
     trainer = RLOOTrainer(
         model_dir,
-        first_reward,
+        reward,
         args,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(5)),
@@ -66,8 +87,11 @@ def train(out_dir: Path, model_dir: str, settings: dict) -> None:
     )
     injected = Injected(trainer, args.num_generations)
     trainer.engine = trainer.collector.engine = injected
+    if out_of_memory:
+        plant_out_of_memory(trainer)
     trainer.train()
     trainer.evaluate()
+    assert trainer.planner.num_halvings == int(out_of_memory)
     if trainer.accelerator.is_main_process:
         torch.save(trainer.model.state_dict(), out_dir / "weights.pt")
         (out_dir / "logs.json").write_text(json.dumps(trainer.state.log_history))

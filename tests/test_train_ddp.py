@@ -24,6 +24,16 @@ CASES = {  # settings; the batch of one process is twice that of each of two
         "num_generations": 4, "normalize_advantages": True, "num_iterations": 2,
         "token_level_kl": True, "batch": 4,
     },
+    "four groups per rank, of unequal lengths, in small micro-batches": {
+        "num_generations": 2, "beta": 0.1, "batch": 8, "max_tokens_per_micro_batch": 25,
+    },
+    "beta 0, groups without signal on one rank": {
+        "num_generations": 2, "beta": 0.0, "batch": 4, "reward": "zero_for_short_prompts",
+    },
+    "out of memory on one rank": {
+        "num_generations": 2, "beta": 0.1, "batch": 8, "max_tokens_per_micro_batch": 24,
+        "out_of_memory": True,
+    },
 }  # fmt: skip
 
 

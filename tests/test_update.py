@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
+from packaging.version import Version
 from test_trl_parity import MAX_NEW, Injected, Recorder, first_reward
 
 from rloo_fast import RLOOConfig, RLOOTrainer, models
@@ -201,6 +203,42 @@ def test_lora_is_the_same_in_every_layout(layout, tmp_path):
         return train(tmp_path, layout=layout, peft_config=settings)
 
     assert_same_gradient(lora(layout).gradient, lora("padded").gradient)
+
+
+def checkpointing(**kwargs):
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+
+
+@pytest.mark.parametrize("fields", [
+    checkpointing(use_reentrant=False), checkpointing(use_reentrant=True),
+    checkpointing(every_n_layers=2),
+    pytest.param(checkpointing(offload=True), marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="pinned memory needs a GPU"
+    )),
+], ids=str)  # fmt: skip
+def test_checkpointing_changes_no_gradient(fields, padded_steps, tmp_path):
+    """The layers run again in backward, over the segments too."""
+    if {"every_n_layers", "offload"} & fields["gradient_checkpointing_kwargs"].keys():
+        minimum = "5.20"  # of transformers, which has them since
+        if Version(transformers.__version__) < Version(minimum):
+            pytest.skip(f"transformers {transformers.__version__} < {minimum}")
+    trainer = train(tmp_path, gradient_accumulation_steps=2, **fields)
+    assert trainer.planner.layout == "shared_prefix"
+    assert_same_gradient(trainer.gradient, padded_steps().gradient)
+
+
+def test_activations_can_be_offloaded(padded_steps, tmp_path):
+    def offload(trainer):
+        loss = trainer.compute_loss
+
+        def offloaded(*args, **kwargs):
+            with torch.autograd.graph.save_on_cpu():
+                return loss(*args, **kwargs)
+
+        trainer.compute_loss = offloaded
+
+    trainer = train(tmp_path, gradient_accumulation_steps=2, before=offload)
+    assert_same_gradient(trainer.gradient, padded_steps().gradient)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
