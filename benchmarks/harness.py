@@ -227,18 +227,19 @@ def format_table(rows: Iterable[Row], baseline: str = "eager") -> str:
     for group in comparisons(rows):
         row, times = group[0], f"x {baseline}"
         lines += ["", f"{row.benchmark}  {row.shape}  {row.device} {row.dtype}"]
+        width = max(14, *(len(r.provider) + 2 for r in group))
         lines.append(
-            f"  {'provider':<14}{'median s':>11}{'min':>11}{'max':>11}{times:>9}{'x best':>8}"
+            f"  {'provider':<{width}}{'median s':>11}{'min':>11}{'max':>11}{times:>9}{'x best':>8}"
             f"{'tokens/s':>11}{'extra MiB':>11}{times:>9}{'error':>10}{'x floor':>9}"
         )
         best = min((r.seconds_median for r in group if r.seconds_median is not None), default=None)
-        lines += [_table_line(r, group, baseline, best) for r in group]
+        lines += [_table_line(r, group, baseline, best, width) for r in group]
     return "\n".join(lines).lstrip("\n")
 
 
-def _table_line(row: Row, group: list[Row], baseline: str, best: float | None) -> str:
+def _table_line(row: Row, group: list[Row], baseline: str, best: float | None, width: int) -> str:
     if row.skipped is not None:
-        return f"  {row.provider:<14}skipped: {row.skipped}"
+        return f"  {row.provider:<{width}}skipped: {row.skipped}"
 
     def cell(value: float | None, spec: str, width: int) -> str:
         return f"{'-' if value is None else format(value, spec):>{width}}"
@@ -249,7 +250,7 @@ def _table_line(row: Row, group: list[Row], baseline: str, best: float | None) -
     assert median is not None, row
     tokens_per_s = None if row.tokens is None else row.tokens / median
     return (
-        f"  {row.provider:<14}{median:>11.4g}{row.seconds_min:>11.4g}{row.seconds_max:>11.4g}"
+        f"  {row.provider:<{width}}{median:>11.4g}{row.seconds_min:>11.4g}{row.seconds_max:>11.4g}"
         f"{cell(times, '.2f', 9)}{cell(best and median / best, '.2f', 8)}"
         f"{cell(tokens_per_s, ',.0f', 11)}{cell(row.peak_extra_mem_mib, ',.1f', 11)}"
         f"{cell(memories, '.2f', 9)}{cell(row.error_vs_reference, '.1e', 10)}"

@@ -141,13 +141,15 @@ def run_here() -> dict[str, dict[str, str]]:
             "one process uses one GPU: `rloo-fast train` alone refuses several",
         )
     plan["precision"] = _precision(config, torch.cuda.is_available())
-    plan["attention"] = _attention(device)
-    plan["kernels"] = _kernels(device)
     plan["rollouts"] = ("transformers generate", "vLLM is not in this version")
+    plan["their attention"] = _attention(device)
     plan["layout"] = (
-        "padded" if config.layout == "auto" else config.layout,
-        "the packed and shared-prefix layouts are not in this version",
+        "shared_prefix" if config.layout == "auto" else config.layout,
+        "a prompt is run once for all its completions, no padding is; models that cannot be run "
+        "so are trained padded, and the run says why",
     )
+    plan["its attention"] = _segments(config)
+    plan["loss"] = _kernels(device)
     plan["several processes"] = ("DDP", "FSDP and DeepSpeed are not in this version")
     return {part: {"choice": choice, "why": why} for part, (choice, why) in plan.items()}
 
@@ -169,6 +171,15 @@ def _attention(device: str) -> tuple[str, str]:
     except metadata.PackageNotFoundError:
         return "sdpa", why + "needs `pip install flash-attn`"
     return "sdpa", why + "is used if asked for: --attn_implementation flash_attention_2"
+
+
+def _segments(config: Any) -> tuple[str, str]:
+    """Of the packed and shared-prefix layouts, for heads of 64."""
+    import torch
+
+    from .attention_flash import choose_backend
+
+    return choose_backend(config.device, torch.bfloat16 if config.bf16 else torch.float32, 64)
 
 
 def as_text(found: dict[str, Any]) -> str:
