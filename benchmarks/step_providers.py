@@ -9,10 +9,15 @@ The ladder, from TRL to ours, each rung one thing apart from the one above:
     trl                     TRL's RLOOTrainer as it is
     trl_gpu_head            its head on completion positions only; on a CPU TRL also projects the
                             prompts, which its GPU path does not do: that part is no merit of ours
-    ours_padded_two_passes  our trainer, padded rows, with the old-log-prob pass that TRL makes
+    ours_padded_two_passes  our trainer, padded rows, with the old-log-prob pass that TRL makes; TRL
+                            folds its tiles of logits with a chain of torch operations on a CPU and
+                            with one kernel on a GPU: this factor too must be measured on each
     ours_padded             without that pass
     ours_packed             without padding
     ours                    layout "auto": with shared prefix, every prompt once
+
+--rows-per-micro-batch is per_device_train_batch_size in both; ours makes a budget of tokens of it,
+so that it may take fewer forwards: the notes count them.
 """
 
 from __future__ import annotations

@@ -155,15 +155,26 @@ def make_rows(*names):
     return {name: harness.Row("update", name, "", "cpu", "float32") for name in names}
 
 
-@pytest.mark.parametrize("factor", [1.01, -1.0, float("nan")])
-def test_a_wrong_loss_fails_the_command_and_has_no_figures(factor, monkeypatch, tmp_path):
+def plant(monkeypatch, factor):
     right = RLOOTrainer.compute_loss
     monkeypatch.setattr(RLOOTrainer, "compute_loss", lambda *a, **k: factor * right(*a, **k))
+
+
+def test_a_wrong_loss_fails_the_command_and_has_no_figures(monkeypatch, tmp_path):
+    plant(monkeypatch, 1.01)
     assert step.main([*TINY, "--runs", "1", "--json", str(tmp_path / "wrong.json")]) == 1
     rows = {row.provider: row for row in harness.read_json(tmp_path / "wrong.json")[1]}
     assert str(rows["ours"].skipped).startswith("wrong: relative differences above 0.001: loss ")
     assert rows["ours"].seconds_median is rows["ours"].error_vs_reference is None
     assert rows["trl"].seconds_median > 0
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
+def test_a_gradient_of_the_right_length_or_of_none_fails_the_gate(factor, monkeypatch, settings):
+    plant(monkeypatch, factor)
+    rows = make_rows("trl", "ours")
+    steps = step.make_steps(list(rows), settings, rows)
+    assert list(step.gate(steps, rows, 1e-3)) == ["trl"]
 
 
 def test_a_loss_without_its_kl_fails_the_gate(settings):
