@@ -170,10 +170,13 @@ class Updater:
         samples: Samples = inputs["samples"]
         batch: MicroBatch = inputs["batch"]
         token_level = self.args.token_level_kl
+        # the loss' gradients are made in its forward: in fp16 they must be scaled there already
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
         options: dict[str, Any] = {
             "epsilon_low": self.args.epsilon,
             "epsilon_high": self.epsilon_high,
-            "denominator": inputs["num_rows"],
+            "denominator": inputs["num_rows"] / scale,
             "level": "token" if token_level else "sequence",
         }
         credit = self._credit(samples, batch)
@@ -189,10 +192,11 @@ class Updater:
                 batch, credit, options, wrapped, router_loss=router_loss
             )
         inputs["objective"], inputs["aux_loss"] = objective, aux
+        loss = objective.loss / scale
         if aux is None:
-            return objective.loss
+            return loss
         share = len(batch.rows) / inputs["num_rows"]
-        return objective.loss + self.aux_loss_coef * share * aux
+        return loss + self.aux_loss_coef * share * aux
 
     def _credit(self, samples: Samples, batch: MicroBatch) -> Credit:
         if not batch.rows:

@@ -349,6 +349,25 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
         train(tmp_path, before=plant)
 
 
+def test_fp16_gradients_are_scaled_where_they_are_made(tmp_path):
+    """Small advantages: without the loss scale inside the loss, its gradients would be 0 in fp16."""
+
+    def tiny(completion_ids, **kwargs):
+        return [1e-5 * reward for reward in first_reward(completion_ids)]
+
+    def scaled(trainer):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        trainer.accelerator.autocast = lambda: torch.autocast("cpu", dtype=torch.float16)
+
+    fields = {"beta": 0.0, "reward": tiny}
+    half = train(tmp_path, before=scaled, **fields)
+    single = train(tmp_path, **fields)
+    for name, gradient in single.gradient.items():
+        found = half.gradient[name].float() / 2**14
+        assert (found - gradient).norm() <= 0.05 * gradient.norm(), name
+    assert half.logs[0]["loss/policy_avg"] == pytest.approx(single.logs[0]["loss/policy_avg"])
+
+
 def test_a_constant_added_to_the_rewards_changes_no_gradient(tmp_path):
     def shifted(completion_ids, **kwargs):
         return [reward + 3.0 for reward in first_reward(completion_ids)]
