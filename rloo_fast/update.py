@@ -124,7 +124,8 @@ class Updater:
         signal = samples.advantages != 0
         if self.args.token_level_kl:
             signal = segment_sum(signal.float(), samples.cu_seqlens) > 0
-        return [row for row in rows if signal[row] and samples.num_tokens[row]]
+        signal &= samples.cu_seqlens.diff() > 0
+        return [row for row, moves in zip(rows, signal[rows].tolist(), strict=True) if moves]
 
     def _attempt(
         self,
@@ -262,9 +263,9 @@ class Updater:
         """Tokens and micro-batches of the step, and its groups that were not run."""
         groups: dict[tuple[int, int], bool] = {}
         for (samples, rows), columns in zip(pieces, found.columns, strict=True):
-            for row in rows:
+            for row, ran in zip(rows, columns["ran"][rows].tolist(), strict=True):
                 key = id(columns), samples.groups[row]
-                groups[key] = groups.get(key, False) or bool(columns["ran"][row])
+                groups[key] = groups.get(key, False) or bool(ran)
         return {
             "tokens_run": found.num_tokens_run,
             "micro_batches": found.num_batches,

@@ -350,7 +350,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
 
 
 def test_fp16_gradients_are_scaled_where_they_are_made(tmp_path):
-    """Small advantages: without the loss scale inside the loss, its gradients would be 0 in fp16."""
+    """Advantages so small that without the loss scale inside the loss they vanish in fp16."""
 
     def tiny(completion_ids, **kwargs):
         return [1e-5 * reward for reward in first_reward(completion_ids)]
