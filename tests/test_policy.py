@@ -58,6 +58,15 @@ def qwen2_with_lora_head():
     return with_lora(target_modules=["lm_head", "q_proj"])
 
 
+def gemma2():
+    config = tf.Gemma2Config(
+        **GROUPED, sliding_window=4, final_logit_softcapping=0.3, attn_logit_softcapping=0.5
+    )
+    model = tf.Gemma2ForCausalLM(config)
+    model.set_attn_implementation("eager")  # transformers 5.17: its SDPA leaves the soft-cap out
+    return model
+
+
 def gemma3():
     config = tf.Gemma3TextConfig(
         **GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
@@ -73,11 +82,7 @@ MODELS = {
     "qwen2": make_model,
     "qwen2 tied": lambda: make_model(tie_word_embeddings=True),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED)),
-    "gemma2: soft-caps, sliding window": lambda: tf.Gemma2ForCausalLM(
-        tf.Gemma2Config(
-            **GROUPED, sliding_window=4, final_logit_softcapping=0.3, attn_logit_softcapping=0.5
-        )
-    ),
+    "gemma2: soft-caps, sliding window": gemma2,
     "gemma3: sliding window": gemma3,
     "mistral: sliding window": lambda: tf.MistralForCausalLM(
         tf.MistralConfig(**GROUPED, sliding_window=4)
