@@ -20,7 +20,9 @@ from rloo_kernels import Objective
 from rloo_kernels.advantages import segment_sum
 from torch import Tensor, nn
 
+from .attention import restore
 from .config import RLOOConfig
+from .models import base_causal_lm
 from .planner import Planner, Step
 from .policy import Policy
 from .scorer import Scorer
@@ -91,6 +93,7 @@ class Updater:
             if found is not None:
                 break
             wrapped.zero_grad(set_to_none=True)
+            restore(base_causal_lm(self.policy.model))  # a backward that failed leaves it switched
             self.planner.shrink(steps)
             for samples in _distinct(pieces):
                 if samples.advantages is None and self.planner.why_groups_are_split(samples):

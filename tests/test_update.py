@@ -335,10 +335,14 @@ def test_out_of_memory_in_the_first_rollout_splits_groups_into_two_passes(tmp_pa
     assert trainer.policy_count.forwards == 1 + 3 + 3  # failed; in halves: first pass, update
 
 
-def test_out_of_memory_with_one_completion_says_what_to_do(tmp_path):
-    every = {("forward", n) for n in range(1, 99)}
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_out_of_memory_with_one_completion_says_what_to_do(kind, tmp_path):
+    every = {(kind, n) for n in range(1, 99)}
+    model = make_model()
+    usual = model.config._attn_implementation
     with pytest.raises(RuntimeError, match="single completion in a micro-batch: set gradient_ch"):
-        train(tmp_path, before=lambda trainer: plant_out_of_memory(trainer.model, every))
+        train(tmp_path, model=model, before=lambda t: plant_out_of_memory(t.model, every))
+    assert model.config._attn_implementation == usual
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
