@@ -54,7 +54,8 @@ bench: $(BIN)/.peers
 	$(BIN)/python -m benchmarks.loss --shape 2048,1024,50304 --shape 2048,1024,151936 \
 	  --dtype float32,bfloat16 --json runs/loss-cpu.json --plot runs/loss-cpu.png
 
-# On a GPU, within nine minutes, with the python that has torch >= 2.11 and triton >= 3.6.
+# On a GPU, within nine minutes, with a python that has torch >= 2.11, triton >= 3.6 and
+# transformers >= 5.16.
 OUT ?= runs/gpu-check
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out $(OUT)

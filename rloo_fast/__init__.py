@@ -1,7 +1,7 @@
 """rloo_fast: a kernel-optimized, high-throughput RLOO trainer for language models."""
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from .config import RLOOConfig
     from .trainer import RLOOTrainer
 
-__version__ = version("rloo-fast")
+try:
+    __version__ = version("rloo-fast")
+except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "LossOptions",

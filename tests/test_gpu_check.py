@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, loss, numerics
+import rloo_fast
+from benchmarks import attention, gpu_check, loss, numerics, step_providers
+from benchmarks import step as step_benchmark
 from benchmarks.gpu_check import Step
+
+STEPS = [
+    "numerics", "attention", "attention_window", "attention_softcap", "logits", "linear", "tiles",
+    "update",
+]  # fmt: skip
 
 
 def test_every_result_is_within_its_bound(tmp_path, capsys):
@@ -41,25 +54,26 @@ def test_the_reference_shares_no_kernel_with_ours():
     assert segments.use_triton is before
 
 
-def step(tmp_path, code: str, most_s: float = 60) -> Step:
+def step(tmp_path, code: str, share_s: float = 60) -> Step:
     (tmp_path / "a_step.py").write_text(code)
-    return Step("a_step", "a_step", [], most_s)
+    return Step("a_step", "a_step", [], share_s)
 
 
 @pytest.mark.parametrize(
-    ("code", "most_s", "left_s", "outcome"),
+    ("code", "limit", "outcome"),
     [
-        ("print('seen')", 60, 60, "passed"),
-        ("raise SystemExit(3)", 60, 60, "exit code 3"),
-        ("import time; time.sleep(60)", 11, 60, "stopped after 11 s; what it had written is kept"),
-        ("print('seen')", 60, 5, "no time left"),
+        ("print('seen')", 60, "passed"),
+        ("raise SystemExit(3)", 60, "exit code 3"),
+        ("import time; time.sleep(60)", 2, "stopped after 2 s; what it had written is kept"),
+        ("print('seen')", 0.5, "no time left"),
     ],
     ids=["passes", "fails", "too slow", "no time"],
 )
-def test_outcome_of_a_step(tmp_path, monkeypatch, code, most_s, left_s, outcome):
+def test_outcome_of_a_step(tmp_path, monkeypatch, code, limit, outcome):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    todo = step(tmp_path, code, most_s)
-    gpu_check.run(todo, tmp_path, left_s)
+    monkeypatch.setattr(gpu_check, "LEAST_S", 1)
+    todo = step(tmp_path, code)
+    gpu_check.run(todo, tmp_path, limit)
     assert todo.outcome == outcome
     assert (tmp_path / "a_step.txt").exists() == (outcome != "no time left")
 
@@ -73,13 +87,99 @@ def test_a_failed_step_does_not_stop_the_next(tmp_path, monkeypatch):
     assert [summary[name]["outcome"] for name in ("a_step", "good")] == ["exit code 1", "passed"]
 
 
+def test_what_lacks_a_package_is_skipped_with_its_reason(tmp_path, monkeypatch, capsys):
+    todo = [Step("good", "this", [], 60), Step("lacking", "this", [], 60, ("torch", "no_such"))]
+    (tmp_path / "lacking.txt").write_text("from an earlier run")
+    monkeypatch.setattr(gpu_check, "steps", lambda *args: todo)
+    assert gpu_check.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["good"]["outcome"] == "passed"
+    assert summary["lacking"] == {"seconds": None, "outcome": "skipped: no_such not installed"}
+    assert "from an earlier run" not in capsys.readouterr().out
+
+
+def test_a_step_may_take_its_share_and_what_is_left_of_those_before(tmp_path, monkeypatch):
+    clock, limits = [0.0], {}
+
+    def fake(step, out, limit):
+        limits[step.name] = limit
+        clock[0] += {"short": 10.0, "whole": limit, "last": 0.0}[step.name]
+        step.outcome, step.seconds = "passed", 1.0
+
+    names = ("short", "whole", "absent", "last")
+    todo = [Step(n, "this", [], 50, ("no_such",) if n == "absent" else ()) for n in names]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("")
+    monkeypatch.setattr(gpu_check, "steps", lambda *args: todo)
+    monkeypatch.setattr(gpu_check, "run", fake)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+    gpu_check.main(["--out", str(tmp_path), "--device", "cpu", "--seconds", "300"])
+    assert limits == {"short": 100, "whole": 190, "last": 100}
+
+
 def test_the_steps_are_those_the_benchmarks_take(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = {s.name: s for s in gpu_check.steps(tmp_path, "cuda", small=False)}
-    assert [*found] == ["numerics", "logits", "linear", "tiles"]
-    assert sum(s.most_s for s in found.values()) > 520  # so the common deadline is what ends them
+    assert [*found] == STEPS
+    assert sum(s.share_s for s in found.values()) == 520
+    told = re.findall(r"^ +(\d+) s ", str(gpu_check.__doc__), re.MULTILINE)
+    assert told == [str(s.share_s) for s in found.values()]
     for name in ("logits", "linear"):
         args = loss.parse_arguments(found[name].arguments)
         assert args.device == "cuda"
         assert {s.num_rows for s in args.shapes} == {16384}
     assert {s.name for s in args.shapes} == {*loss.SHAPES}
+    options = []
+    for name in (n for n in STEPS if n.startswith("attention")):
+        args = attention.parse_arguments(found[name].arguments)
+        assert (args.device, args.shape) == ("cuda", ["tldr", "math"])
+        assert {*args.dtypes} == {"float32", "bfloat16"}
+        assert args.providers == [*attention.PROVIDERS]
+        options.append((args.window, args.softcap))
+    assert options == [(None, None), (256, None), (None, 2.0)]
+    args = step_benchmark.parse_arguments(found["update"].arguments)
+    assert (args.device, args.model, args.shape) == ("cuda", "pythia-410m", "tldr")
+    assert args.providers == ["ours_padded", "ours", "trl"]
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if n.startswith(("attention", "update"))])
+def test_a_small_step_runs_on_a_cpu(tmp_path, name):
+    found = {s.name: s for s in gpu_check.steps(tmp_path, "cpu", small=True)}
+    assert [*found] == [n for n in STEPS if n != "tiles"]
+    module = importlib.import_module(found[name].module)
+    assert module.main(found[name].arguments) == 0
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    ours = [row for row in rows if row["provider"] in ("ours", "shared_prefix")]
+    assert ours
+    assert all(row["seconds_median"] for row in ours)
+
+
+def imported(path: Path) -> tuple[set[str], set[Path]]:
+    """(other packages, files of this one) that a file imports when it is imported."""
+    packages, files = set(), set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            found = [folder, *(folder / alias.name for alias in node.names)]
+            files |= {x for f in found for x in (f.with_suffix(".py"), f / "__init__.py")}
+    return packages, {f for f in files if f.exists()}
+
+
+def test_the_update_needs_what_the_trainer_imports():
+    every_step = {"benchmarks", "rloo_fast", "rloo_kernels", "torch", "transformers"}
+    of_transformers = {"huggingface_hub", "numpy", "tokenizers", "tqdm"}
+    todo = {Path(rloo_fast.__file__).parent / "trainer.py", Path(step_providers.__file__)}
+    seen, packages = set(), set()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        found, files = imported(path)
+        packages |= found
+        todo |= files - seen
+    packages -= every_step | of_transformers | sys.stdlib_module_names
+    assert packages == {*gpu_check.TRAINER_NEEDS}
+    assert all(importlib.util.find_spec(name) for name in packages)
