@@ -169,10 +169,11 @@ class Planner:
             )
         before = self.budget(steps[0].samples)
         self.num_halvings += 1
+        after = self.budget(steps[0].samples)
         logger.warning(
             "Out of memory: a micro-batch now holds %d tokens at most in place of %d, and the step "
             "is tried again from its start. max_tokens_per_micro_batch=%d would start there.",
-            *(self.budget(steps[0].samples), before, self.budget(steps[0].samples)),
+            *(after, before, after),
         )
 
     def _any_process(self, value: bool) -> bool:

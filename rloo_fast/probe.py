@@ -19,7 +19,7 @@ from .types import Samples
 
 ORDER = ("shared_prefix", "packed", "padded")  # best first
 # largest mean difference from the padded run, as a share of what mixing up would make
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.25
 
 
@@ -88,10 +88,8 @@ def _trial(layout: str, policy: Policy, wrapped: nn.Module, accelerator: Acceler
     finally:
         policy.model.train(training)
     off, wrong = ((x - right).abs().mean().item() for x in (found, mixed))
-    half = any(p.dtype not in TOLERANCE for p in model.parameters()) or (
-        torch.is_autocast_enabled(device.type) or accelerator.mixed_precision != "no"
-    )
-    tolerance = TOLERANCE_HALF if half else TOLERANCE[torch.float32]
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    tolerance = TOLERANCE_HALF if half or accelerator.mixed_precision != "no" else TOLERANCE
     if not off <= tolerance * wrong + 1e-6:
         return f"in a trial run its log-probs were off by {off:.1e}"
     return None

@@ -8,6 +8,7 @@ to be 0 are not run.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -52,7 +53,7 @@ class Found:
     columns: list[dict[str, Tensor]]  # per piece: STATISTICS by row of its samples
     logps: dict[int, Tensor] = field(default_factory=dict)  # by id(samples): (N,)
     per_row: dict[int, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    num_batches: int = 0
+    num_batches: int = 0  # fillers included
     num_tokens_run: int = 0
 
 
@@ -86,7 +87,6 @@ class Updater:
         mean over processes that the engines take of gradients, the mean over all rows. Without
         memory for it, the step is taken again from its start, in smaller micro-batches.
         """
-        rng = torch.get_rng_state(), _cuda_rng_state()
         while True:
             steps = self._steps(pieces)
             found = self._attempt(pieces, steps, wrapped, compute_loss)
@@ -98,8 +98,6 @@ class Updater:
             for samples in _distinct(pieces):
                 if samples.advantages is None and self.planner.why_groups_are_split(samples):
                     self.scorer.first_pass(samples, wrapped)
-            torch.set_rng_state(rng[0])
-            _set_cuda_rng_state(rng[1])
         for samples in _distinct(pieces):
             self._keep(samples, found)
         columns = [
@@ -147,7 +145,7 @@ class Updater:
             if samples.on_policy and "entropy" in samples.stats:  # of the first pass
                 column["entropy"] = samples.stats["entropy"].to(column["entropy"], copy=True)
         found = Found(torch.zeros((), device=self.accelerator.device), empty)
-        before = self.policy.num_tokens_run
+        before, numbers = self.policy.num_tokens_run, itertools.count()
 
         def run_one(step: Step, last: bool) -> None:
             batch = self.planner.batch(step)
@@ -157,7 +155,7 @@ class Updater:
                 self.accelerator.backward(loss)
             found.loss += loss.detach()
             if batch.rows:
-                self._record(found, step, batch, inputs)
+                self._record(found, step, batch, inputs, next(numbers))
 
         if not self.planner.run(steps, run_one, last_synchronises=True):
             return None
@@ -220,7 +218,10 @@ class Updater:
 
     # What the step has found out
 
-    def _record(self, found: Found, step: Step, batch: MicroBatch, inputs: dict[str, Any]) -> None:
+    def _record(
+        self, found: Found, step: Step, batch: MicroBatch, inputs: dict[str, Any], number: int
+    ) -> None:
+        """Statistics of the `number`-th micro-batch that has rows."""
         samples, objective, aux = step.samples, inputs["objective"], inputs["aux_loss"]
         assert isinstance(objective, Objective)
         columns, rows = found.columns[step.piece], torch.tensor(batch.rows)
@@ -232,13 +233,12 @@ class Updater:
             "log_ratio": objective.log_ratio,
             "token_ratio": objective.token_ratio_sum,
             "loss": objective.loss_per_row,
-            "micro_batch": torch.full((len(rows),), float(found.num_batches)),
+            "micro_batch": torch.full((len(rows),), float(number)),
         }
         if aux is not None:
             values["aux_loss"] = aux.detach().expand(len(rows))
         for name, value in values.items():
             columns[name][rows] = value.detach().to(columns[name])
-        found.num_batches += 1
         if samples.old_logps is not None:
             return
         logps = found.logps.setdefault(id(samples), torch.full((int(samples.cu_seqlens[-1]),), NAN))
@@ -282,12 +282,3 @@ class Updater:
 
 def _distinct(pieces: list[Piece]) -> list[Samples]:
     return list({id(samples): samples for samples, _ in pieces}.values())
-
-
-def _cuda_rng_state() -> Tensor | None:
-    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-
-def _set_cuda_rng_state(state: Tensor | None) -> None:
-    if state is not None:
-        torch.cuda.set_rng_state(state)

@@ -236,6 +236,18 @@ def test_a_model_that_only_claims_to_support_it_is_found_out(monkeypatch):
     assert "in a trial run its log-probs were off by" in why
 
 
+@pytest.mark.parametrize("ignores_positions", [False, True])
+def test_the_trial_run_tells_rounding_from_mixing_up_in_bf16(ignores_positions, monkeypatch):
+    model = built("gpt2: learned positions").bfloat16()
+    if ignores_positions:
+        forward = model.base_model.forward
+        monkeypatch.setattr(
+            model.base_model, "forward", lambda position_ids=None, **kwargs: forward(**kwargs)
+        )
+    layout, _ = choose_layout("auto", Policy(model, temperature=1.0), model, Accelerator())
+    assert layout == ("padded" if ignores_positions else "shared_prefix")
+
+
 def test_a_model_that_passes_no_segments_on_is_found_out(monkeypatch):
     model = built("qwen2")
     forward = model.base_model.forward
