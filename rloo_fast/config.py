@@ -34,6 +34,7 @@ class RLOOConfig(Names2024, TrainingArguments):
         "model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "vllm_engine_kwargs",
     ]
 
     # Training, where TRL's defaults differ from transformers'
@@ -143,7 +144,9 @@ class RLOOConfig(Names2024, TrainingArguments):
     )
     stop_token_id: int | None = _field(None, "Another token id that ends a completion.")
     generation_kwargs: dict | str | None = _field(
-        None, "More arguments of transformers' GenerationConfig; they win over the fields here."
+        None,
+        "More arguments of transformers' GenerationConfig, or of vLLM's SamplingParams; they win "
+        "over the fields here.",
     )
     cache_implementation: str | None = _field(None, "transformers' KV cache class for generation.")
     rollout_forward_batch_size: int | None = _field(
@@ -158,6 +161,14 @@ class RLOOConfig(Names2024, TrainingArguments):
 
     # Rewards
     reward_timeout_s: float | None = _field(None, "Longest a reward function may take, in seconds.")
+    overlap_rewards: bool = _field(
+        True,
+        "Call the reward functions on finished prompts while others are still being sampled. "
+        "False: once, on all completions of the process.",
+    )
+    reward_processes: int = _field(
+        0, "Processes for the functions that are not async, so that they do not slow sampling down."
+    )
 
     # Logging
     log_completions: bool = _field(False, "Print samples with their rewards at every log.")
@@ -168,24 +179,63 @@ class RLOOConfig(Names2024, TrainingArguments):
     )
     log_multimodal: bool = _field(True, "Only True is offered: there are no images to leave out.")
 
-    # Generation engines that are not in this version: named here so that a TRL script's choice is
-    # answered with a sentence (see `_refuse`), never ignored
-    use_vllm: bool = _field(False, "Not offered yet.")
-    vllm_mode: str = _field("colocate", "Not offered yet.")
-    vllm_model_impl: str = _field("vllm", "Not offered yet.")
-    vllm_enable_sleep_mode: bool = _field(False, "Not offered yet.")
-    vllm_structured_outputs_regex: str | None = _field(None, "Not offered yet.")
-    vllm_server_base_url: str | None = _field(None, "Not offered yet.")
-    vllm_server_host: str = _field("0.0.0.0", "Not offered yet.")
-    vllm_server_port: int = _field(8000, "Not offered yet.")
-    vllm_server_timeout: float = _field(240.0, "Not offered yet.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
-    vllm_gpu_memory_utilization: float = _field(0.3, "Not offered yet.")
-    vllm_max_model_length: int | None = _field(None, "Not offered yet.")
-    vllm_tensor_parallel_size: int = _field(1, "Not offered yet.")
-    use_transformers_continuous_batching: bool = _field(False, "Not offered yet.")
-    transformers_continuous_batching_config: dict | str | None = _field(None, "Not offered yet.")
-    use_transformers_paged: bool = _field(False, "Not offered yet.")
+    # Rollouts by vLLM
+    use_vllm: bool = _field(False, "Sample with vLLM; False: with transformers' generate.")
+    vllm_mode: str = _field(
+        "colocate",
+        "colocate: the engine lives in the training processes and shares their GPUs | server: a "
+        "running `vllm serve` is asked over HTTP.",
+    )
+    vllm_model_impl: str = _field(
+        "vllm", "The engine's model code: vllm's own | transformers' | auto."
+    )
+    vllm_enable_sleep_mode: bool = _field(
+        False,
+        "Drop the engine's weights and KV cache while the policy is trained, and move optimizer "
+        "state and reference model away while it samples, as far as memory asks for it.",
+    )
+    vllm_structured_outputs_regex: str | None = _field(
+        None, "Completions must match this regular expression."
+    )
+    vllm_server_base_url: str | None = _field(
+        None, "Address of the server; then vllm_server_host and vllm_server_port do not count."
+    )
+    vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
+    vllm_server_port: int = _field(8000, "Port of the server.")
+    vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
+    vllm_group_port: int = _field(51216, "Not used: weights reach the server over HTTP.")
+    vllm_gpu_memory_utilization: float = _field(
+        0.3, "Share of the GPU's memory for the engine: weights and KV cache."
+    )
+    vllm_max_model_length: int | None = _field(
+        None, "Longest prompt plus completion, in tokens. Default: the model's own limit."
+    )
+    vllm_tensor_parallel_size: int = _field(1, "Processes that share one engine.")
+    vllm_engine_kwargs: dict | str | None = _field(
+        None, "More arguments of vllm.LLM, such as max_num_seqs; they win over the fields here."
+    )
+    weight_sync_bucket_mib: int = _field(
+        256, "Most MiB of weights in flight from the policy to the engine at a time."
+    )
+    use_transformers_continuous_batching: bool = _field(False, "Not offered.")
+    transformers_continuous_batching_config: dict | str | None = _field(None, "Not offered.")
+    use_transformers_paged: bool = _field(False, "Not offered.")
+
+    # Sampler against trainer
+    logp_diff_warn: float | None = _field(
+        None,
+        "Warn where sampler and trainer disagree on a token's log-prob by this much on average. "
+        "Default: 1e-3 in float32, 0.05 below.",
+    )
+    logp_diff_stop: float | None = _field(
+        None, "Save a checkpoint and stop there. Default: 0.01 in float32, 0.5 below; 0: never."
+    )
+    truncated_importance_sampling: str | None = _field(
+        None,
+        "Weight the loss by min(trainer's probability / sampler's, importance_sampling_cap): per "
+        "token | per sequence.",
+    )
+    importance_sampling_cap: float = _field(2.0, "Largest of those weights.")
 
     # gradient_accumulation_steps as asked for; the Trainer's own copy of the field becomes 1
     _micro_steps_per_update: int = field(default=0, init=False, repr=False)

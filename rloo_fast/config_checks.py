@@ -43,7 +43,9 @@ def clean(args: RLOOConfig) -> None:
     """Bring values that may be written in several ways into one form."""
     args.reward_clip_range = _clip_range(args.reward_clip_range)
     args.pad_to_multiple_of = _multiple(args.pad_to_multiple_of)
-    for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+    for name in (
+        "model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "vllm_engine_kwargs",
+    ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not isinstance(value, dict):
             raise ValueError(
@@ -87,10 +89,12 @@ def _is_count(value: Any) -> bool:
 COUNTS = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_iterations", "max_completion_length", "ref_model_sync_steps", "max_nonfinite_steps",
+    "vllm_tensor_parallel_size", "weight_sync_bucket_mib",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
     "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
+    "vllm_max_model_length",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -116,6 +120,21 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reward_timeout_s": (_optional(lambda s: s > 0), "> 0 seconds, or left out"),
     "num_sample_generations": (_optional(lambda n: n >= 0), ">= 0, or left out"),
     "layout": (lambda name: name in ("auto", *LAYOUTS), f"one of {('auto', *LAYOUTS)}"),
+    "reward_processes": (lambda n: isinstance(n, int) and n >= 0, "an integer >= 0"),
+    "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
+    "vllm_model_impl": (
+        lambda name: name in ("vllm", "transformers", "auto"),
+        "'vllm', 'transformers' or 'auto'",
+    ),
+    "vllm_gpu_memory_utilization": (lambda share: 0 < share <= 1, "in (0, 1]"),
+    "vllm_server_timeout": (lambda s: s > 0, "> 0 seconds"),
+    "logp_diff_warn": (_optional(lambda d: d >= 0), ">= 0; 0: never"),
+    "logp_diff_stop": (_optional(lambda d: d >= 0), ">= 0; 0: never"),
+    "truncated_importance_sampling": (
+        _optional(lambda level: level in ("token", "sequence")),
+        "'token', 'sequence' or left out",
+    ),
+    "importance_sampling_cap": (lambda cap: 0 < cap < math.inf, "> 0"),
     "stop_token": (
         _optional(lambda token: token == "eos"),
         "'eos' (write the id of another token as stop_token_id)",
@@ -150,18 +169,31 @@ SAID_ELSEWHERE = {
     "num_return_sequences": "num_generations",
     "pad_token_id": "the tokenizer's pad_token",
 }
+SAID_ELSEWHERE_VLLM = {
+    "temperature": "temperature",
+    "max_tokens": "max_completion_length",
+    "stop_token_ids": "stop_token_id",
+    "stop": "stop_token_id",
+    "n": "num_generations",
+    "seed": "seed",
+    **dict.fromkeys(("logprobs", "detokenize", "ignore_eos"), "nothing, it is set"),
+}
 
 
 def _generation_kwargs(args: RLOOConfig) -> None:
     given = args.generation_kwargs or {}
     assert isinstance(given, dict)
-    known = vars(GenerationConfig())
+    said = SAID_ELSEWHERE_VLLM if args.use_vllm else SAID_ELSEWHERE
     for name in given:
-        if name in SAID_ELSEWHERE:
+        if name in said:
             raise ValueError(
                 f"generation_kwargs may not set {name}, which the loss depends on as well: set "
-                f"{SAID_ELSEWHERE[name]}."
+                f"{said[name]}."
             )
+    if args.use_vllm:
+        return  # its SamplingParams are checked when the engine starts
+    known = vars(GenerationConfig())
+    for name in given:
         if name not in known or name.startswith(("output_", "return_", "_")):
             raise ValueError(
                 f"generation_kwargs: {name!r} is not a sampling argument of transformers' "

@@ -64,26 +64,26 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_for_metrics": (([],), "evaluation keeps no predictions; leave it out"),
 }
 
+# vLLM's settings that belong to one of its two modes
+SERVER = {
+    "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+}  # fmt: skip
+COLOCATED = {
+    "vllm_engine_kwargs", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+    "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_tensor_parallel_size",
+}  # fmt: skip
+ENGINE_PREFIXES = ("vllm_", "transformers_continuous_", "cache_implementation")
+
 
 def refuse(args: RLOOConfig) -> None:
     """Settings that this version does not carry out: a sentence each, with what to write."""
-    if args.use_vllm:
-        raise ValueError(
-            "use_vllm=True: rollouts by vLLM are not in this version. Leave use_vllm=False: "
-            "completions are then sampled with transformers' generate."
-        )
     if args.use_transformers_continuous_batching or args.use_transformers_paged:
         raise ValueError(
-            "use_transformers_continuous_batching=True is not in this version. Leave it False: "
-            "completions are then sampled with transformers' generate."
+            "use_transformers_continuous_batching=True is not in this version. Set use_vllm=True "
+            "for continuous batching, or leave it False: completions are then sampled with "
+            "transformers' generate."
         )
-    for name, spec in args.__dataclass_fields__.items():
-        if name.startswith(("vllm_", "transformers_continuous_")) and (
-            getattr(args, name) != spec.default
-        ):
-            raise ValueError(
-                f"{name} has no effect here, as its engine is not in this version: leave it out."
-            )
+    _refuse_engine_settings(args)
     for name, (fine, why) in REFUSED.items():
         value = getattr(args, name, fine[0])  # not every transformers version has every field
         if value not in fine:
@@ -91,6 +91,32 @@ def refuse(args: RLOOConfig) -> None:
     _refuse_optimizer(args.optim.value)  # pyright: ignore
     _refuse_accelerate(args)
     _refuse_liger_heads(args)
+
+
+def _refuse_engine_settings(args: RLOOConfig) -> None:
+    """Settings of another rollout engine than the one in use."""
+    changed = {
+        name
+        for name, spec in args.__dataclass_fields__.items()
+        if name.startswith(ENGINE_PREFIXES) and getattr(args, name) != spec.default
+    }
+    vllm = {name for name in changed if name.startswith("vllm_")}
+    for wrong, why in (
+        (changed & {"transformers_continuous_batching_config"}, "there is no continuous batching"),
+        (changed & {"vllm_group_port"}, "weights reach a server over HTTP"),
+        (set() if args.use_vllm else vllm, "use_vllm is False"),
+        (changed & COLOCATED if args.vllm_mode == "server" else set(), "the server decides it"),
+        (changed & SERVER if args.vllm_mode == "colocate" else set(), 'vllm_mode is "colocate"'),
+        (changed & {"cache_implementation"} if args.use_vllm else set(), "vLLM has its own cache"),
+    ):
+        if wrong:
+            names = " and ".join(sorted(wrong))
+            raise ValueError(f"{names} has no effect here, as {why}: leave it out.")
+    if args.world_size % args.vllm_tensor_parallel_size:
+        raise ValueError(
+            f"vllm_tensor_parallel_size ({args.vllm_tensor_parallel_size}) must divide the number "
+            f"of processes ({args.world_size}): each engine is shared by so many of them."
+        )
 
 
 def _refuse_optimizer(name: str) -> None:

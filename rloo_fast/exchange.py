@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from .packing import balance, group_cost
 from .types import Samples
 
-PER_ROW = ("prompt_ids", "completion_ids", "groups")  # lists; tensors: num_tokens, scores, stats
+PER_ROW = ("prompt_ids", "completion_ids", "groups")  # lists; beside them: num_tokens, TENSORS
+TENSORS = ("scores", "stats", "sampler_logps")
 
 
 def balance_rows(
@@ -23,7 +24,8 @@ def balance_rows(
     if accelerator.num_processes == 1 or not samples.whole_groups:
         return samples
     mine: dict[str, Any] = {name: getattr(samples, name) for name in PER_ROW}
-    mine |= {"num_tokens": samples.num_tokens, "scores": samples.scores, "stats": samples.stats}
+    mine["num_tokens"] = samples.num_tokens
+    mine |= {name: getattr(samples, name) for name in TENSORS}
     everyone: list[dict[str, Any]] = gather_object([mine])
     rows = {name: [x for one in everyone for x in one[name]] for name in PER_ROW}
     num_tokens = [n for one in everyone for n in one["num_tokens"]]
@@ -39,6 +41,10 @@ def balance_rows(
     ]
     chosen = balance(costs, accelerator.num_processes)[accelerator.process_index]
     take = [row for group in chosen for row in range(group * k, (group + 1) * k)]
+    sampler_logps = None
+    if samples.sampler_logps is not None:
+        packed = torch.cat([one["sampler_logps"] for one in everyone]).split(num_tokens)
+        sampler_logps = torch.cat([packed[row] for row in take])
     taken: dict[str, Any] = {name: [rows[name][row] for row in take] for name in PER_ROW}
     return Samples(
         **taken,
@@ -50,4 +56,5 @@ def balance_rows(
         },
         num_generations=k,
         whole_groups=True,
+        sampler_logps=sampler_logps,
     )

@@ -139,6 +139,31 @@ def rollout_metrics(
         out[f"rewards/{name}/std"] = _std(rows[f"reward_{i}"])
     if beta != 0:
         out["kl"] = (rows["kl"].sum() / rows["tokens"].sum().clamp(min=1)).item()
+    return out | sampling_metrics(rows)
+
+
+def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
+    """Sampler against trainer, from the columns of `TruthCheck`; nothing without log-probs of the
+    sampler.
+
+    The mean of |d| is over the tokens that both have a log-prob for, NaN if there is none; means
+    and share of the importance ratios over all of them: one per token, or one per sequence.
+    """
+    out: dict[str, float] = {}
+    if "logp_diff_tokens" in rows:
+        num_tokens = rows["logp_diff_tokens"].sum()
+        out["sampling/logp_diff_mean"] = (rows["logp_diff_sum"].sum() / num_tokens).item()
+        out["sampling/logp_diff_max"] = (
+            rows["logp_diff_max"].max().item() if num_tokens else float("nan")
+        )
+    if "importance_count" in rows:
+        count = rows["importance_count"].sum().clamp(min=1)
+        out |= {
+            "sampling/importance_raw_mean": (rows["importance_raw"].sum() / count).item(),
+            "sampling/importance_raw_max": rows["importance_raw_max"].max().item(),
+            "sampling/importance_clipped_mean": (rows["importance_clipped"].sum() / count).item(),
+            "sampling/frac_clipped": (rows["importance_at_cap"].sum() / count).item(),
+        }
     return out
 
 

@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of words, weights and sampling [0]")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument(
+        "--engine", choices=("hf", "vllm"), default="hf", help="that samples completions [hf]"
+    )
     parser.add_argument("--max_steps", type=int, help="RLOO steps, if not the recipe's")
     options = parser.parse_args(argv)
     if options.max_steps is not None and options.max_steps < 2:
@@ -77,11 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     before = measure(out / "warm_start", heldout, seed)
     _say(f"Before RLOO: {before['sampled']:.3f} sampled, {before['greedy']:.3f} greedy")
 
-    train_s = _train(out, seed, options.max_steps)
+    train_s = _train(out, seed, options.engine, options.max_steps)
 
     after = measure(out / "rloo", heldout, seed)
     result = {
         "task": f"reasoning_gym:{TASK}",
+        "engine": options.engine,
         "seed": seed,
         "accuracy_before": before["sampled"],
         "accuracy_after": after["sampled"],
@@ -147,7 +151,7 @@ def measure(model_dir: Path, problems: Dataset, seed: int) -> dict[str, Any]:
     return out
 
 
-def _train(out: Path, seed: int, max_steps: int | None) -> float:
+def _train(out: Path, seed: int, engine: str, max_steps: int | None) -> float:
     """`rloo-fast train` on the warm start; returns its seconds."""
     from .cli import main as rloo_fast
 
@@ -156,6 +160,8 @@ def _train(out: Path, seed: int, max_steps: int | None) -> float:
     command += ["--dataset_name", str(out / "train.jsonl")]
     command += ["--eval_dataset_name", str(out / "heldout.jsonl")]
     command += ["--output_dir", str(out / "rloo"), "--seed", str(seed)]
+    if engine == "vllm":
+        command += ["--use_vllm", "True"]
     if max_steps is not None:
         command += ["--max_steps", str(max_steps)]
     _say("rloo-fast " + " ".join(command))

@@ -32,8 +32,10 @@ class RunReportMixin:
     model: Any
     processing_class: Any
     rewards: Any
+    rollouts: Any
     state: Any
     termination: Any
+    truth: Any
     updater: Any
 
     loss_total: float
@@ -64,10 +66,15 @@ class RunReportMixin:
         self.metrics.add("train", values)
 
     def _record_rollout(self, samples: Samples, mode: str, num_real: int | None = None) -> None:
-        """Metrics of a generation batch, once; `num_real`: rows that are not repeats."""
+        """Metrics of a generation batch, once; `num_real`: rows that are not repeats.
+
+        Raises SamplerMismatch if they were not drawn from the policy: ahead of the optimizer.
+        """
         if "recorded" in samples.stats:
             return
         columns = dict(samples.stats)
+        if samples.sampler_logps is not None:
+            columns |= self.truth.columns(samples)
         entropy = columns.pop("entropy", None)
         if mode == "eval" and entropy is not None:
             columns["entropy_sum"] = entropy
@@ -90,6 +97,9 @@ class RunReportMixin:
         self.metrics.add(mode, values)
         self.metrics.set_last(mode, "num_tokens", self.state.num_input_tokens_seen)
         samples.stats = {"recorded": torch.tensor(True)}
+        if samples.sampler_logps is not None:
+            step, version = self.state.global_step, self.rollouts.version()
+            self.truth.judge(everyone, f"{mode}, after step {step}, weights version {version}")
 
     def finish_step(self, optimizer_s: float) -> None:
         """Clock and counters of a step, after the optimizer."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .checkpoint import load_state
+from .collect import PeerFailed
+from .rewards.calls import RewardError
+from .rollout.engine import EngineError
+from .truth import SamplerMismatch
 
 
 class RunStateMixin:
@@ -15,8 +21,10 @@ class RunStateMixin:
     metrics: Any
     planner: Any
     reference: Any
+    rollouts: Any
     state: Any
     _tr_loss: Any
+    _save_checkpoint: Any
     _load_rng_state: Any
 
     loss_total = 0.0  # of every step so far, for the mean that is logged at the end
@@ -41,6 +49,27 @@ class RunStateMixin:
         if self.args.sync_ref_model and self.reference is not None:
             state["reference"] = self.reference.model.state_dict()
         return state
+
+    @contextmanager
+    def saved_if_it_fails(self, model: Any) -> Iterator[None]:
+        """Around a training step: what rollouts and rewards raise ends the run, but first the state
+        before the step is saved, unless it has been. All processes must raise together."""
+        before = self.buffer.state_dict(), self.metrics.state_dict()
+        try:
+            yield
+        except (EngineError, RewardError, PeerFailed, SamplerMismatch) as error:
+            self.rollouts.close()
+            step = self.state.global_step
+            if step not in (0, self.last_saved_step):
+                self.buffer.load_state_dict(before[0])
+                self.metrics.load_state_dict(before[1])
+                model.zero_grad(set_to_none=True)
+                self._save_checkpoint(model, None)
+            if step and self.last_saved_step == step:
+                error.add_note(
+                    f"checkpoint-{step} holds the {step} steps done: resume_from_checkpoint=True."
+                )
+            raise
 
     def restore_run_state(self) -> None:
         if self._resume_from is None:

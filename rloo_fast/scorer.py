@@ -17,6 +17,7 @@ from .metrics import gather_rows
 from .models import reference_weights
 from .planner import Planner, Step
 from .policy import Policy
+from .truth import importance_ratios
 from .types import Samples
 
 
@@ -38,6 +39,9 @@ class Scorer:
     ):
         self.policy, self.reference, self.planner = policy, reference, planner
         self.args, self.accelerator, self.has_dropout = args, accelerator, has_dropout
+        self.token_level = (  # what the loss credits, and with it the ratio and its clip
+            args.token_level_kl or args.truncated_importance_sampling == "token"
+        )
 
     def first_pass_reason(self, samples: Samples, covered_by_first_update: bool) -> str | None:
         """Why a no-grad policy pass over the samples must come before the update, or None."""
@@ -45,6 +49,8 @@ class Scorer:
             return (
                 "later optimizer steps reuse the completions, and need their log-probs as sampled"
             )
+        if self.args.truncated_importance_sampling is not None:
+            return "truncated importance sampling weights the loss by the log-probs it finds"
         if self.args.beta == 0:
             return None
         if self.args.normalize_advantages or self.args.whiten_rewards:
@@ -66,7 +72,17 @@ class Scorer:
                 samples.ref_logps = self._score(samples, self.policy, wrapped)[0]
 
     def first_pass(self, samples: Samples, wrapped: nn.Module) -> None:
-        """Old log-probs, KL and advantages by a no-grad pass over all rows."""
+        """Old log-probs, KL and advantages by a no-grad pass over all rows.
+
+        Raises ValueError if truncated importance sampling is asked for and there is nothing to
+        compare those log-probs with.
+        """
+        level = self.args.truncated_importance_sampling
+        if level is not None and samples.sampler_logps is None:
+            raise ValueError(
+                f"truncated_importance_sampling={level!r} needs the log-probs that the tokens were "
+                "sampled with, and the rollout engine gave none: leave it out."
+            )
         training = self.policy.model.training
         self.policy.model.eval()
         try:
@@ -130,13 +146,44 @@ class Scorer:
             advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
         samples.advantages = advantages
 
-    def on_policy_loss(self, samples: Samples) -> Tensor:
-        """- mean over rows of A_i (of sum_t A_it with token-level KL): the loss at ratio 1."""
-        advantages = samples.advantages
+    def credited(self, samples: Samples, rows: list[int]) -> Tensor:
+        """What the loss credits `rows` with: (R,) A_i, or where it is token-level, (N,) A_it.
+
+        Truncated importance sampling, off by default, weights them by trainer / sampler at the
+        weights that sampled (for w >= 0, the clipped objective of w A is w times that of A):
+
+            sequence:   w_i  = min(exp(sum_t (old_it - sampler_it)), cap)    A_i  -> w_i A_i
+            token:      w_it = min(exp(old_it - sampler_it), cap)            A_i  -> A_it = w_it A_i
+
+        With "token" the ratio of the loss and its clip are per token too; the first update's
+        gradient is - sum_it w_it A_i dlogp_it / B exactly. `samples.advantages` stay unweighted.
+        """
+        args, index = self.args, samples.token_index(rows)
+        level = args.truncated_importance_sampling
+        advantages, lengths = samples.advantages, samples.cu_seqlens.diff()[rows]
         assert advantages is not None
-        if self.args.token_level_kl:
-            advantages = segment_sum(advantages, samples.cu_seqlens)
-        return -advantages.mean()
+        advantages = advantages[index if args.token_level_kl else rows]
+        if level is None:
+            return advantages
+        assert samples.old_logps is not None
+        assert samples.sampler_logps is not None
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        old, sampler = samples.old_logps[index], samples.sampler_logps[index]
+        weights = importance_ratios(old, sampler, cu_seqlens, level)
+        weights = weights.clamp(max=args.importance_sampling_cap).to(advantages)
+        if self.token_level and not args.token_level_kl:
+            advantages = advantages.repeat_interleave(lengths)
+        if self.token_level and level == "sequence":
+            weights = weights.repeat_interleave(lengths)
+        return weights * advantages
+
+    def on_policy_loss(self, samples: Samples) -> Tensor:
+        """- mean over rows of what they are credited with (token-level: their sum over tokens):
+        the loss at ratio 1."""
+        credited = self.credited(samples, list(range(samples.num_rows)))
+        if self.token_level:
+            credited = segment_sum(credited, samples.cu_seqlens)
+        return -credited.mean()
 
     def settle(self, samples: Samples, logps: Tensor, advantages: Tensor | None) -> None:
         """After the first update, what its forward found out holds for the next ones: old log-probs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +41,16 @@ from .planner import Planner
 from .policy import Policy, router_coef
 from .probe import choose_layout
 from .rewards import RewardFunc, load_reward_functions
-from .rollout import HFEngine
+from .rollout.build import compute_dtype, make_engine
+from .rollout.cycle import RolloutCycle
 from .rollout.engine import sampling_of, step_seed
 from .run_report import RunReportMixin
 from .run_state import RunStateMixin
 from .scorer import Scorer
+from .truth import TruthCheck
 from .types import Prompt, Samples
 from .update import Updater
+from .weight_sync import weight_buckets
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -103,13 +107,16 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore
             timeout_s=args.reward_timeout_s,
             batch_size=args.rollout_forward_batch_size,
+            processes=args.reward_processes,
         )
         check_reward_columns(self.rewards, train_dataset, eval_dataset, args)
         set_seed(args.seed)  # new adapters are drawn at random
         policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
         tokenizer = models.load_tokenizer(processing_class, policy_model, args)
         stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
-        self._tokenize = prompts.RowTokenizer(tokenizer, models.context_length(policy_model), args)
+        longest = [models.context_length(policy_model), args.vllm_max_model_length]
+        context = min((length for length in longest if length), default=None)
+        self._tokenize = prompts.RowTokenizer(tokenizer, context, args)
         check_prompts(train_dataset, eval_dataset, self._tokenize)
         policy_model = models.add_adapters(policy_model, peft_config, args)
         if args.disable_dropout:
@@ -129,6 +136,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         self.metrics = Metrics()
         self.termination = Termination()
         self.last_grad_norm = 0.0
+        self.policy_version = 0  # of the weights; never falls, so that an older one is told apart
         self.num_eval_batches = 0
         self._said: set[str] = set()
         self._wire(reference, stop_ids)
@@ -145,19 +153,27 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             self.reference = Policy(reference.to(device), **common)
             if args.sync_ref_model:
                 self.add_callback(SyncReference(self, reference))
-        self.engine = HFEngine(
-            self.model,
-            pad_id,
-            rows_per_call=args.rollout_forward_batch_size,
-            pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore
-            autocast=self.accelerator.autocast,
+        self.rollouts = RolloutCycle(
+            make_engine(self.model, self.processing_class, args, self.accelerator),
+            version=lambda: self.policy_version,
+            weights=lambda: weight_buckets(self.model, args.weight_sync_bucket_mib * 2**20),
+            metrics=self.metrics,
+            sleep_level=2 if args.vllm_enable_sleep_mode else 0,
+        )
+        sampling = sampling_of(args, stop_ids)
+        self.truth = TruthCheck(
+            args,
+            sampling,
+            self.accelerator,
+            compute_dtype(self.model, args),
+            has_dropout=models.has_dropout(self.model),
         )
         self.rewards.to(device)
         self.collector = Collector(
-            self.engine,
+            self.rollouts,
             self.processing_class,  # pyright: ignore
             self.rewards,
-            sampling_of(args, stop_ids),
+            sampling,
             args,
             self.accelerator,
             self.metrics,
@@ -222,7 +238,14 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One optimizer step's rollouts, loss and gradients; `inputs`: its new prompts."""
+        """One optimizer step's rollouts, loss and gradients; `inputs`: its new prompts.
+
+        If it fails, a checkpoint of the step before is saved first.
+        """
+        with self.saved_if_it_fails(model):
+            return self._training_step(model, inputs)
+
+    def _training_step(self, model: nn.Module, inputs: Any) -> Tensor:
         self._choose_layout(model)
         self._step_start = time.perf_counter()
         self.metrics.stages.clear()
@@ -248,8 +271,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         self._say_once(f"Micro-batches: {why}.")
 
     def _collect_train(self, rows: list[prompts.Row], model: nn.Module) -> Samples:
-        number = self.buffer.num_added
-        seed = step_seed(self.args.seed, number, self.accelerator.process_index)
+        seed = step_seed(self.args.seed, self.buffer.num_added)
         samples = self._collect(self._tokenize(rows), seed, "train", model)
         with self.metrics.stage("reference", self.accelerator.device):
             self.scorer.score_reference(samples, model)
@@ -267,6 +289,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
     def _collect(self, batch: list[Prompt], seed: int, mode: str, model: nn.Module) -> Samples:
         k = self._num_generations(mode)
         samples = self.collector(batch, k, seed, mode, self.state)
+        self.rollouts.sleep()
         lengths = samples.stats["length"] + torch.tensor([len(p) for p in samples.prompt_ids])
         if mode == "train":
             hidden = models.base_causal_lm(self.model).config.get_text_config().hidden_size
@@ -303,25 +326,28 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Samples, scores, and returns the loss, with ratio 1: nothing was updated."""
+        with self.saved_if_it_fails(model) if self.is_in_train else nullcontext():
+            return self._evaluate_prompts(model, inputs), None, None
+
+    def _evaluate_prompts(self, model: nn.Module, inputs: Any) -> Tensor:
         self._choose_layout(model)
         world = self.accelerator.num_processes
         k = self._num_generations("eval")
         num_real = len(inputs) * k
         while len(inputs) * k % world:  # every process needs as many rows: repeat, do not count
             inputs = [*inputs, inputs[-1]]
-        seed = step_seed(
-            self.args.seed, -1, self.state.global_step, self.num_eval_batches,
-            self.accelerator.process_index,
-        )  # fmt: skip
+        seed = step_seed(self.args.seed, -1, self.state.global_step, self.num_eval_batches)
         self.num_eval_batches += 1
         samples = self._collect(self._tokenize(inputs), seed, "eval", model)
         self.scorer.score_reference(samples, model)
         self.scorer.first_pass(samples, model)
         self._record_rollout(samples, "eval", num_real)
-        return self.scorer.on_policy_loss(samples).to(self.accelerator.device), None, None
+        return self.scorer.on_policy_loss(samples).to(self.accelerator.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.num_eval_batches = 0
+        if not self.is_in_train:
+            self.policy_version += 1  # its weights may have been changed by hand
         return super().evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -332,8 +358,13 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         output_dir, world = str(self.args.output_dir), self.accelerator.num_processes
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, world)
         self._resume_from = checkpoint
-        with self.termination:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self.policy_version += 1  # as the weights that are there now, or loaded from a checkpoint
+        self.truth.announce()
+        try:
+            with self.termination:
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.rewards.close()
         self.exit_if_terminated()
         # transformers' mean covers this call of train() only, ours every step (see log)
         return output._replace(training_loss=output.metrics["train_loss"])

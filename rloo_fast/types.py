@@ -48,6 +48,10 @@ class Rollout:
 
     completion_ids: list[list[int]]  # up to and including the stop token, no padding
     finish_reasons: list[str]  # "stop": ended by a stop token; "length": cut at max_new_tokens
+    # per token, of the distribution it was drawn from: after temperature, top-p, top-k and min-p;
+    # None: the engine has none to give
+    logps: list[list[float]] | None = None
+    weights_version: int | None = None  # of the policy that sampled them
 
 
 class Credit(NamedTuple):
@@ -103,6 +107,7 @@ class Samples:
     on_policy: bool = True  # the weights have not changed since these were sampled
     ref_logps: Tensor | None = None  # (N,)
     old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
+    sampler_logps: Tensor | None = None  # (N,) the same as the rollout engine saw them; None: none
     advantages: Tensor | None = None  # (R,), or (N,) with token-level KL; None: not yet
     stats: dict[str, Tensor] = field(default_factory=dict)  # per row, for metrics
 

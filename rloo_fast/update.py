@@ -171,7 +171,7 @@ class Updater:
         """
         samples: Samples = inputs["samples"]
         batch: MicroBatch = inputs["batch"]
-        token_level = self.args.token_level_kl
+        token_level = self.scorer.token_level
         # the loss' gradients are made in its forward: in fp16 they must be scaled there already
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
@@ -203,7 +203,7 @@ class Updater:
     def _credit(self, samples: Samples, batch: MicroBatch) -> Credit:
         if not batch.rows:
             return Credit(advantages=torch.zeros(0))
-        index, rows = samples.token_index(batch.rows), torch.tensor(batch.rows)
+        index = samples.token_index(batch.rows)
         ref = None if samples.ref_logps is None else samples.ref_logps[index]
         # None: the weights are those that sampled, and the ratio is 1, exactly
         old = None
@@ -211,10 +211,10 @@ class Updater:
             assert samples.old_logps is not None
             old = samples.old_logps[index]
         if samples.advantages is None:  # whole groups: KL and baseline come out of this pass
-            return Credit(rewards=samples.scores[rows], old_logps=old, ref_logps=ref)
-        if self.args.token_level_kl:
-            return Credit(token_advantages=samples.advantages[index], old_logps=old, ref_logps=ref)
-        return Credit(advantages=samples.advantages[rows], old_logps=old, ref_logps=ref)
+            return Credit(rewards=samples.scores[batch.rows], old_logps=old, ref_logps=ref)
+        kind = "token_advantages" if self.scorer.token_level else "advantages"
+        credited = {kind: self.scorer.credited(samples, batch.rows)}
+        return Credit(**credited, old_logps=old, ref_logps=ref)
 
     # What the step has found out
 

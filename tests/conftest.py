@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rloo_fast.rollout import RolloutEngine
+
 WORDS = [f"w{i}" for i in range(26)]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
@@ -69,3 +71,12 @@ def model_dir(tmp_path):
     make_model().save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+class InjectedEngine(RolloutEngine):
+    """An engine for completions that a test makes up: subclasses write `_generate`."""
+
+    shares_weights = True
+
+    def _load(self, version, buckets):
+        assert not list(buckets)

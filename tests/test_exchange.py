@@ -28,6 +28,7 @@ def make_samples(rank: int, lengths: list[int]) -> Samples:
         groups=(rows // K).tolist(),
         whole_groups=True,
         stats={"row": rows, "length": counted},
+        sampler_logps=-rows.float().repeat_interleave(counted),
     )
 
 
@@ -36,7 +37,7 @@ def exchanged(monkeypatch):
     """What each of the ranks with these samples ends up with."""
 
     def run(ranks: list[Samples]) -> list[Samples]:
-        keys = (*exchange.PER_ROW, "num_tokens", "scores", "stats")
+        keys = (*exchange.PER_ROW, *exchange.TENSORS, "num_tokens")
         sent = [{key: getattr(samples, key) for key in keys} for samples in ranks]
 
         def gather(mine):
@@ -70,6 +71,15 @@ def test_every_row_ends_up_on_one_process_with_all_that_is_its_own(exchanged):
             assert samples.stats["length"][i] == len(samples.completion_ids[i])
             assert samples.scores[i] == pytest.approx(row / 7)
             assert samples.groups[i] == row // K
+            own = samples.sampler_logps[samples.token_index([i])]
+            assert own.tolist() == [-row] * samples.num_tokens[i]
+
+
+def test_without_log_probs_of_the_sampler_there_are_none_after(exchanged):
+    ranks = [make_samples(0, [5, 90]), make_samples(1, [3, 4])]
+    for samples in ranks:
+        samples.sampler_logps = None
+    assert all(samples.sampler_logps is None for samples in exchanged(ranks))
 
 
 def test_groups_stay_whole_and_work_becomes_equal(exchanged):

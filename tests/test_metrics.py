@@ -96,6 +96,32 @@ def test_rewards_that_never_applied_are_nan():
     assert math.isnan(found["rewards/first/mean"])
 
 
+# --- the same batch, with what the sampler said of its tokens
+
+SAMPLING = columns(
+    logp_diff_tokens=[4, 0, 6, 0],  # the second was not run
+    logp_diff_sum=[0.2, 0, 0.3, 0],
+    logp_diff_max=[0.15, 0, 0.1, 0],
+    importance_count=[4, 2, 6, 0],
+    importance_raw=[4.0, 2.0, 12.0, 0],
+    importance_raw_max=[1.5, 1.0, 5.0, 0],
+    importance_clipped=[4.0, 2.0, 9.0, 0],
+    importance_at_cap=[0, 0, 3, 0],
+)
+
+
+def test_sampling_metrics():
+    found = rollout_metrics({**ROLLOUT, **SAMPLING}, ["first", "second"], 2, beta=0.5)
+    assert {name: value for name, value in found.items() if name not in EXPECTED} == {
+        "sampling/logp_diff_mean": pytest.approx(0.05),
+        "sampling/logp_diff_max": 0.15,
+        "sampling/importance_raw_mean": 1.5,
+        "sampling/importance_raw_max": 5,
+        "sampling/importance_clipped_mean": 1.25,
+        "sampling/frac_clipped": 0.25,
+    }
+
+
 # --- one optimizer step: four completions in two micro-batches
 
 UPDATE = columns(

@@ -30,6 +30,15 @@ CASES = {  # settings; the batch of one process is twice that of each of two
     "beta 0, groups without signal on one rank": {
         "num_generations": 2, "beta": 0.0, "batch": 4, "reward": "zero_for_short_prompts",
     },
+    "importance weights per token, two steps per rollout": {
+        "num_generations": 2, "beta": 0.1, "batch": 4, "max_tokens_per_micro_batch": 25,
+        "truncated_importance_sampling": "token", "importance_sampling_cap": 1.2,
+        "num_iterations": 2,
+    },
+    "importance weights per sequence": {
+        "num_generations": 4, "batch": 4, "truncated_importance_sampling": "sequence",
+        "importance_sampling_cap": 1.2,
+    },
     "out of memory on one rank": {
         "num_generations": 2, "beta": 0.1, "batch": 8, "max_tokens_per_micro_batch": 24,
         "out_of_memory": True,

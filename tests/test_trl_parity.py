@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import InjectedEngine, make_model, make_tokenizer
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -74,10 +74,11 @@ def sometimes_none(completion_ids, **kwargs):
     return [None if i % 5 == 2 else r for i, r in enumerate(first_reward(completion_ids))]
 
 
-class Injected:
+class Injected(InjectedEngine):
     """An engine, and a stand-in for TRL's generation, that returns `completion`'s ids."""
 
     def __init__(self, num_generations: int):
+        super().__init__()
         self.num_generations, self.calls = num_generations, 0
 
     def ids(self, prompt_ids):
@@ -87,7 +88,7 @@ class Injected:
             for i, ids in enumerate(prompt_ids)
         ]
 
-    def generate(self, prompt_ids, sampling, seed):
+    def _generate(self, prompt_ids, sampling, seeds, on_finished):
         ids = self.ids(prompt_ids)
         return Rollout(ids, ["stop" if i[-1] == EOS else "length" for i in ids])
 
@@ -149,7 +150,7 @@ def run(trainer_class, config_class, model_dir, out, case):
     )
     injected = Injected(settings["num_generations"])
     if trainer_class is RLOOTrainer:
-        trainer.engine = trainer.collector.engine = injected
+        trainer.rollouts.engine = injected
     else:
         trainer._generate_single_turn = injected.for_trl
     trainer.train()

@@ -23,7 +23,7 @@ PROMPTS = Dataset.from_dict(
 
 
 class AllTruncated(Injected):
-    def generate(self, prompt_ids, sampling, seed):
+    def _generate(self, prompt_ids, sampling, seeds, on_finished):
         return Rollout([[7] * MAX_NEW for _ in prompt_ids], ["length"] * len(prompt_ids))
 
 
@@ -61,7 +61,7 @@ def train(
         callbacks=[recorder],
         peft_config=peft_config,
     )
-    trainer.engine = trainer.collector.engine = engine(settings["num_generations"])
+    trainer.rollouts.engine = engine(settings["num_generations"])
     choose_layout_now(trainer)
     if not trainer.args.torch_compile:  # the count would be compiled in
         trainer.policy_count = Counter(trainer.model)
@@ -114,7 +114,7 @@ def injected_lengths():
     engine, found = Injected(4), []
     prompts = [row["prompt"] for row in PROMPTS.select(range(2))]
     ids = [make_tokenizer()(prompt)["input_ids"] for prompt in prompts for _ in range(4)]
-    completions = engine.generate(ids, None, 0).completion_ids
+    completions = engine.ids(ids)
     for i in (0, 4):
         found.append((len(ids[i]), [len(c) for c in completions[i : i + 4]]))
     return found

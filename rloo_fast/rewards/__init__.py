@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +15,10 @@ from transformers import PreTrainedModel
 
 from rloo_fast.rewards.builtin import BUILTINS, completion_text
 from rloo_fast.rewards.calls import RewardError, RewardTimeout
+from rloo_fast.rewards.files import load_file
 from rloo_fast.rewards.functions import RewardFunction, Rewards
 from rloo_fast.rewards.models import RewardModel, load_reward_model
+from rloo_fast.rewards.overlap import Scoring
 
 __all__ = [
     "BUILTINS",
@@ -28,6 +28,7 @@ __all__ = [
     "RewardModel",
     "RewardTimeout",
     "Rewards",
+    "Scoring",
     "completion_text",
     "load_reward_functions",
     "load_reward_model",
@@ -50,13 +51,15 @@ def load_reward_functions(
     chat_template_kwargs: dict[str, Any] | None = None,
     timeout_s: float | None = None,
     batch_size: int | None = None,
+    processes: int = 0,
 ) -> Rewards:
     """Functions, models and names of either -> Rewards.
 
     A string is the name of a builtin, "package.module:function", "path/to/file.py:function", or the
     directory or hub id ("org/name") of a reward model; in this order. `processing_classes`: the
     reward models' tokenizers, one per entry of `reward_funcs` (None: the model's own; ignored for
-    functions). `timeout_s` limits each function, not the models; `batch_size` is the models'.
+    functions). `timeout_s` limits each call of a function, not the models; `batch_size` is the
+    models'. `processes`: as many of them run the functions that are not async, 0: this one.
     Raises ValueError for whatever cannot be loaded or does not match.
     """
     funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -92,7 +95,7 @@ def load_reward_functions(
                 "A reward function is a callable, a reward model or a string, got "
                 f"{type(found).__name__}: {found!r:.80}."
             )
-    return Rewards(loaded, weights, timeout_s)
+    return Rewards(loaded, weights, timeout_s, processes)
 
 
 def _resolve(text: str) -> Callable[..., Any] | str:
@@ -101,7 +104,7 @@ def _resolve(text: str) -> Callable[..., Any] | str:
     if callable(target):
         return target
     if match := _FILE_FUNCTION.fullmatch(target):
-        return _member(_load_file(Path(match[1]), target), match[2], target)
+        return _member(load_file(Path(match[1]), target), match[2], target)
     if match := _MODULE_FUNCTION.fullmatch(target):
         return _member(_load_module(match[1], target), match[2], target)
     if Path(target).is_dir() or _HUB_ID.fullmatch(target):
@@ -125,28 +128,6 @@ def _load_module(name: str, text: str) -> ModuleType:
         raise ValueError(
             f"The reward {text!r} could not be imported: {type(error).__name__}: {error}"
         ) from error
-
-
-def _load_file(path: Path, text: str) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"The reward {text!r} names a file that does not exist: {path}.")
-    path = path.resolve()
-    # One module per version of a file: functions of a file share its globals, an edit is seen.
-    name = f"rloo_fast_reward_{path.stem}_{abs(hash((path, path.stat().st_mtime_ns)))}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(
-            f"The reward {text!r} could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    return module
 
 
 def _member(module: ModuleType, name: str, text: str) -> Callable[..., Any]:

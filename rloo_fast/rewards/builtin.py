@@ -33,12 +33,23 @@ def completion_text(completion: Completion) -> str:
     return "\n".join(_content_text(message.get("content")) for message in completion)
 
 
-def describe_sample(index: int, prompts: Sequence[Any], completions: Sequence[Any]) -> str:
-    """One line for an error message: which sample, its prompt and its completion, shortened."""
+def describe_sample(
+    index: int,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rows: Sequence[int] | None = None,
+) -> str:
+    """One line for an error message: which sample, its prompt and its completion, shortened.
+
+    `rows`: the samples' numbers, if they are not 0, 1, ...
+    """
+    number = index if rows is None else rows[index]
     prompt, completion = prompts[index], completions[index]
     if isinstance(prompt, list):  # the last message is what tells one conversation from another
         prompt = completion_text(prompt[-1:])
-    return f"sample {index} (prompt {prompt!r:.80}, completion {completion_text(completion)!r:.80})"
+    return (
+        f"sample {number} (prompt {prompt!r:.80}, completion {completion_text(completion)!r:.80})"
+    )
 
 
 def exact_match(
@@ -62,8 +73,9 @@ def accuracy(
 
     gold is the column `solution`, or `answer` if there is no `solution`. The completion must give
     its answer in LaTeX (`\boxed{...}`, or "the final answer is $...$"), which is what TRL's
-    `accuracy_reward` asks for too; anything else earns 0. In the main thread math-verify's own time
-    limits hold; elsewhere they cannot (they use SIGALRM), and `timeout_s` is the limit.
+    `accuracy_reward` asks for too; anything else earns 0. With reward_processes, and in a main
+    thread, math-verify's own time limits hold; elsewhere they cannot (they use SIGALRM), and
+    reward_timeout_s is the limit.
     Raises ImportError without math-verify, ValueError without a gold column.
     """
     try:

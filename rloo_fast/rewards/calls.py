@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,6 +22,23 @@ class RewardError(RuntimeError):
 
 class RewardTimeout(RewardError):
     """A reward function was still running after `timeout_s` seconds."""
+
+
+class Log:
+    """What one call of a reward function gave to log_extra and log_metric."""
+
+    def __init__(self) -> None:
+        self.extra: dict[str, list[Any]] = {}
+        self.metrics: list[tuple[str, float]] = []
+
+    def keywords(self) -> dict[str, Callable[..., None]]:
+        return {"log_extra": self._add_extra, "log_metric": self._add_metric}
+
+    def _add_extra(self, name: str, values: Iterable[Any]) -> None:
+        self.extra.setdefault(name, []).extend(values)
+
+    def _add_metric(self, name: str, value: float) -> None:
+        self.metrics.append((name, float(value)))
 
 
 class Caller:
@@ -43,17 +60,17 @@ class Caller:
         """What a synchronous function returns."""
 
         def run() -> Any:
-            return _drain(function(**keywords), len(keywords["completions"]))
+            return drain(function(**keywords), len(keywords["completions"]))
 
         try:
             if self.timeout_s is None:
                 return run()
-            future = _in_daemon_thread(run, f"reward-{name}")
+            future = _in_thread(run, f"reward-{name}")
             if concurrent.futures.wait([future], self.timeout_s).done:
                 return future.result()
         except Exception as error:
             raise failed(name, error) from error
-        raise _timed_out([name], self.timeout_s)
+        raise timed_out([name], self.timeout_s)
 
     def start(
         self, function: Callable[..., Any], name: str, keywords: dict[str, Any]
@@ -61,7 +78,7 @@ class Caller:
         """Hand an async function to the event loop; `wait` gets what it returns."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            self._thread = _daemon(lambda loop=self._loop: _serve(loop), "rewards-event-loop")
+            self._thread = daemon(lambda loop=self._loop: _serve(loop), "rewards-event-loop")
         coroutine = self._limited(function, name, keywords)
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -74,7 +91,7 @@ class Caller:
             assert self.timeout_s is not None
             self.close(join_s=0.0)
             stuck = [other for other, future in running.items() if not future.done()]
-            raise _timed_out(stuck, self.timeout_s, in_loop=True)
+            raise timed_out(stuck, self.timeout_s, in_loop=True)
         try:
             return running[name].result()
         except concurrent.futures.CancelledError as error:  # by the function itself
@@ -94,12 +111,12 @@ class Caller:
         limit = asyncio.timeout(self.timeout_s)
         try:
             async with limit:
-                return _drain(await function(**keywords), len(keywords["completions"]))
+                return drain(await function(**keywords), len(keywords["completions"]))
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # SystemExit too: it would end the loop without a word
             if self.timeout_s is not None and limit.expired():
-                raise _timed_out([name], self.timeout_s) from error
+                raise timed_out([name], self.timeout_s) from error
             raise failed(name, error) from error
 
 
@@ -107,18 +124,7 @@ def failed(name: str, error: BaseException) -> RewardError:
     return RewardError(f"Reward function {name!r} raised {type(error).__name__}: {error}")
 
 
-def one_at_a_time(log: Callable[..., None] | None, lock: threading.Lock) -> Callable[..., None]:
-    """`log` for functions in several threads; None becomes a function that drops what it gets."""
-
-    def locked(*args: Any, **kwargs: Any) -> None:
-        if log is not None:
-            with lock:
-                log(*args, **kwargs)
-
-    return locked
-
-
-def _timed_out(names: list[str], timeout_s: float, in_loop: bool = False) -> RewardTimeout:
+def timed_out(names: list[str], timeout_s: float, in_loop: bool = False) -> RewardTimeout:
     which = ", ".join(map(repr, names))
     why = ""
     if in_loop:
@@ -129,7 +135,7 @@ def _timed_out(names: list[str], timeout_s: float, in_loop: bool = False) -> Rew
     return RewardTimeout(f"Reward function {which} still ran after {timeout_s} s{why}.")
 
 
-def _drain(values: Any, count: int) -> Any:
+def drain(values: Any, count: int) -> Any:
     """A generator runs here, as part of its function; one value too many is enough to tell."""
     return list(islice(values, count + 1)) if isinstance(values, Iterator) else values
 
@@ -150,7 +156,7 @@ async def _stop() -> None:
     asyncio.get_running_loop().stop()
 
 
-def _in_daemon_thread(run: Callable[[], Any], name: str) -> concurrent.futures.Future:
+def _in_thread(run: Callable[[], Any], name: str) -> concurrent.futures.Future:
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
@@ -159,11 +165,11 @@ def _in_daemon_thread(run: Callable[[], Any], name: str) -> concurrent.futures.F
         except BaseException as error:
             future.set_exception(error)
 
-    _daemon(work, name)
+    daemon(work, name)
     return future
 
 
-def _daemon(target: Callable[[], Any], name: str) -> threading.Thread:
+def daemon(target: Callable[[], Any], name: str) -> threading.Thread:
     """A thread that does not keep the process alive, on the GPU of the thread that starts it."""
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 

@@ -4,28 +4,31 @@ The contract is that of TRL 1.16, with every breach an error:
 
     function(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=,
              **columns) -> B floats, None where the function does not apply to a completion
+
+A function is called with whole groups, all completions of a prompt that this process samples, but
+possibly several times per step: as soon as some groups are finished, in a thread, while others are
+still being sampled. A function that must see all completions of a step at once needs
+overlap_rewards=False. With reward_processes=N the functions that are not async run in N other
+processes, one group per call; what they get and give is pickled, and so are they. `log_extra`
+takes one value per completion of the call, `log_metric` any number of values, which are averaged.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import math
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rloo_fast.rewards.builtin import describe_sample
-from rloo_fast.rewards.calls import Caller, failed, one_at_a_time
+from rloo_fast.rewards.batch import Batch, Decode
+from rloo_fast.rewards.calls import Caller
+from rloo_fast.rewards.files import innermost
 from rloo_fast.rewards.models import RewardModel
-from rloo_fast.rewards.values import read_values
-
-logger = logging.getLogger(__name__)
+from rloo_fast.rewards.overlap import Scoring
+from rloo_fast.rewards.processes import Pool
 
 FIXED_KEYWORDS = (
     "prompts",
@@ -47,9 +50,7 @@ class RewardFunction:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        inner: Any = function
-        while isinstance(inner, functools.partial):
-            inner = inner.func
+        inner = innermost(function)
         self.function = function
         self.name: str = getattr(inner, "__name__", type(inner).__name__)
         self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
@@ -96,8 +97,7 @@ class Rewards:
     """The reward functions and reward models of a run: B completions -> (B, F) rewards.
 
     Async functions run at the same time as each other, on one event loop thread, while the
-    synchronous ones and the models run in order. `log_extra` and `log_metric` are called by one
-    function at a time.
+    synchronous ones run in order, or in `processes` other processes. A call may take `timeout_s`.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Rewards:
         functions: Sequence[RewardFunction | RewardModel],
         weights: Sequence[float] | None = None,
         timeout_s: float | None = None,
+        processes: int = 0,
     ) -> None:
         if not functions:
             raise ValueError("At least one reward function is needed, got none.")
@@ -121,6 +122,10 @@ class Rewards:
         for function, name in zip(functions, _unique([f.name for f in functions]), strict=True):
             function.name = name
         self._caller = Caller(timeout_s)
+        self._pool: Pool | None = None
+        if processes:
+            sync = [f for f in functions if isinstance(f, RewardFunction) and not f.is_async]
+            self._pool = Pool({f.name: f.function for f in sync}, processes, timeout_s)
 
     @property
     def names(self) -> list[str]:
@@ -160,45 +165,54 @@ class Rewards:
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[list[int]],
         columns: Mapping[str, Sequence[Any]],
         *,
         trainer_state: Any = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
     ) -> Tensor:
-        """-> (B, F) float32 on the CPU, unweighted; NaN where a function returned None.
+        """-> (B, F) float32 on the CPU, unweighted; NaN where a function returned None. One call of
+        each function.
 
         Raises RewardError if a function fails, RewardTimeout if one takes longer than `timeout_s`,
         ValueError for what it returned (wrong length, not numbers, NaN, inf) or for its columns.
         """
-        columns = {k: v for k, v in columns.items() if k not in NOT_PASSED}
         lengths = {"completions": len(completions), "completion_ids": len(completion_ids)}
-        lengths |= {f"column {k!r}": len(v) for k, v in columns.items()}
+        if wrong := {k: n for k, n in lengths.items() if n != len(prompts)}:
+            raise ValueError(f"{len(prompts)} prompts, but other lengths: {wrong}.")
+        together = [list(range(len(prompts)))]
+        scoring = self.begin(
+            prompts,
+            columns,
+            together,
+            decode=lambda rows, _: [completions[row] for row in rows],
+            trainer_state=trainer_state,
+        )
+        with scoring:
+            return scoring.end(completion_ids, log_extra, log_metric)
+
+    def begin(
+        self,
+        prompts: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        groups: Sequence[list[int]],
+        *,
+        decode: Decode,
+        trainer_state: Any = None,
+    ) -> Scoring:
+        """The same while completions are being sampled: see Scoring.
+
+        `groups`: rows that are scored together, every row once. `decode(rows, completion_ids)`: the
+        completions of these rows as the functions get them; called in one thread at a time.
+        """
+        columns = {k: v for k, v in columns.items() if k not in NOT_PASSED}
+        lengths = {f"column {k!r}": len(v) for k, v in columns.items()}
         if wrong := {k: n for k, n in lengths.items() if n != len(prompts)}:
             raise ValueError(f"{len(prompts)} prompts, but other lengths: {wrong}.")
         self.check_columns(columns)
-        lock = threading.Lock()
-        keywords = {
-            "prompts": prompts,
-            "completions": completions,
-            "completion_ids": completion_ids,
-            "trainer_state": trainer_state,
-            "log_extra": one_at_a_time(log_extra, lock),
-            "log_metric": one_at_a_time(log_metric, lock),
-            **columns,
-        }
-        by_name = self._run(keywords)
-        rewards = torch.stack([by_name[name] for name in self.names], dim=1)
-        if unscored := rewards.isnan().all(dim=1).nonzero().flatten().tolist():
-            logger.warning(
-                "Every reward function returned None for %d of %d completions, which therefore do "
-                "not count. The first: %s.",
-                len(unscored),
-                len(prompts),
-                describe_sample(unscored[0], prompts, completions),
-            )
-        return rewards
+        batch = Batch(prompts, columns, decode, len(self.functions))
+        return Scoring(self.functions, batch, groups, trainer_state, self._caller, self._pool)
 
     def combine(self, rewards: Tensor) -> Tensor:  # (B, F) -> (B,)
         """R_i = sum over f of w_f r_if, leaving out NaN; NaN where every r_if is NaN."""
@@ -210,46 +224,10 @@ class Rewards:
         return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
     def close(self) -> None:
-        """Stop the event loop thread. A later call starts it again."""
+        """End the event loop's thread and the processes. A later call starts them again."""
         self._caller.close()
-
-    def _run(self, keywords: dict[str, Any]) -> dict[str, Tensor]:
-        """Function name -> (B,) values."""
-        prompts, completions = keywords["prompts"], keywords["completions"]
-        functions = [f for f in self.functions if isinstance(f, RewardFunction)]
-        done: dict[str, Tensor] = {}
-        started = time.monotonic()
-        running = {
-            f.name: self._caller.start(f.function, f.name, keywords)
-            for f in functions
-            if f.is_async
-        }
-        try:
-            for f in self.functions:
-                if isinstance(f, RewardModel):
-                    values = _call_model(f, prompts, completions)
-                elif f.is_async:
-                    continue
-                else:
-                    values = self._caller.call(f.function, f.name, keywords)
-                done[f.name] = read_values(values, f.name, prompts, completions)
-            for name in running:
-                values = self._caller.wait(name, running, started)
-                done[name] = read_values(values, name, prompts, completions)
-        finally:
-            for future in running.values():
-                future.cancel()  # those that still run, if another has failed
-        return done
-
-
-def _call_model(model: RewardModel, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-    try:
-        return model(prompts, completions)
-    except ValueError as error:
-        error.add_note(f"(in the reward model {model.name!r})")
-        raise
-    except Exception as error:
-        raise failed(model.name, error) from error
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rloo_fast.rewards.builtin import describe_sample
+from rloo_fast.rewards.calls import failed
+from rloo_fast.rewards.values import read_values
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -122,6 +124,18 @@ class RewardModel:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         text_config.pad_token_id = self.tokenizer.pad_token_id
+
+
+def call_model(model: RewardModel, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+    """The model's rewards (B,); what it raises names it."""
+    try:
+        values = model(prompts, completions)
+    except ValueError as error:
+        error.add_note(f"(in the reward model {model.name!r})")
+        raise
+    except Exception as error:
+        raise failed(model.name, error) from error
+    return read_values(values, model.name, prompts, completions)
 
 
 def load_reward_model(

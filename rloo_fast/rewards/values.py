@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,23 @@ from rloo_fast.rewards.builtin import describe_sample
 
 
 def read_values(
-    values: Any, name: str, prompts: Sequence[Any], completions: Sequence[Any]
+    values: Any,
+    name: str,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """B values, each None or a finite number -> (B,) float32 on the CPU, None as NaN.
 
     `values` is an iterable, an array or a 1-D tensor; a tensor is one transfer, and so are the
-    tensors in a list. Raises ValueError with the function's name, and the sample at fault.
+    tensors in a list. Raises ValueError with the function's name, and the sample at fault, whose
+    number is rows[i] for the i-th.
     """
     who, count = f"Reward function {name!r}", len(prompts)
+
+    def sample(index: int) -> str:
+        return describe_sample(index, prompts, completions, rows)
+
     if not isinstance(values, Tensor) and hasattr(values, "__array__"):
         array = np.asarray(values)
         # An array of another kind (objects, strings) holds Python values, None among them.
@@ -41,14 +50,14 @@ def read_values(
     else:
         listed = _as_list(values, who, count)
         _check_count(len(listed), who, count)
-        floats = [_as_float(v, i, who, prompts, completions) for i, v in enumerate(listed)]
+        floats = [_as_float(v, i, who, sample) for i, v in enumerate(listed)]
         column = torch.tensor([math.nan if v is None else v for v in floats], dtype=torch.float32)
         is_none = torch.tensor([v is None for v in floats], dtype=torch.bool)
     if bad := (~is_none & ~column.isfinite()).nonzero().flatten().tolist():
         raise ValueError(
-            f"{who} returned {column[bad[0]].item()} for "
-            f"{describe_sample(bad[0], prompts, completions)}. Rewards must be finite in float32; "
-            "to say that the function does not apply to a completion, return None in its place."
+            f"{who} returned {column[bad[0]].item()} for {sample(bad[0])}. Rewards must be finite "
+            "in float32; to say that the function does not apply to a completion, return None in "
+            "its place."
         )
     return column
 
@@ -82,9 +91,7 @@ def _as_list(values: Any, who: str, count: int) -> list[Any]:
     return listed
 
 
-def _as_float(
-    value: Any, index: int, who: str, prompts: Sequence[Any], completions: Sequence[Any]
-) -> float | None:
+def _as_float(value: Any, index: int, who: str, sample: Callable[[int], str]) -> float | None:
     if value is None:
         return None
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
@@ -92,7 +99,7 @@ def _as_float(
     if not isinstance(value, numbers.Real):
         raise ValueError(
             f"{who} returned {value!r:.80} ({type(value).__name__}), not a number or None, for "
-            f"{describe_sample(index, prompts, completions)}."
+            f"{sample(index)}."
         )
     try:
         return float(value)

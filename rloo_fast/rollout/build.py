@@ -1,0 +1,73 @@
+"""From a configuration to the engine it asks for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config import RLOOConfig, as_dict
+from ..models import base_causal_lm
+from ..weight_sync import check_can_stream
+from .engine import RolloutEngine
+from .hf import HFEngine
+
+logger = logging.getLogger(__name__)
+
+
+def make_engine(
+    model: nn.Module, tokenizer: Any, args: RLOOConfig, accelerator: Accelerator
+) -> RolloutEngine:
+    """The engine of `use_vllm` and `vllm_mode`. Raises ValueError or ImportError, with what to
+    write, where it cannot serve this model."""
+    if not args.use_vllm:
+        return HFEngine(
+            model,
+            tokenizer.pad_token_id,
+            rows_per_call=args.rollout_forward_batch_size,
+            pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore
+            autocast=accelerator.autocast,  # pyright: ignore
+        )
+    check_can_stream(model)
+    if args.vllm_mode == "server":
+        return _server(args, accelerator)
+    from .vllm import VLLMEngine
+
+    return VLLMEngine(
+        base_causal_lm(model),
+        dtype=compute_dtype(model, args),
+        sleeps=args.vllm_enable_sleep_mode,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        max_model_length=args.vllm_max_model_length,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        model_impl=args.vllm_model_impl,
+        regex=args.vllm_structured_outputs_regex,
+        tokenizer=tokenizer,
+        # tensor-parallel engines must draw alike, and requests carry seeds of their own
+        seed=args.seed,
+        engine_kwargs=as_dict(args.vllm_engine_kwargs),
+    )
+
+
+def _server(args: RLOOConfig, accelerator: Accelerator) -> RolloutEngine:
+    from .vllm_server import VLLMServer
+
+    return VLLMServer(
+        args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+        timeout_s=args.vllm_server_timeout,
+        sleeps=args.vllm_enable_sleep_mode,
+        is_main=accelerator.is_main_process,
+        barrier=accelerator.wait_for_everyone,
+    )
+
+
+def compute_dtype(model: nn.Module, args: RLOOConfig) -> torch.dtype:
+    """What the policy's matrix products are computed in."""
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16:
+        return torch.float16
+    return next(base_causal_lm(model).parameters()).dtype

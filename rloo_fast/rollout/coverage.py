@@ -1,0 +1,24 @@
+"""Was every element of an engine's model written by a weight update? NaN marks the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def poison(model: nn.Module) -> None:
+    """Fill every floating-point parameter with NaN, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.fill_(float("nan"))
+
+
+@torch.no_grad()
+def uncovered(model: nn.Module) -> list[str]:
+    """Names of the parameters with a NaN left; one that is tied to others is named once."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and bool(parameter.isnan().any())
+    ]
