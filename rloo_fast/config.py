@@ -161,10 +161,10 @@ class RLOOConfig(Names2024, TrainingArguments):
 
     # Rewards
     reward_timeout_s: float | None = _field(None, "Longest a reward function may take, in seconds.")
-    overlap_rewards: bool = _field(
-        True,
+    overlap_rewards: bool | None = _field(
+        None,
         "Call the reward functions on finished prompts while others are still being sampled. "
-        "False: once, on all completions of the process.",
+        "False: once, on all completions of the process. Default: True with vLLM.",
     )
     reward_processes: int = _field(
         0, "Processes for the functions that are not async, so that they do not slow sampling down."

@@ -43,6 +43,8 @@ def clean(args: RLOOConfig) -> None:
     """Bring values that may be written in several ways into one form."""
     args.reward_clip_range = _clip_range(args.reward_clip_range)
     args.pad_to_multiple_of = _multiple(args.pad_to_multiple_of)
+    if args.overlap_rewards is None:
+        args.overlap_rewards = args.use_vllm
     for name in (
         "model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "vllm_engine_kwargs",
     ):  # fmt: skip

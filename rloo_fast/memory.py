@@ -223,7 +223,7 @@ def _blocks(groups: dict[str, list[Tensor]], gpu: Gpu) -> dict[str, list[list[Te
     for name, tensors in groups.items():
         blocks: dict[int, list[Tensor]] = defaultdict(list)
         for tensor in tensors:
-            if _is_plain(tensor) and gpu.holds(tensor) and tensor.untyped_storage().nbytes():
+            if _is_plain(tensor) and gpu.holds(tensor):
                 blocks[tensor.untyped_storage().data_ptr()].append(tensor)
         found[name] = [blocks[key] for key in blocks if key not in seen]
         seen |= blocks.keys()

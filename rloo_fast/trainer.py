@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +33,7 @@ from .collect import Collector
 from .config import RLOOConfig, trainer_args
 from .config_checks import refuse_launcher
 from .dataset_checks import check_datasets, check_prompts, check_reward_columns
+from .evaluation import EvaluationMixin
 from .exchange import balance_rows
 from .metrics import Metrics
 from .names_2024 import refuses_arguments_2024
@@ -41,7 +41,7 @@ from .planner import Planner
 from .policy import Policy, router_coef
 from .probe import choose_layout
 from .rewards import RewardFunc, load_reward_functions
-from .rollout.build import compute_dtype, make_engine
+from .rollout.build import compute_dtype, make_engine, make_room
 from .rollout.cycle import RolloutCycle
 from .rollout.engine import sampling_of, step_seed
 from .run_report import RunReportMixin
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 EvalDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 
-class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
+class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixin, Trainer):
     """REINFORCE Leave-One-Out (arXiv:2402.14740) for causal language models.
 
     Arguments are those of TRL 1.16's RLOOTrainer:
@@ -137,7 +137,6 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
         self.termination = Termination()
         self.last_grad_norm = 0.0
         self.policy_version = 0  # of the weights; never falls, so that an older one is told apart
-        self.num_eval_batches = 0
         self._said: set[str] = set()
         self._wire(reference, stop_ids)
 
@@ -153,13 +152,20 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             self.reference = Policy(reference.to(device), **common)
             if args.sync_ref_model:
                 self.add_callback(SyncReference(self, reference))
+        self.rewards.to(device)
+        room = None
+        if args.vllm_enable_sleep_mode and args.vllm_mode == "colocate":
+            room = make_room(self, reference)
+            room.make()
         self.rollouts = RolloutCycle(
             make_engine(self.model, self.processing_class, args, self.accelerator),
             version=lambda: self.policy_version,
             weights=lambda: weight_buckets(self.model, args.weight_sync_bucket_mib * 2**20),
             metrics=self.metrics,
             sleep_level=2 if args.vllm_enable_sleep_mode else 0,
+            room=room,
         )
+        self.rollouts.sleep()
         sampling = sampling_of(args, stop_ids)
         self.truth = TruthCheck(
             args,
@@ -168,7 +174,6 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             compute_dtype(self.model, args),
             has_dropout=models.has_dropout(self.model),
         )
-        self.rewards.to(device)
         self.collector = Collector(
             self.rollouts,
             self.processing_class,  # pyright: ignore
@@ -218,19 +223,6 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
             shuffle=args.shuffle_dataset,
             seed=args.seed,
             num_workers=args.dataloader_num_workers,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]  # pyright: ignore
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluation needs an eval_dataset: pass one to the trainer.")
-        rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
-        return prompts.eval_loader(
-            dataset,
-            prompts_per_batch=max(1, rows // self._num_generations("eval")),
-            num_workers=self.args.dataloader_num_workers,
         )
 
     # The step
@@ -317,38 +309,6 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, Trainer):
                 "RLOOTrainer has no outputs to return: call with return_outputs=False."
             )
         return self.updater.loss(model, inputs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Samples, scores, and returns the loss, with ratio 1: nothing was updated."""
-        with self.saved_if_it_fails(model) if self.is_in_train else nullcontext():
-            return self._evaluate_prompts(model, inputs), None, None
-
-    def _evaluate_prompts(self, model: nn.Module, inputs: Any) -> Tensor:
-        self._choose_layout(model)
-        world = self.accelerator.num_processes
-        k = self._num_generations("eval")
-        num_real = len(inputs) * k
-        while len(inputs) * k % world:  # every process needs as many rows: repeat, do not count
-            inputs = [*inputs, inputs[-1]]
-        seed = step_seed(self.args.seed, -1, self.state.global_step, self.num_eval_batches)
-        self.num_eval_batches += 1
-        samples = self._collect(self._tokenize(inputs), seed, "eval", model)
-        self.scorer.score_reference(samples, model)
-        self.scorer.first_pass(samples, model)
-        self._record_rollout(samples, "eval", num_real)
-        return self.scorer.on_policy_loss(samples).to(self.accelerator.device)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.num_eval_batches = 0
-        if not self.is_in_train:
-            self.policy_version += 1  # its weights may have been changed by hand
-        return super().evaluate(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; True resumes from the newest checkpoint of output_dir, a string from that one.

@@ -492,7 +492,7 @@ def test_tables_of_a_run_are_printed(tmp_path):
 
 def watch_rows(trainer):
     """Rows of every generate call; tokens of every forward outside of them, by gradient mode."""
-    rows = {"generate": [], "no_grad": [], "update": []}
+    rows = {"prompts": [], "generate": [], "no_grad": [], "update": []}
     generating = []
 
     def note(module, args, kwargs):
@@ -505,7 +505,8 @@ def watch_rows(trainer):
     generate = trainer.model.generate
 
     def watched(**kwargs):
-        rows["generate"].append(len(kwargs["input_ids"]))
+        ahead = kwargs["generation_config"].max_new_tokens == 1  # prompts, once for their samples
+        rows["prompts" if ahead else "generate"].append(len(kwargs["input_ids"]))
         generating.append(True)
         out = generate(**kwargs)
         generating.pop()
@@ -526,6 +527,7 @@ def test_local_rollout_forward_batch_size_limits_rows(tmp_path, limit):
     survey = trainer.planner.survey
     trainer.planner.survey = lambda samples: (survey(samples), longest.append(samples.longest))
     trainer.train()
+    assert max(rows["generate"] + rows["prompts"]) == limit
     assert rows["generate"] == [limit] * (8 // limit) + [8 % limit] * (8 % limit > 0)
     tokens = max(longest)
     assert limit * tokens // 2 < max(rows["no_grad"]) <= limit * tokens

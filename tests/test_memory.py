@@ -9,10 +9,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from fake_engine import FakeEngine
 from pretend_gpu import OPTIMIZERS, Side, snapshot
 from torch import nn
 
 from rloo_fast.memory import Holdings, Room, measure
+from rloo_fast.metrics import Metrics
+from rloo_fast.rollout.cycle import RolloutCycle
+from rloo_fast.types import Sampling
 
 # Counting
 
@@ -313,7 +317,19 @@ def test_sharded_state_is_counted_and_stays():
         torch.distributed.destroy_process_group()
 
 
-# The real things
+# With the rest
+
+
+def test_room_is_made_while_the_engine_samples_and_only_then():
+    side, seen = Side(), []
+    room = side.room()
+    cycle = RolloutCycle(FakeEngine(), lambda: 0, lambda: [], Metrics(), sleep_level=2, room=room)
+    sampling = Sampling(1.0, 1.0, 0, None, 1.0, max_new_tokens=3, stop_token_ids=(1,))
+    cycle.generate([[3]], sampling, [0], lambda *_: seen.append((room.is_made, side.gpu.used)))
+    cycle.sleep()
+    assert seen == [(True, room.plan.holdings.weights)]
+    assert not room.is_made
+    assert all(side.gpu.holds(p) for p in side.reference.parameters())
 
 
 def test_no_gradients_are_held_while_completions_are_scored(tmp_path):

@@ -55,7 +55,8 @@ class Scripted(RolloutEngine):
 
 
 def make_collector(engine, funcs, accelerator=None, rewards=None, **config):
-    args = RLOOConfig("unused", use_cpu=True, bf16=False, num_generations=K, **config)
+    settings = {"overlap_rewards": True, **config}
+    args = RLOOConfig("unused", use_cpu=True, bf16=False, num_generations=K, **settings)
     rewards = rewards or load_reward_functions(
         funcs, timeout_s=args.reward_timeout_s, processes=args.reward_processes
     )

@@ -28,13 +28,15 @@ WAKE_WEIGHTS, WAKE_CACHE = ("wake", ("weights",)), ("wake", ("kv_cache",))
 
 class RecordingRoom:
     def __init__(self, calls):
-        self.calls = calls
+        self.calls, self.is_made = calls, False
 
     def make(self):
         self.calls.append(MAKE)
+        self.is_made = True
 
     def give_back(self):
         self.calls.append(GIVE_BACK)
+        self.is_made = False
 
 
 class Run:
@@ -131,6 +133,16 @@ def test_an_engine_that_sleeps_is_not_sent_to_sleep_again():
     run.cycle.sleep()
     run.cycle.sleep()
     assert [call for call in run.calls if call[0] == "sleep"] == [("sleep", 2)]
+
+
+def test_a_closed_cycle_has_given_everything_back():
+    run = Run()
+    run.roll_out()
+    run.new_calls()
+    run.cycle.close()
+    assert run.calls == [("close",), GIVE_BACK]
+    with pytest.raises(EngineError, match="'closed'"):
+        run.roll_out()
 
 
 def test_what_was_sent_is_counted_and_arrives():

@@ -75,11 +75,15 @@ class FakeLLM:
 
 
 class RecordingRoom:
+    is_made = False
+
     def make(self):
         calls.append(("room.make",))
+        self.is_made = True
 
     def give_back(self):
         calls.append(("room.give_back",))
+        self.is_made = False
 
 
 @pytest.fixture

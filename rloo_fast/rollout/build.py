@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config import RLOOConfig, as_dict
+from ..memory import RESERVE, Room
 from ..models import base_causal_lm
 from ..weight_sync import check_can_stream
 from .engine import RolloutEngine
@@ -49,6 +50,21 @@ def make_engine(
         # tensor-parallel engines must draw alike, and requests carry seeds of their own
         seed=args.seed,
         engine_kwargs=as_dict(args.vllm_engine_kwargs),
+    )
+
+
+def make_room(trainer: Any, reference: nn.Module | None) -> Room:
+    """What the trainer can move away while the engine of this process is awake."""
+    args, rewards = trainer.args, trainer.rewards
+    share = as_dict(args.vllm_engine_kwargs).get("gpu_memory_utilization")
+    return Room(
+        trainer.model,
+        lambda: trainer.optimizer,
+        reference,
+        trainer.accelerator.device,
+        share=args.vllm_gpu_memory_utilization if share is None else share,
+        reserve=RESERVE + 2 * args.weight_sync_bucket_mib * 2**20,
+        others=rewards.models,
     )
 
 

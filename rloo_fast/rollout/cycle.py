@@ -6,21 +6,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
+from ..memory import Room
 from ..metrics import Metrics
 from ..types import Rollout, Sampling
 from .engine import Bucket, EngineState, OnFinished, RolloutEngine
 
 logger = logging.getLogger(__name__)
-
-
-class Room(Protocol):
-    """What the trainer can move out of the engine's way (see `memory.py`)."""
-
-    def make(self) -> None: ...
-
-    def give_back(self) -> None: ...
 
 
 class RolloutCycle:
@@ -64,8 +56,9 @@ class RolloutCycle:
         """Before anything of the trainer needs the engine's memory; does nothing if it sleeps."""
         if self.engine.state in (EngineState.READY, EngineState.SYNCED):
             self.engine.sleep(self.sleep_level)
-            if self.room is not None:
-                self.room.give_back()
+        room = self.room
+        if room is not None and room.is_made and self.engine.state is EngineState.ASLEEP:
+            room.give_back()
 
     def close(self) -> None:
         """Give the engine's memory back for good."""

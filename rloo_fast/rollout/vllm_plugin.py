@@ -17,10 +17,10 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from .coverage import poison, uncovered
 from .transport import BACKEND, PROTOCOL
+from .vllm import runs_on_cpu
 
 SILENT_S = 120  # a trainer that sends nothing for so long is gone
 
@@ -29,11 +29,7 @@ def register() -> None:
     """Make the backend known to this process; vLLM calls it in each of its own."""
     with suppress(ValueError):  # called before: it is known
         WeightTransferEngineFactory.register_engine(BACKEND, PulledWeights)
-    if current_platform.is_cpu():
-        # a linear layer would keep a packed copy of its weights, which no update reaches
-        from vllm import _custom_ops  # pyright: ignore[reportMissingImports]
-
-        _custom_ops._supports_onednn = False
+    runs_on_cpu()
 
 
 @dataclass
