@@ -39,7 +39,9 @@ $(BIN)/.dev: $(BIN)/.package
 
 # The kernels are compiled for GPUs with the installed Triton and with the oldest supported one.
 # OpenRLHF and verl are there to be patched, not run: what they need for that, and no more.
-$(BIN)/.test: $(BIN)/.dev $(BIN)/.vllm
+# Where vLLM cannot be installed, the tests that need it skip; in CI they do not.
+$(BIN)/.test: $(BIN)/.dev
+	$(MAKE) $(BIN)/.vllm || { test -z "$$CI" && echo "vLLM could not be installed"; }
 	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
 	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1

@@ -203,7 +203,7 @@ class RLOOConfig(Names2024, TrainingArguments):
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not used: weights reach the server over HTTP.")
+    vllm_group_port: int = _field(51216, "Not offered yet.")
     vllm_gpu_memory_utilization: float = _field(
         0.3, "Share of the GPU's memory for the engine: weights and KV cache."
     )
@@ -217,9 +217,9 @@ class RLOOConfig(Names2024, TrainingArguments):
     weight_sync_bucket_mib: int = _field(
         256, "Most MiB of weights in flight from the policy to the engine at a time."
     )
-    use_transformers_continuous_batching: bool = _field(False, "Not offered.")
-    transformers_continuous_batching_config: dict | str | None = _field(None, "Not offered.")
-    use_transformers_paged: bool = _field(False, "Not offered.")
+    use_transformers_continuous_batching: bool = _field(False, "Not offered yet.")
+    transformers_continuous_batching_config: dict | str | None = _field(None, "Not offered yet.")
+    use_transformers_paged: bool = _field(False, "Not offered yet.")
 
     # Sampler against trainer
     logp_diff_warn: float | None = _field(

@@ -59,6 +59,12 @@ def make_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
+def require_vllm() -> None:
+    """Skip what needs vLLM where it is not installed; in CI it must be."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from conftest import require_vllm
 from test_benchmarks import DESIGN_KEYS
 
 from benchmarks import harness, memory, rollout, rollout_providers, step_models, sync
@@ -159,7 +160,7 @@ def test_memory_is_that_of_one_rollout_and_its_settings_travel_as_json(monkeypat
 
 @pytest.mark.slow
 def test_vllm_passes_the_gate_and_runs_each_prompt_once_in_every_call(tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+    require_vllm()
     path = tmp_path / "rollout.json"
     arguments = ["--model", "pythia-14m", "--shape", "tldr", "--num-generations", "2"]
     arguments += ["--prompts", "1", "--runs", "1", "--no-memory", "--engines", "vllm,vllm-n"]
@@ -178,7 +179,7 @@ def test_vllm_passes_the_gate_and_runs_each_prompt_once_in_every_call(tmp_path):
 @pytest.fixture(scope="module")
 def served():
     """(policy, engine that is ready with its weights)."""
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+    require_vllm()
     policy = sync.make_policy("pythia-14m", "full")
     engine = rollout_providers.start_vllm(policy, sync.SHAPE)
     yield policy, engine

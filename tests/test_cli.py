@@ -144,7 +144,7 @@ def test_help_all_lists_every_option_that_does_something(capsys):
     printed = capsys.readouterr().out
     offered = {name for name, o in OPTIONS.items() if o.help != "Not offered yet."}
     assert {name for name in offered if f"\n  --{name}:" not in printed} == set()
-    assert "--use_vllm" not in printed
+    assert "--use_transformers_paged" not in printed
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_it_wins_under_the_other_name_too(folder, line, words, field, value):
         ("--eval_strategy step", "expected one of no, steps, epoch, got 'step': did you mean"),
         ("--parallelism_config x", "it can be set in Python only."),
         ("--num_generations 1", "num_generations must be >= 2 for a leave-one-out baseline, got 1"),
-        ("--use_vllm", "use_vllm=True: rollouts by vLLM are not in this version."),
+        ("--use_transformers_paged", "is not in this version. Set use_vllm=True"),
         ("--lora_r 4", "lora_r is set, but use_peft is not: write --use_peft."),
         ("--config no.yaml", "there is no file no.yaml"),
         ("--model_init_kwargs {\"dtype\":\"auto\"} --dtype auto", "dtype is in model_init_kwargs"),

@@ -22,6 +22,7 @@ class Recorded:
 
 def engine_of(tmp_path, monkeypatch, **fields):
     monkeypatch.setattr(vllm, "VLLMEngine", Recorded)
+    monkeypatch.setattr(vllm, "check_generation_kwargs", lambda given: None)
     monkeypatch.setattr(vllm_server, "VLLMServer", Recorded)
     args = RLOOConfig(str(tmp_path), use_cpu=True, **fields)
     return build.make_engine(make_model(), make_tokenizer(), args, ACCELERATOR)

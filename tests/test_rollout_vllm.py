@@ -7,14 +7,15 @@ import random
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, require_vllm
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from rloo_fast.rollout.engine import EngineError, EngineState, StaleWeights
+from rloo_fast.rollout.vllm import check_generation_kwargs
 from rloo_fast.types import Sampling
 from rloo_fast.weight_sync import weight_buckets
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 
 pytestmark = pytest.mark.slow
 SIZES = {
@@ -214,6 +215,13 @@ def test_the_training_process_stays_as_it_was():
             assert torch.get_num_threads() == threads
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("given", [{"min_new_tokens": 2}, {"top_p": 3.0}])
+def test_settings_that_vllm_does_not_take_are_refused(given):
+    check_generation_kwargs({"min_tokens": 2})
+    with pytest.raises(ValueError, match=r"^generation_kwargs: vLLM's SamplingParams say: .*p"):
+        check_generation_kwargs(given)
 
 
 def test_completions_match_a_regular_expression():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, require_vllm
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
@@ -17,7 +17,7 @@ from rloo_fast.rollout.engine import EngineError, StaleWeights
 from rloo_fast.truth import SamplerMismatch
 from rloo_fast.weight_sync import weight_buckets
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 pytestmark = pytest.mark.slow
 
 SIZES = {

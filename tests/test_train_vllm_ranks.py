@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import require_vllm
 from test_train_vllm import MODELS
 from transformers import AutoModelForCausalLM
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 

@@ -38,6 +38,7 @@ def main(out: Path, model_dir: str, settings: dict) -> None:
     (out / f"sampled-{rank}.json").write_text(json.dumps(sampled))
     if rank == 0:
         (out / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.rollouts.close()
     if torch.distributed.is_initialized() and trainer.accelerator.num_processes > 1:
         torch.distributed.barrier()
     sys.stdout.flush()

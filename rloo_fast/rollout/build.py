@@ -35,9 +35,10 @@ def make_engine(
     check_can_stream(model)
     if args.vllm_mode == "server":
         return _server(args, accelerator)
-    from .vllm import VLLMEngine
+    from . import vllm
 
-    return VLLMEngine(
+    vllm.check_generation_kwargs(as_dict(args.generation_kwargs))
+    return vllm.VLLMEngine(
         base_causal_lm(model),
         dtype=compute_dtype(model, args),
         sleeps=args.vllm_enable_sleep_mode,

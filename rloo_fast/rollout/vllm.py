@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def runs_on_cpu() -> bool:
     # else linear layers compute with a packed copy of their weights, which no sync reaches
     custom_ops._supports_onednn = False
     return True
+
+
+def check_generation_kwargs(given: dict[str, Any]) -> None:
+    """ValueError for what vLLM's SamplingParams do not take."""
+    try:
+        import_vllm().SamplingParams(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"generation_kwargs: vLLM's SamplingParams say: {error}. Names are vLLM's here."
+        ) from error
 
 
 class VLLMEngine(RolloutEngine):
@@ -121,6 +132,8 @@ class VLLMEngine(RolloutEngine):
         with host_unchanged(model), _explained("starting vLLM"):
             self.llm = self._vllm.LLM(**settings)
         self._group = _tensor_parallel_group(tensor_parallel_size)
+        if on_cpu and self._group is not None:
+            _unlink_shared_memory(self._group)
         if self.sleeps:
             self.llm.sleep(level=2)
 
@@ -247,6 +260,15 @@ def _tensor_parallel_group(size: int) -> Any:
         for start in range(0, world, size)
     ]
     return groups[rank // size]
+
+
+def _unlink_shared_memory(group: Any) -> None:
+    """vLLM's CPU build leaves the memory that a group shares behind, under a name that the next
+    group has too. Once all have opened it, it needs no name."""
+    dist.barrier(group)
+    ranks = dist.get_process_group_ranks(group)
+    for path in Path("/dev/shm").glob(f"*-[[]{ranks[0]}-{ranks[-1]}]-cpushm_*"):
+        path.unlink(missing_ok=True)
 
 
 def _together(
