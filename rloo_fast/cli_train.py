@@ -190,7 +190,7 @@ def save(trainer: Any, script: TrainArguments, config: RLOOConfig) -> None:
         rate = logs[-1].get("throughput/completion_tokens_per_s")
         parts += [f"{rate:.0f} completion tokens/s"] if rate is not None else []
     _say(config, f"The model is in {config.output_dir} ({', '.join(parts)}).")
-    getattr(trainer, "end", trainer.accelerator.end_training)()  # `end`: transformers >= 5.18
+    trainer.end()
 
 
 class LinesOnly(CompactProgress):

@@ -329,6 +329,12 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
         # transformers' mean covers this call of train() only, ours every step (see log)
         return output._replace(training_loss=output.metrics["train_loss"])
 
+    def end(self) -> None:
+        """Close the rollout engine, trackers and process groups, in this order."""
+        self.rollouts.close()
+        # transformers < 5.18 has no such method
+        getattr(super(), "end", self.accelerator.end_training)()
+
     # transformers' own, adapted
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from datasets import Dataset
 
-from rloo_fast import RLOOConfig
+from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.rollout import HFEngine, build, vllm, vllm_server
 from rloo_fast.weight_sync import weight_buckets
 
@@ -67,8 +69,6 @@ def test_settings_of_the_server(fields, url, tmp_path, monkeypatch):
 
 
 def test_weights_are_sent_in_buckets(tmp_path):
-    from rloo_fast import RLOOTrainer
-
     args = RLOOConfig(
         str(tmp_path),
         use_cpu=True,
@@ -77,8 +77,6 @@ def test_weights_are_sent_in_buckets(tmp_path):
         max_completion_length=8,
     )
     model = make_model(hidden_size=256, intermediate_size=1024)
-    from datasets import Dataset
-
     trainer = RLOOTrainer(
         model, lambda prompts, **_: [0.0] * len(prompts), args,
         Dataset.from_dict({"prompt": ["w1"] * 8}), processing_class=make_tokenizer(),
@@ -88,3 +86,17 @@ def test_weights_are_sent_in_buckets(tmp_path):
     assert max(sizes) <= 2**20
     assert sum(sizes) == sum(p.nbytes for p in model.parameters())
     assert len(sizes) == len(list(weight_buckets(model, 2**20)))
+
+
+def test_a_vllm_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.9.2"))
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.32 or newer, but 0\.9\.2 is installed"):
+        vllm.import_vllm()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0rc1"))
+    assert vllm.import_vllm().__version__ == "0.32.0rc1"
+
+
+def test_a_missing_vllm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r'pip install "rloo-fast\[vllm\]"'):
+        vllm.import_vllm()

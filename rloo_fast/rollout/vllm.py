@@ -27,7 +27,7 @@ from .host import host_unchanged
 
 logger = logging.getLogger(__name__)
 
-OLDEST = "0.22"
+OLDEST = "0.32"  # that it has been tested with
 CPU_CACHE_BYTES = 512 * 2**20
 
 
