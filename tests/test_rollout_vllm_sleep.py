@@ -172,3 +172,11 @@ def test_evaluation_wakes_and_syncs_the_engine_too(trainer):
     calls.clear()
     trainer.evaluate(PROMPTS)
     assert calls[: len(ROLLOUT)] == [c if c[0] != "step" else calls[5] for c in ROLLOUT]
+
+
+def test_the_engine_is_closed_before_the_process_groups_are(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.accelerator, "end_training", lambda: calls.append(("end",)))
+    trainer.end()
+    assert calls[-2:] == [("shutdown",), ("end",)]
+    trainer.rollouts.close()  # twice is once
+    assert calls[-1] == ("end",)

@@ -5,12 +5,13 @@ The contract is that of TRL 1.16, with every breach an error:
     function(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=,
              **columns) -> B floats, None where the function does not apply to a completion
 
-A function is called with whole groups, all completions of a prompt that this process samples, but
-possibly several times per step: as soon as some groups are finished, in a thread, while others are
-still being sampled. A function that must see all completions of a step at once needs
-overlap_rewards=False. With reward_processes=N the functions that are not async run in N other
-processes, one group per call; what they get and give is pickled, and so are they. `log_extra`
-takes one value per completion of the call, `log_metric` any number of values, which are averaged.
+A function is called with whole groups, all completions of a prompt that this process samples. With
+overlap_rewards (the default with vLLM) that may be several times per step: as soon as some groups
+are finished, in a thread, while others are still being sampled; without, once, on all completions
+of the step that this process samples. With reward_processes=N the functions that are not async run
+in N other processes, one group per call; what they get and give is pickled, and so are they.
+`log_extra` takes one value per completion of the call, `log_metric` any number of values, which are
+averaged.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..types import Rollout, Sampling
 from .coverage import poison, uncovered
 from .engine import Bucket, EngineError, OnFinished, RolloutEngine
 from .host import host_unchanged
+from .shared import tensor_parallel_group, together, unlink_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,21 @@ def runs_on_cpu() -> bool:
     # else linear layers compute with a packed copy of their weights, which no sync reaches
     custom_ops._supports_onednn = False
     return True
+
+
+def sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """vLLM's names for how completions are drawn, in SamplingParams and in a server's requests."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # it is among the stop tokens
+        "logprobs": 0,  # the sampled token's alone
+    }
 
 
 def check_generation_kwargs(given: dict[str, Any]) -> None:
@@ -131,9 +146,9 @@ class VLLMEngine(RolloutEngine):
         settings |= engine_kwargs or {}
         with host_unchanged(model), _explained("starting vLLM"):
             self.llm = self._vllm.LLM(**settings)
-        self._group = _tensor_parallel_group(tensor_parallel_size)
+        self._group = tensor_parallel_group(tensor_parallel_size)
         if on_cpu and self._group is not None:
-            _unlink_shared_memory(self._group)
+            unlink_shared_memory(self._group)
         if self.sleeps:
             self.llm.sleep(level=2)
 
@@ -180,7 +195,7 @@ class VLLMEngine(RolloutEngine):
     ) -> Rollout:
         first, own = 0, len(prompt_ids)
         if self._group is not None:  # the engines of a group must see the same requests
-            prompt_ids, seeds, first = _together(prompt_ids, seeds, self._group)
+            prompt_ids, seeds, first = together(prompt_ids, seeds, self._group)
         outputs: list[Any] = [None] * len(prompt_ids)
         for index, output in self._run(prompt_ids, sampling, seeds):
             outputs[index] = output
@@ -212,19 +227,7 @@ class VLLMEngine(RolloutEngine):
                 engine.abort_request(list(waiting))
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
-        settings: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,  # it is among the stop tokens
-            "logprobs": 0,  # the sampled token's alone
-            "detokenize": False,
-            "seed": seed,
-        }
+        settings = {**sampling_fields(sampling), "detokenize": False, "seed": seed}
         if self.regex is not None:
             from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore
 
@@ -248,41 +251,6 @@ def _save_configuration(model: Any, tokenizer: Any, directory: str) -> None:
     config.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-
-
-def _tensor_parallel_group(size: int) -> Any:
-    """The processes that share this one's engine; None: it is not shared."""
-    if size == 1:
-        return None
-    world, rank = dist.get_world_size(), dist.get_rank()
-    groups = [
-        dist.new_group(list(range(start, start + size)), backend="gloo")
-        for start in range(0, world, size)
-    ]
-    return groups[rank // size]
-
-
-def _unlink_shared_memory(group: Any) -> None:
-    """vLLM's CPU build leaves the memory that a group shares behind, under a name that the next
-    group has too. Once all have opened it, it needs no name."""
-    dist.barrier(group)
-    ranks = dist.get_process_group_ranks(group)
-    for path in Path("/dev/shm").glob(f"*-[[]{ranks[0]}-{ranks[-1]}]-cpushm_*"):
-        path.unlink(missing_ok=True)
-
-
-def _together(
-    prompt_ids: list[list[int]], seeds: Sequence[int], group: Any
-) -> tuple[list[list[int]], list[int], int]:
-    """Prompts and seeds of all processes of the group, and where those of this one begin."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (prompt_ids, list(seeds)), group=group)
-    before = everyone[: dist.get_rank(group)]
-    return (
-        [ids for prompts, _ in everyone for ids in prompts],
-        [seed for _, some in everyone for seed in some],
-        sum(len(prompts) for prompts, _ in before),
-    )
 
 
 ADVICE = {  # words of vLLM's errors -> what may help

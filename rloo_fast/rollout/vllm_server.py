@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..types import Rollout, Sampling
 from .engine import Bucket, EngineError, OnFinished, RolloutEngine, StaleWeights
 from .transport import BACKEND, PROTOCOL, BucketServer, Endpoint, Refused, ServerGone
+from .vllm import sampling_fields
 
 COMMAND = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode "
@@ -240,15 +241,7 @@ class VLLMServer(RolloutEngine):
                 "/v1/completions; leave it out."
             )
         return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,  # it is among the stop tokens
-            "logprobs": 0,  # the sampled token's alone
+            **sampling_fields(sampling),
             "return_token_ids": True,
             **sampling.extra,
         }
