@@ -254,6 +254,20 @@ def test_extras_come_in_row_order_and_metrics_over_all_calls():
     assert collector.metrics.flush("train")["number"] == 2.5
 
 
+def test_a_share_of_each_call_becomes_the_share_of_all_rows():
+    seen = threading.Semaphore(0)
+
+    def reward(completions, log_metric, **kwargs):
+        values = numbers(completions)
+        log_metric("mean", sum(values) / len(values))
+        seen.release()
+        return values
+
+    wait = lambda: seen.acquire(timeout=WAIT_S)  # noqa: E731
+    _, collector = collect(Scripted([[4, 5], wait, [0, 1, 2, 3]]), reward)
+    assert collector.metrics.flush("train")["mean"] == 2.5  # not that of 4.5 and 1.5
+
+
 def test_value_that_cannot_be_logged_names_its_function():
     def reward(completions, log_metric, **kwargs):
         log_metric("x", "many")

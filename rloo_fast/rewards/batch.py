@@ -68,14 +68,15 @@ class Batch:
         """What the functions logged, function after function, whatever calls it came from.
 
         Values for log_extra are in the order of the rows if every call gave one for each of its.
+        log_metric gets one value per name and function: the mean of each call's, weighted by its
+        number of rows, so that a share of a call's rows becomes the share of all.
         """
         for calls in self._logs:
             calls.sort(key=lambda call: call[0])
             for name in dict.fromkeys(name for _, log in calls for name in log.extra):
                 log_extra(name, _in_order([(rows, log.extra.get(name, [])) for rows, log in calls]))
-            for _, log in calls:
-                for name, value in log.metrics:
-                    log_metric(name, value)
+            for name in dict.fromkeys(name for _, log in calls for name, _ in log.metrics):
+                log_metric(name, _mean([(len(rows), log.metrics) for rows, log in calls], name))
 
     def warn_if_unscored(self) -> None:
         unscored = self.rewards.isnan().all(dim=1).nonzero().flatten().tolist()
@@ -88,6 +89,17 @@ class Batch:
                 count,
                 describe_sample(unscored[0], self.prompts, self.completions(range(count))),
             )
+
+
+def _mean(calls: list[tuple[int, list[tuple[str, float]]]], name: str) -> float:
+    """(rows of a call, what it logged) -> mean of `name`, every row counting once."""
+    total, num_rows = 0.0, 0
+    for rows, metrics in calls:
+        values = [value for logged, value in metrics if logged == name]
+        if values:
+            total += rows * sum(values) / len(values)
+            num_rows += rows
+    return total / num_rows
 
 
 def _in_order(pieces: list[tuple[list[int], list[Any]]]) -> list[Any]:
