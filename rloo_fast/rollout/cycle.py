@@ -56,14 +56,16 @@ class RolloutCycle:
         """Before anything of the trainer needs the engine's memory; does nothing if it sleeps."""
         if self.engine.state in (EngineState.READY, EngineState.SYNCED):
             self.engine.sleep(self.sleep_level)
-        room = self.room
-        if room is not None and room.is_made and self.engine.state is EngineState.ASLEEP:
-            room.give_back()
+        if self.engine.state is EngineState.ASLEEP:
+            self._give_back()
 
     def close(self) -> None:
         """Give the engine's memory back for good."""
         self.engine.close()
-        if self.room is not None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self.room is not None and self.room.is_made:
             self.room.give_back()
 
     def _make_ready(self, version: int, mode: str) -> None:

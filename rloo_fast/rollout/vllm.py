@@ -85,7 +85,9 @@ def check_generation_kwargs(given: dict[str, Any]) -> None:
     """ValueError for what vLLM's SamplingParams do not take."""
     try:
         import_vllm().SamplingParams(**given)
-    except (TypeError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # vLLM's own for a value, TypeError for a name
         raise ValueError(
             f"generation_kwargs: vLLM's SamplingParams say: {error}. Names are vLLM's here."
         ) from error
