@@ -80,6 +80,7 @@ class Collector:
         self.sampling, self.args = sampling, args
         self.accelerator, self.metrics = accelerator, metrics
         self.table = TableRows()
+        self.failed = False  # the newest rollout or its rewards, on some process
         self._extra: dict[str, list[Any]] = defaultdict(list)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
@@ -136,13 +137,14 @@ class Collector:
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
         """What one process raises ends the others too, rather than letting them wait for it."""
-        failure = None
+        failure, self.failed = None, False
         try:
             yield
         except Exception as error:
             failure = error
         text = failure and f"{type(failure).__name__}: {failure}"
         everyone = _gather_objects(self.accelerator, text)
+        self.failed = any(other is not None for other in everyone)
         if failure is not None:
             raise failure
         for rank, other in enumerate(everyone):

@@ -178,7 +178,7 @@ SAID_ELSEWHERE_VLLM = {
     "stop": "stop_token_id",
     "n": "num_generations",
     "seed": "seed",
-    **dict.fromkeys(("logprobs", "detokenize", "ignore_eos"), "nothing, it is set"),
+    **dict.fromkeys(("logprobs", "detokenize", "ignore_eos"), "nothing, rollouts need theirs"),
 }
 
 

@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from .checkpoint import load_state
-from .collect import PeerFailed
-from .rewards.calls import RewardError
-from .rollout.engine import EngineError
 from .truth import SamplerMismatch
 
 
@@ -18,6 +15,7 @@ class RunStateMixin:
 
     args: Any
     buffer: Any
+    collector: Any
     metrics: Any
     planner: Any
     reference: Any
@@ -53,11 +51,14 @@ class RunStateMixin:
     @contextmanager
     def saved_if_it_fails(self, model: Any) -> Iterator[None]:
         """Around a training step: what rollouts and rewards raise ends the run, but first the state
-        before the step is saved, unless it has been. All processes must raise together."""
+        before the step is saved, unless it has been. Saving takes all processes, so it is done only
+        for what all of them raise together."""
         before = self.buffer.state_dict(), self.metrics.state_dict()
         try:
             yield
-        except (EngineError, RewardError, PeerFailed, SamplerMismatch) as error:
+        except Exception as error:
+            if not (self.collector.failed or isinstance(error, SamplerMismatch)):
+                raise
             self.rollouts.close()
             step = self.state.global_step
             if step not in (0, self.last_saved_step):

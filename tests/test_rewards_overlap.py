@@ -13,7 +13,8 @@ from test_rewards import make_model as make_reward_model
 from test_rewards import make_tokenizer as make_reward_tokenizer
 from transformers import TrainerState
 
-from rloo_fast.collect import Collector
+import rloo_fast.collect
+from rloo_fast.collect import Collector, PeerFailed
 from rloo_fast.config import RLOOConfig
 from rloo_fast.metrics import Metrics
 from rloo_fast.rewards import RewardError, RewardTimeout, load_reward_functions
@@ -266,6 +267,15 @@ def test_a_share_of_each_call_becomes_the_share_of_all_rows():
     wait = lambda: seen.acquire(timeout=WAIT_S)  # noqa: E731
     _, collector = collect(Scripted([[4, 5], wait, [0, 1, 2, 3]]), reward)
     assert collector.metrics.flush("train")["mean"] == 2.5  # not that of 4.5 and 1.5
+
+
+def test_a_failure_on_another_process_ends_this_one_too(monkeypatch):
+    def reward(completions, **kwargs):
+        return numbers(completions)
+
+    monkeypatch.setattr(rloo_fast.collect, "_gather_objects", lambda _, mine: [mine, "Error: x"])
+    with pytest.raises(PeerFailed, match="process 1 failed: Error: x"):
+        collect(Scripted(WHOLE), reward)
 
 
 def test_value_that_cannot_be_logged_names_its_function():

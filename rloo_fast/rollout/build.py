@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from ..models import base_causal_lm
 from ..weight_sync import check_can_stream
 from .engine import RolloutEngine
 from .hf import HFEngine
-
-logger = logging.getLogger(__name__)
 
 
 def make_engine(

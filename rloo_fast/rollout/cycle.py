@@ -3,7 +3,6 @@ sampled, the engine sleeps, and what was moved out of its way comes back."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,8 +10,6 @@ from ..memory import Room
 from ..metrics import Metrics
 from ..types import Rollout, Sampling
 from .engine import Bucket, EngineState, OnFinished, RolloutEngine
-
-logger = logging.getLogger(__name__)
 
 
 class RolloutCycle:
