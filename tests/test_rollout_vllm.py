@@ -31,7 +31,7 @@ SAMPLING = Sampling(
     temperature=0.7, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, max_new_tokens=12,
     stop_token_ids=(1, 7),
 )  # fmt: skip
-LONG = list(range(20, 90))  # fills a block of the prefix cache, whatever its size
+LONG = [20 + i % 70 for i in range(150)]  # more than a block of the prefix cache: 128 on a CPU
 PROMPTS = [LONG] * 4 + [[9, 10, 11]] * 4
 BUCKET = 20_000  # bytes: several buckets
 

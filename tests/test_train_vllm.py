@@ -95,6 +95,13 @@ def test_adapters_reach_the_engine(trainer_of):
     assert max(before) < 1e-4
 
 
+def test_an_engine_that_never_sleeps_gets_the_weights_of_every_step(trainer_of):
+    trainer = trainer_of(vllm_enable_sleep_mode=False)
+    trainer.train()
+    assert max(logged(trainer, "sampling/logp_diff_max")) < 1e-4
+    assert len(logged(trainer, "sync/gib")) == 4
+
+
 def test_the_sync_is_logged(trainer_of):
     trainer = trainer_of(max_steps=2)
     trainer.train()
