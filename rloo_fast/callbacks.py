@@ -63,8 +63,7 @@ class StepCallback(TrainerCallback):
 
     def _skip_update(self, args: Any, step: int, norm: float) -> None:
         trainer = self.trainer
-        # without gradients no optimizer of torch changes weights or its state
-        trainer.model_wrapped.zero_grad(set_to_none=True)
+        trainer.parallel.drop_gradients(trainer.model_wrapped)
         trainer.num_skipped_steps += 1
         logger.warning(
             "Step %d: the gradient is not finite (norm %s); the update is skipped.", step, norm
@@ -119,8 +118,7 @@ class SyncReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.ref_model_sync_steps:
             return
-        alpha = args.ref_model_mixup_alpha
-        policy = dict(self.trainer.model.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.reference.named_parameters():
-                parameter.lerp_(policy[name].detach().to(parameter), alpha)
+            self.trainer.parallel.move_towards(
+                self.reference, self.trainer.model, args.ref_model_mixup_alpha
+            )

@@ -1,166 +1,32 @@
-"""Checkpoints that are complete or absent, and resumes that repeat the uninterrupted run.
+"""Checkpoints that are complete or absent, whatever fails on whichever process.
 
-A checkpoint is written under `<output_dir>/.incomplete/` and renamed to `checkpoint-N` when every
-file of every process is on the disk; an old one is renamed into `.incomplete/` before it is
-deleted. Beside what transformers saves (weights, optimizer, scheduler, random states, TrainerState)
-it holds `rloo_state_<rank>.pt`: completions still to be used, metrics and losses not yet logged, a
-reference model that moves. Several machines need a shared output_dir.
+Beside what transformers saves (weights, optimizer, scheduler, random states, TrainerState) a
+checkpoint holds `rloo_state_<rank>.pt`: completions still to be used, metrics and losses not yet
+logged; a reference model that moves; and `rloo_launch.json`, who saved it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .models import REF_ADAPTER
+from .checkpoint_files import (
+    INCOMPLETE,
+    checkpoints,
+    publish,
+    rotate,
+    save_launch,
+    state_file,
+    sync_tree,
+)
 
 logger = logging.getLogger(__name__)
-
-INCOMPLETE = ".incomplete"
-REPLACED = "replaced-"
-
-
-def state_file(rank: int | str) -> str:
-    return f"rloo_state_{rank}.pt"
-
-
-def check_output_dir(output_dir: str) -> None:
-    """Raise ValueError unless files can be created in `output_dir` (made if missing)."""
-    path = Path(output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir {output_dir!r} cannot be written to ({error.strerror}): choose another."
-        ) from error
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of `checkpoint-N`, -1 for a directory of another name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint-N directories of `run_dir` by step; none where it cannot be read."""
-    found: list[Path] = []
-    with suppress(OSError):
-        found = [path for path in run_dir.iterdir() if step_of(path) >= 0 and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def find_checkpoint(
-    resume: str | bool | None, output_dir: str, num_processes: int | None = None
-) -> str | None:
-    """The checkpoint to resume from: a directory as given, or with True the newest of output_dir.
-
-    Raises ValueError where there is none, or it cannot be resumed from (by `num_processes`).
-    """
-    if resume is None or resume is False:
-        return None
-    put_back(Path(output_dir) if resume is True else Path(resume).parent)
-    if resume is True:
-        found = checkpoints(Path(output_dir))
-        if not found:
-            raise ValueError(
-                f"resume_from_checkpoint=True, but {output_dir!r} holds no checkpoint: start "
-                "without it, or give the checkpoint's directory."
-            )
-        path = found[-1]
-    else:
-        path = Path(resume)
-    if path.resolve().parent.name == INCOMPLETE or not (path / "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint={str(path)!r} is not a complete checkpoint: give a directory "
-            "checkpoint-N with a trainer_state.json in it."
-        )
-    if not (path / state_file(0)).is_file():
-        raise ValueError(
-            f"{str(path)!r} holds no {state_file(0)}: it was saved by another trainer or with "
-            "save_only_model=True, and cannot be resumed from. Load its weights as the model."
-        )
-    num_saved = len(list(path.glob(state_file("*"))))
-    if num_processes not in (None, num_saved):
-        raise ValueError(
-            f"{str(path)!r} was saved by {num_saved} processes and cannot be resumed by "
-            f"{num_processes}: launch as many."
-        )
-    return str(path)
-
-
-def put_back(run_dir: Path) -> None:
-    """Undo a replacement (see `publish`) that was cut between its two renames."""
-    for old in (run_dir / INCOMPLETE).glob(f"{REPLACED}checkpoint-*"):
-        final = run_dir / old.name.removeprefix(REPLACED)
-        if not final.exists():
-            with suppress(OSError):  # another process was faster
-                os.rename(old, final)
-
-
-def load_state(checkpoint: str, rank: int) -> dict[str, Any]:
-    """What run_state() returned on this process when the checkpoint was saved."""
-    path = Path(checkpoint) / state_file(rank)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def sync_tree(root: Path) -> None:
-    """Flush every file and directory below `root` to the disk."""
-    for directory, _, files in os.walk(root):
-        for name in [*files, "."]:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def publish(written: Path, final: Path) -> None:
-    """Move a complete checkpoint to its place; one of that name is replaced."""
-    replaced = written.with_name(REPLACED + final.name)
-    if final.exists():
-        os.rename(final, replaced)
-    try:
-        os.rename(written, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def rotate(run_dir: Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """Keep `limit` checkpoints: `newest`, the best one, and what was saved last before.
-
-    Those of later steps than `newest` are left from a run that was resumed from an earlier one, so
-    they are the first to go.
-    """
-    if limit is None or limit <= 0:
-        return
-    found = checkpoints(run_dir)
-    found.sort(key=lambda path: (step_of(path) <= step_of(newest), step_of(path)))
-    protected = {newest.resolve(), Path(best).resolve() if best else newest.resolve()}
-    kept = [path for path in found if path.resolve() in protected]
-    excess = len(found) - max(limit, len(kept))
-    for path in [path for path in found if path not in kept][: max(excess, 0)]:
-        # half a deleted checkpoint must not look like one
-        (run_dir / INCOMPLETE).mkdir(exist_ok=True)
-        os.rename(path, run_dir / INCOMPLETE / f"deleted-{path.name}")
 
 
 class CheckpointMixin:
@@ -168,8 +34,10 @@ class CheckpointMixin:
 
     accelerator: Any
     args: Any
-    control: Any
+    buffer: Any
     model: Any
+    parallel: Any
+    reference: Any
     state: Any
     termination: Any
 
@@ -180,6 +48,34 @@ class CheckpointMixin:
     _former_best: tuple[Any, Any] = (None, None)
 
     # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model, as save_pretrained does; every process must call."""
+        if self._saving_root is None:
+            self._save_whole(output_dir)
+        else:
+            self._together(lambda: self._save_whole(output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # pyright: ignore
+
+    def _save_whole(self, output_dir: str | None) -> None:
+        state = self.parallel.whole_state(self.model)
+        if state is None:
+            super().save_model(output_dir, _internal_call=True)  # pyright: ignore
+        elif self.args.should_save:
+            self._save(output_dir, state_dict=state)  # pyright: ignore
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save = super()._save_optimizer_and_scheduler  # pyright: ignore
+
+        def save_parts() -> None:
+            with self.parallel.saving(output_dir):
+                save(output_dir)
+
+        self._together(save_parts)
+        if self.args.sync_ref_model and self.reference is not None:
+            reference = self.reference.model
+            self._together(lambda: self.parallel.save_reference(reference, output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_root or super()._get_output_dir(trial)  # pyright: ignore
@@ -206,22 +102,34 @@ class CheckpointMixin:
 
     def _all_succeed(self, name: str, action: Callable[[], None]) -> bool:
         """Run `action`; True if it raised on no process. A failure is logged, not raised."""
-        error = ""  # not the exception: it would keep the file open that fills the disk
         try:
-            action()
+            self._together(action)
+            return True
         except Exception as failure:  # the disk may fill in any of a dozen libraries
             error = f"{type(failure).__name__}: {failure}"
-        failed = self._any_process(bool(error))
-        if failed:
-            self.num_failed_saves += 1
-            found = checkpoints(Path(self.args.output_dir))
-            logger.error(
-                "%s could not be saved (%s). Training goes on; the newest checkpoint is %s.",
-                name,
-                error or "on another process",
-                found[-1].name if found else "none",
-            )
-        return not failed
+        self.num_failed_saves += 1
+        found = checkpoints(Path(self.args.output_dir))
+        logger.error(
+            "%s could not be saved (%s). Training goes on; the newest checkpoint is %s.",
+            name,
+            error,
+            found[-1].name if found else "none",
+        )
+        return False
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run `action`; if it raises on one process, raise on all.
+
+        For each part of a checkpoint: a process that left in between would be missing from the
+        engine's collectives in the next one.
+        """
+        try:
+            action()
+        except Exception:
+            self._any_process(True)
+            raise
+        if self._any_process(False):
+            raise OSError("it failed on another process")
 
     def _make_room(self, root: Path) -> None:
         if self.args.should_save:
@@ -239,6 +147,8 @@ class CheckpointMixin:
             self._saving_root, state.best_global_step = None, best_step
         if not args.save_only_model:
             torch.save(self.run_state(), root / name / state_file(args.process_index))  # pyright: ignore
+            if args.should_save:
+                save_launch(root / name, self.parallel, bool(self.buffer.queue))
         if best_step:
             best = root.parent / f"checkpoint-{best_step}"
             if best_step == state.global_step or best.is_dir():
@@ -264,39 +174,6 @@ class CheckpointMixin:
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         self._former_best = (self.state.best_metric, self.state.best_global_step)
         return super()._determine_best_metric(*args, **kwargs)  # pyright: ignore
-
-    # Resuming, where transformers' run would differ from the uninterrupted one
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
-        # transformers 5.16 leaves out the trained adapter where the reference's lies beside it
-        if REF_ADAPTER in getattr(self.model, "peft_config", {}):
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-
-    def _evaluate(
-        self, *args: Any, skip_scheduler: bool = False, **kwargs: Any
-    ) -> dict[str, float]:
-        if skip_scheduler and self.state.global_step > 0:
-            return {}  # eval_on_start: the run has started before
-        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)  # pyright: ignore
-
-    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True  # resumed from the last step: none is left
-            return
-        # in a resumed epoch, transformers 5.16 sets the epoch of a loader that skips the steps done
-        # and does not pass it on
-        if hasattr(train_dataloader, "set_epoch"):
-            train_dataloader.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)  # pyright: ignore
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # with a limit of 1, transformers would delete the newest checkpoint unless it is the best
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)  # pyright: ignore
-        finally:
-            self.args.save_total_limit = limit
 
     # SIGTERM
 

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint import check_output_dir, checkpoints, find_checkpoint, put_back
+from .checkpoint_files import check_output_dir, checkpoints, find_checkpoint, put_back
 from .cli_arguments import TrainArguments, as_usage_errors, build, gather
 from .cli_help import full_help, short_help
 from .cli_options import options_of

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from . import config_checks, config_refused
 from .names_2024 import Names2024
+from .parallel import prepare_args
 
 
 def _field(default: Any, text: str) -> Any:
@@ -156,7 +157,7 @@ class RLOOConfig(Names2024, TrainingArguments):
         "per_device_train_batch_size.",
     )
     ds3_gather_for_generation: bool = _field(
-        True, "ZeRO-3: gather the weights for generation. Only True is offered."
+        True, "ZeRO-3: gather the weights for transformers' generate. Only True is offered."
     )
 
     # Rewards
@@ -242,7 +243,6 @@ class RLOOConfig(Names2024, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.apply_names_2024()
-        config_checks.refuse_engines(self)
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16
@@ -255,6 +255,7 @@ class RLOOConfig(Names2024, TrainingArguments):
             if self.activation_checkpointing_kwargs is None:
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
+        prepare_args(self)
         config_checks.clean(self)
         config_checks.check_ranges(self)
         config_refused.refuse(self)

@@ -11,32 +11,7 @@ from transformers import GenerationConfig
 from .packing import LAYOUTS
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
     from .config import RLOOConfig
-
-
-def refuse_engines(args: RLOOConfig) -> None:
-    for engine in ("deepspeed", "fsdp", "fsdp_config"):
-        if getattr(args, engine):
-            raise ValueError(
-                f"{engine} is not in this version: train with one process, or several with "
-                "`accelerate launch --multi_gpu`."
-            )
-
-
-def refuse_launcher(trainer: Trainer) -> None:
-    """Raise ValueError for engines that the environment, not a field, has chosen."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError(
-            "DeepSpeed and FSDP are not in this version: launch with `accelerate launch "
-            "--multi_gpu`, or as one process."
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "several GPUs are visible to one process: launch with `accelerate launch`, or show "
-            "one with CUDA_VISIBLE_DEVICES."
-        )
 
 
 def clean(args: RLOOConfig) -> None:

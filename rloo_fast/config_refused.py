@@ -17,7 +17,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "a micro-batch is halved by itself where memory runs out, and the batch of a step does not "
         "depend on it; leave it out",
     ),
-    "ds3_gather_for_generation": ((True,), "ZeRO-3 is not in this version; leave it True"),
+    "ds3_gather_for_generation": (
+        (True,),
+        "transformers' generate gathers the weights once per rollout, not layer by layer for every "
+        "token; use_vllm=True samples without whole weights of the policy; leave it True",
+    ),
     "log_multimodal": ((True,), "there are no images here; leave it True"),
     "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
     "neftune_noise_alpha": (

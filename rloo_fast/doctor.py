@@ -21,7 +21,7 @@ PACKAGES = {
     "peft": "",
     "trl": "a peer in tests and benchmarks only",
     "vllm": "for rollouts with --use_vllm",
-    "deepspeed": "not used by this version",
+    "deepspeed": "for ZeRO-1, 2 and 3, with --deepspeed",
     "flash-attn": "for --attn_implementation flash_attention_2, on GPUs",
     "liger-kernel": "for --use_liger_kernel, on GPUs",
     "reasoning-gym": "",
@@ -117,8 +117,7 @@ def packages() -> dict[str, dict[str, str | None]]:
                 note = f"expected {limits[name]}: pip install '{name}{limits[name]}'"
         except metadata.PackageNotFoundError:
             version = None
-            if use != "not used by this version":
-                note = f"pip install {name}" + (f" ({use})" if use else "")
+            note = f"pip install {name}" + (f" ({use})" if use else "")
         found[name] = {"version": version, "note": note or None}
     return found
 
@@ -160,7 +159,7 @@ def run_here() -> dict[str, dict[str, str]]:
     )
     plan["its attention"] = _segments(config)
     plan["loss"] = _kernels(device)
-    plan["several processes"] = ("DDP", "FSDP and DeepSpeed are not in this version")
+    plan["several processes"] = ("DDP", f"FSDP2 with --fsdp True, on GPUs; {_about_deepspeed()}")
     return {part: {"choice": choice, "why": why} for part, (choice, why) in plan.items()}
 
 
@@ -169,6 +168,13 @@ def _about_vllm() -> str:
         return f"vLLM {_installed('vllm')} is used if asked for: --use_vllm True"
     except metadata.PackageNotFoundError:
         return "vLLM, with --use_vllm True, needs `pip install vllm`"
+
+
+def _about_deepspeed() -> str:
+    try:
+        return f"ZeRO-1, 2, 3 by DeepSpeed {_installed('deepspeed')} with --deepspeed"
+    except metadata.PackageNotFoundError:
+        return "ZeRO-1, 2, 3 with --deepspeed need `pip install deepspeed`"
 
 
 def _precision(config: Any, has_gpu: bool) -> tuple[str, str]:

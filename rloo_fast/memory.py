@@ -5,7 +5,8 @@ gradients (None between steps), optimizer state, the reference model and reward 
 which of these must go, `Room` moves them. What is moved is whole storages: ties, views, strides and
 the tensor objects stay as they are, and every bit comes back.
 
-Open: subclasses of Tensor (sharded by FSDP2, quantised) are counted, but stay where they are.
+Of optimizer state that FSDP2 shards, this process' part moves. Other subclasses of Tensor (sharded
+weights, of which FSDP2 has further views, and quantised ones) are counted, but stay where they are.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def _groups(
     return {
         "weights": _held(model),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "optimizer": [] if optimizer is None else list(_tensors_in(optimizer.state)),
+        "optimizer": [] if optimizer is None else [_local(t) for t in _tensors_in(optimizer.state)],
         "reference": [] if reference is None else _held(reference),
     }
 
@@ -236,8 +237,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This process's part of a tensor that is sharded: the very one that it holds."""
+    with torch.no_grad():
+        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole_storage(tensor: Tensor) -> Tensor:

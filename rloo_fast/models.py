@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 
 from .config import RLOOConfig, as_dict
+from .parallel.zero import copy_split
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,9 @@ def make_reference(model: nn.Module, args: RLOOConfig) -> nn.Module | None:
     if is_peft_model(model):
         _check_no_sync(args)
         return None
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    is_split = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    reference = copy_split(model) if is_split else copy.deepcopy(model)
+    reference.requires_grad_(False).eval()
     if args.use_liger_kernel:  # the Trainer applies them to the policy alone
         apply_liger_kernel(reference, args.liger_kernel_config)
     return reference

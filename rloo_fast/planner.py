@@ -44,10 +44,12 @@ class Planner:
         multiple_of: int | None = None,
         every_token: bool = False,
         few_sizes: bool = False,
+        can_retry: bool = True,
     ):
         self.accelerator, self.rows, self.max_tokens = accelerator, rows, max_tokens
         self.every_token, self.few_sizes = every_token, few_sizes
         self.pad_token_id, self.multiple_of = pad_token_id, multiple_of or 1
+        self.can_retry = can_retry
         self.layout = ""
         self.num_halvings = 0
 
@@ -138,26 +140,37 @@ class Planner:
         Then nothing is left of it but what run_one has changed. A process that ran out goes on with
         fillers, so that the others, who learn of it at the end, do not wait for it. Gradients are
         reduced in the last step with `last_synchronises`: what fails in it, with several
-        processes, cannot be taken back.
+        processes, cannot be taken back; nothing can be without `can_retry`.
         """
         several = self.accelerator.num_processes > 1
         failed = False
         for i, step in enumerate(steps):
             last = i == len(steps) - 1
             bound = several and last and last_synchronises
-            if bound and self._any_process(failed):
+            if bound and self.can_retry and self._any_process(failed):
                 return False
             try:
                 run_one(Step(step.samples, []) if failed else step, last)
             except (RuntimeError, MemoryError) as error:
-                if bound or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
+                    raise
+                if bound or (several and not self.can_retry):
+                    error.add_note(self._advice(steps))
                     raise
                 failed = True
             if failed and not several:
                 break
-        if several and not last_synchronises:
+        if several and self.can_retry and not last_synchronises:
             failed = self._any_process(failed)
         return not failed
+
+    def _advice(self, steps: list[Step]) -> str:
+        half = max(self.budget(steps[0].samples) // 2, 1)
+        return (
+            "Other processes are waiting for this one, so the step cannot be taken again in "
+            f"smaller micro-batches: set max_tokens_per_micro_batch={half}, and resume from the "
+            "newest checkpoint."
+        )
 
     def shrink(self, steps: list[Step]) -> None:
         """Halve the budget; raises RuntimeError where each micro-batch is one completion."""

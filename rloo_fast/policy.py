@@ -19,9 +19,12 @@ from rloo_kernels import (
     selective_log_softmax,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .attention import keep_for_backward, segment_attention
 from .models import base_causal_lm
+from .parallel.base import HeadFunction, plain_head
+from .redirect import run_inside
 from .types import Credit, MicroBatch
 
 
@@ -35,7 +38,7 @@ class TokenScores(NamedTuple):
 class Head(NamedTuple):
     """What the model does between its last hidden state and the softmax."""
 
-    linear: nn.Module | None  # None: only the model's own logits are right
+    linear: nn.Linear | None  # None: only the model's own logits are right
     softcap: float | None
     logit_scale: float
 
@@ -49,7 +52,7 @@ def find_head(model: Any) -> Head:
     config = model.config.get_text_config()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     backbone = getattr(model, "base_model", model)
-    linear = head if type(head) is nn.Linear and backbone is not model else None
+    linear = head if _is_linear(head) and backbone is not model else None
     scale = 1.0
     for name, divides in (
         ("logit_scale", False),
@@ -85,8 +88,10 @@ def router_coef(model: nn.Module, coef: float | None) -> float:
 class Policy:
     """Log-probs and loss of micro-batches by a model, through whatever wraps it (DDP, autocast).
 
-    `model` is the bare model; `wrapped`, given with each call, what the training engine made of it.
-    Log-probs are of logits / temperature. `compile_options`: arguments of torch.compile for the
+    `model` is the bare model; `wrapped`, given with each call or at first, what the training engine
+    made of it.
+    Log-probs are of logits / temperature. `with_head(lm_head, f)`: f(whole weight, bias) within the
+    forward. `compile_options`: arguments of torch.compile for the
     backbone (generation keeps the model as it is), None: not compiled.
     """
 
@@ -95,16 +100,19 @@ class Policy:
         model: nn.Module,
         *,
         temperature: float,
+        with_head: Callable[[nn.Linear, HeadFunction], Any] = plain_head,
         compile_options: dict[str, Any] | None = None,
+        wrapped: nn.Module | None = None,
     ):
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.with_head = model, temperature, with_head
+        self.wrapped = wrapped or model
         self.num_forwards = 0
         self.num_tokens_run = 0  # positions put through the model, fillers and padding included
         self._compile_options, self._compiled = compile_options, None
 
     def score(self, batch: MicroBatch, wrapped: nn.Module | None = None) -> TokenScores:
         """Log-prob and entropy of every target; for calls under no_grad."""
-        return self._run(self._score, batch, wrapped)
+        return self._run(lambda: (None, self._score(batch)), batch, wrapped)[1]
 
     def loss(
         self,
@@ -120,16 +128,28 @@ class Policy:
 
         `options` are those of `fused_linear_rloo_loss`.
         """
-        return self._run(self._loss, batch, wrapped, credit, options, router_loss)
+
+        def forward() -> tuple[tuple[Tensor, Tensor | None], Objective]:
+            objective, aux = self._loss(batch, credit, options, router_loss)
+            return (objective.loss, aux), objective
+
+        (loss, aux), objective = self._run(forward, batch, wrapped)
+        return objective._replace(loss=loss), aux
 
     def _run(
-        self, function: Callable[..., Any], batch: MicroBatch, wrapped: nn.Module | None, *args: Any
-    ) -> Any:
+        self, forward: Callable[[], tuple[Any, Any]], batch: MicroBatch, wrapped: nn.Module | None
+    ) -> tuple[Any, Any]:
+        """What `forward` returns: first what goes through the engine's hooks, then the rest."""
         self.num_forwards += 1
         self.num_tokens_run += batch.input_ids.numel()
-        if wrapped is None or wrapped is self.model:
-            return function(batch, *args)
-        return run_inside(wrapped, self.model, function, batch, *args)
+        rest = None
+
+        def inner() -> Any:
+            nonlocal rest
+            differentiable, rest = forward()
+            return differentiable
+
+        return run_inside(wrapped or self.wrapped, self.model, inner), rest
 
     # Inside the forward
 
@@ -144,13 +164,9 @@ class Policy:
                     return_entropy=True,
                 )
             )
+        hidden, _ = self._hidden(batch)
         return TokenScores(
-            *linear_logprob(
-                *self._hidden(batch, head)[:2],
-                batch.targets,
-                return_entropy=True,
-                **self._head_options(head),
-            )
+            *self._at_head(head, linear_logprob, hidden, batch.targets, return_entropy=True)
         )
 
     def _loss(
@@ -164,31 +180,20 @@ class Policy:
                 logits, batch.targets, batch.cu_seqlens, temperature=self.temperature, **common
             )
         else:
-            hidden, weight, out = self._hidden(batch, head, router_loss)
-            objective = fused_linear_rloo_loss(
-                hidden,
-                weight,
-                batch.targets,
-                batch.cu_seqlens,
-                **self._head_options(head),
-                **common,
+            hidden, out = self._hidden(batch, router_loss)
+            objective = self._at_head(
+                head, fused_linear_rloo_loss, hidden, batch.targets, batch.cu_seqlens, **common
             )
         return objective, self._router_loss(out, batch) if router_loss else None
 
-    def _hidden(
-        self, batch: MicroBatch, head: Head, router_logits: bool = False
-    ) -> tuple[Tensor, Tensor, Any]:
-        """(hidden states (N, D) that predict the targets, lm_head weight (V, D), model output)."""
+    def _hidden(self, batch: MicroBatch, router_logits: bool = False) -> tuple[Tensor, Any]:
+        """(hidden states (N, D) that predict the targets, model output)."""
         model = base_causal_lm(self.model)
         out = self._call(self._backbone(model), batch, router_logits)
-        assert head.linear is not None
-        hidden, weight = out.last_hidden_state, head.linear.weight
+        hidden = out.last_hidden_state
         if batch.segments is not None and hidden.requires_grad:
             keep_for_backward(hidden, model)
-        hidden = hidden.flatten(0, 1)[batch.logit_index]
-        if torch.is_autocast_enabled(hidden.device.type):
-            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))  # pyright: ignore
-        return hidden.to(weight.dtype), weight, out  # pyright: ignore
+        return hidden.flatten(0, 1)[batch.logit_index], out
 
     def _logits(self, batch: MicroBatch, router_logits: bool = False) -> tuple[Tensor, Any]:
         """(logits (N, V), model output) by the model's own head."""
@@ -224,17 +229,26 @@ class Policy:
             self._compiled = torch.compile(model.base_model, dynamic=False, **self._compile_options)
         return self._compiled
 
-    def _head_options(self, head: Head) -> dict[str, Any]:
+    def _at_head(
+        self, head: Head, op: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """op(hidden, weight, *args, ...) with all that the head does."""
         assert head.linear is not None
-        bias: Any = head.linear.bias
-        if bias is not None and torch.is_autocast_enabled(bias.device.type):
-            bias = bias.to(torch.get_autocast_dtype(bias.device.type))
-        return {
-            "bias": bias,
-            "temperature": self.temperature,
-            "softcap": head.softcap,
-            "logit_scale": head.logit_scale,
-        }
+
+        def run(weight: Tensor, bias: Tensor | None) -> Any:
+            weight = _autocast(weight)
+            return op(
+                hidden.to(weight.dtype),
+                weight,
+                *args,
+                bias=None if bias is None else _autocast(bias),
+                temperature=self.temperature,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                **kwargs,
+            )
+
+        return self.with_head(head.linear, run)
 
     def _router_loss(self, out: Any, batch: MicroBatch) -> Tensor:
         """Load-balancing loss (Switch Transformer, arXiv:2101.03961) over the tokens of all rows: a
@@ -251,24 +265,14 @@ class Policy:
         return loss
 
 
-def run_inside(
-    wrapped: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any
-) -> Any:
-    """function(*args) as `module`'s forward in one call of `wrapped`, so that its hooks fire."""
-    own = module.__dict__.get("forward")  # accelerate may have put its own there
+def _is_linear(head: Any) -> bool:
+    """A plain linear layer; FSDP2 puts a class of its own in front of a module's."""
+    return type(head) is nn.Linear or (  # not of a subclass, such as an adapter's
+        isinstance(head, FSDPModule) and type(head).__bases__ == (FSDPModule, nn.Linear)
+    )
 
-    def restore() -> None:
-        if own is not None:
-            module.forward = own
-        else:
-            module.__dict__.pop("forward", None)
 
-    def once(*a: Any, **k: Any) -> Any:
-        restore()
-        return function(*a, **k)
-
-    module.forward = once
-    try:
-        return wrapped(*args)
-    finally:
-        restore()
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would have it in a matrix product."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

@@ -76,7 +76,9 @@ def _trial(layout: str, policy: Policy, wrapped: nn.Module, accelerator: Acceler
             return policy.score(batch, wrapped).logps[-len(second) :]
 
     training = policy.model.training
-    policy = Policy(policy.model, temperature=policy.temperature)  # nothing compiled, not counted
+    policy = Policy(  # nothing compiled, not counted
+        policy.model, temperature=policy.temperature, with_head=policy.with_head
+    )
     policy.model.eval()
     try:
         right = logps(prompt, [second], "padded")

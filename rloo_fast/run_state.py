@@ -1,22 +1,29 @@
-"""What, beside transformers' own state, the next step depends on: saved, and restored."""
+"""Resumes that repeat the uninterrupted run: what, beside transformers' own state, the next step
+depends on, and where transformers' resumed run would differ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_state
+from .checkpoint_files import load_launch, load_state
+from .models import REF_ADAPTER
 from .truth import SamplerMismatch
 
 
 class RunStateMixin:
     """Trainer methods; the state goes into every checkpoint, one file per process."""
 
+    accelerator: Any
     args: Any
     buffer: Any
     collector: Any
+    control: Any
     metrics: Any
+    model: Any
+    parallel: Any
     planner: Any
     reference: Any
     rollouts: Any
@@ -34,7 +41,7 @@ class RunStateMixin:
 
     def run_state(self) -> dict[str, Any]:
         """What, beside transformers' own state, the next step depends on."""
-        state = {
+        return {
             "buffer": self.buffer.state_dict(),
             "metrics": self.metrics.state_dict(),
             "tr_loss": float(self._tr_loss),
@@ -44,9 +51,6 @@ class RunStateMixin:
             "num_nonfinite_steps": self.num_nonfinite_steps,
             "planner": self.planner.state_dict(),
         }
-        if self.args.sync_ref_model and self.reference is not None:
-            state["reference"] = self.reference.model.state_dict()
-        return state
 
     @contextmanager
     def saved_if_it_fails(self, model: Any) -> Iterator[None]:
@@ -75,7 +79,9 @@ class RunStateMixin:
     def restore_run_state(self) -> None:
         if self._resume_from is None:
             return
-        state = load_state(self._resume_from, self.args.process_index)
+        state = self._saved_state(self._resume_from)
+        if self.args.sync_ref_model and self.reference is not None:
+            self.parallel.load_reference(self.reference.model, self._resume_from)
         self._load_rng_state(self._resume_from)  # transformers waits until a step is taken
         self._resume_from = None
         self.last_saved_step = self.state.global_step
@@ -87,5 +93,45 @@ class RunStateMixin:
         self.num_skipped_steps = state["num_skipped_steps"]
         self.num_nonfinite_steps = state["num_nonfinite_steps"]
         self.planner.load_state_dict(state["planner"])
-        if "reference" in state and self.reference is not None:
-            self.reference.model.load_state_dict(state["reference"])
+
+    def _saved_state(self, checkpoint: str) -> dict[str, Any]:
+        """This process' run_state(); of as many processes as saved it, or of another number."""
+        num_saved = load_launch(Path(checkpoint))["num_processes"]
+        if num_saved == self.accelerator.num_processes:
+            return load_state(checkpoint, self.args.process_index)
+        states = [load_state(checkpoint, rank) for rank in range(num_saved)]
+        # of the rest, all processes have the same
+        return states[0] | {"tr_loss": sum(state["tr_loss"] for state in states) / num_saved}
+
+    # Where transformers' resumed run would differ from the uninterrupted one
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
+        # transformers 5.16 leaves out the trained adapter where the reference's lies beside it
+        if not self.parallel.splits_weights and REF_ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+
+    def _evaluate(
+        self, *args: Any, skip_scheduler: bool = False, **kwargs: Any
+    ) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:
+            return {}  # eval_on_start: the run has started before
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)  # pyright: ignore
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # resumed from the last step: none is left
+            return
+        # in a resumed epoch, transformers 5.16 sets the epoch of a loader that skips the steps done
+        # and does not pass it on
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)  # pyright: ignore
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # with a limit of 1, transformers would delete the newest checkpoint unless it is the best
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)  # pyright: ignore
+        finally:
+            self.args.save_total_limit = limit

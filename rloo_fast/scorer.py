@@ -7,7 +7,6 @@ forward gives the rest (`update.py`).
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
 from rloo_kernels import token_level_advantages
 from rloo_kernels.advantages import comparable_rows, scaled_advantages, segment_sum
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .config import RLOOConfig
 from .metrics import gather_rows
 from .models import reference_weights
+from .parallel import Parallel
 from .planner import Planner, Step
 from .policy import Policy
 from .truth import importance_ratios
@@ -33,12 +33,13 @@ class Scorer:
         reference: Policy | None,
         planner: Planner,
         args: RLOOConfig,
-        accelerator: Accelerator,
+        parallel: Parallel,
         *,
         has_dropout: bool = False,
     ):
         self.policy, self.reference, self.planner = policy, reference, planner
-        self.args, self.accelerator, self.has_dropout = args, accelerator, has_dropout
+        self.args, self.parallel, self.has_dropout = args, parallel, has_dropout
+        self.accelerator = parallel.accelerator
         self.token_level = (  # what the loss credits, and with it the ratio and its clip
             args.token_level_kl or args.truncated_importance_sampling == "token"
         )
@@ -111,6 +112,7 @@ class Scorer:
             plan = self.planner.plan(samples, every, split=True, max_rows=rows)
             steps = self.planner.even([Step(samples, units) for units in plan], samples)
             if self.planner.run(steps, run_one, last_synchronises=False):
+                self.parallel.let_go(policy.model)
                 return logps, entropy
             self.planner.shrink(steps)
 

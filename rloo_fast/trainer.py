@@ -28,15 +28,16 @@ from transformers import (
 from . import models, prompts
 from .buffer import RolloutBuffer
 from .callbacks import StepCallback, SyncReference, Termination
-from .checkpoint import CheckpointMixin, check_output_dir, find_checkpoint
+from .checkpoint import CheckpointMixin
+from .checkpoint_files import check_output_dir, find_checkpoint
 from .collect import Collector
 from .config import RLOOConfig, trainer_args
-from .config_checks import refuse_launcher
 from .dataset_checks import check_datasets, check_prompts, check_reward_columns
 from .evaluation import EvaluationMixin
 from .exchange import balance_rows
 from .metrics import Metrics
 from .names_2024 import refuses_arguments_2024
+from .parallel import check_launch, make_parallel
 from .planner import Planner
 from .policy import Policy, router_coef
 from .probe import choose_layout
@@ -132,7 +133,8 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        refuse_launcher(self)
+        check_launch(self.accelerator, self.args.n_gpu)
+        self.parallel = make_parallel(self.accelerator)
         self.metrics = Metrics()
         self.termination = Termination()
         self.last_grad_norm = 0.0
@@ -142,25 +144,32 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
 
     def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
         """The stages, each with the values it needs."""
-        args, device = self.args, self.accelerator.device
+        args, parallel = self.args, self.parallel
         coef = router_coef(self.model, args.router_aux_loss_coef)
         pad_id = self.processing_class.pad_token_id  # pyright: ignore
-        common = {"temperature": args.temperature, "compile_options": args.compile_options}
+        common: dict[str, Any] = {
+            "temperature": args.temperature,
+            "compile_options": args.compile_options,
+            "with_head": parallel.with_head,
+        }
         self.policy = Policy(self.model, **common)
         self.reference = None
         if reference is not None:
-            self.reference = Policy(reference.to(device), **common)
+            wrapped = parallel.reference(reference)
+            self.reference = Policy(reference, wrapped=wrapped, **common)
             if args.sync_ref_model:
                 self.add_callback(SyncReference(self, reference))
-        self.rewards.to(device)
+        self.rewards.to(self.accelerator.device)
         room = None
         if args.vllm_enable_sleep_mode and args.vllm_mode == "colocate":
             room = make_room(self, reference)
             room.make()
         self.rollouts = RolloutCycle(
-            make_engine(self.model, self.processing_class, args, self.accelerator),
+            make_engine(self.model, self.processing_class, args, parallel),
             version=lambda: self.policy_version,
-            weights=lambda: weight_buckets(self.model, args.weight_sync_bucket_mib * 2**20),
+            weights=lambda: weight_buckets(
+                self.model, args.weight_sync_bucket_mib * 2**20, compute_dtype(self.model, args)
+            ),
             metrics=self.metrics,
             sleep_level=2 if args.vllm_enable_sleep_mode else 0,
             room=room,
@@ -191,17 +200,18 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
             multiple_of=args.pad_to_multiple_of,  # pyright: ignore
             every_token=coef != 0,
             few_sizes=args.torch_compile,
+            can_retry=parallel.can_retry,
         )
         self.scorer = Scorer(
             self.policy,
             self.reference,
             self.planner,
             args,
-            self.accelerator,
+            parallel,
             has_dropout=models.has_dropout(self.model),
         )
         self.updater = Updater(
-            self.policy, self.scorer, self.planner, args, self.accelerator, aux_loss_coef=coef
+            self.policy, self.scorer, self.planner, args, parallel, aux_loss_coef=coef
         )
         self.buffer = RolloutBuffer(
             args.per_device_train_batch_size,
@@ -315,8 +325,8 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
 
         SIGTERM: the step is finished, a checkpoint saved, and the process exits with status 0.
         """
-        output_dir, world = str(self.args.output_dir), self.accelerator.num_processes
-        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, world)
+        output_dir = str(self.args.output_dir)
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.parallel)
         self._resume_from = checkpoint
         self.policy_version += 1  # as the weights that are there now, or loaded from a checkpoint
         self.truth.announce()
@@ -346,8 +356,14 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
     def get_total_train_batch_size(self, args: Any) -> int:
         return super().get_total_train_batch_size(args) * self.args.micro_steps_per_update
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        self.parallel.adopt_optimizer(self.optimizer)
+        return super().create_scheduler(*args, **kwargs)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self.parallel.grad_norm()
+        if norm is None:
+            norm = super()._get_grad_norm(model, grad_norm)
         self.last_grad_norm = float(norm)  # pyright: ignore
         return norm
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rloo_kernels import Objective
 from rloo_kernels.advantages import segment_sum
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from .attention import restore
 from .config import RLOOConfig
 from .models import base_causal_lm
+from .parallel import Parallel
 from .planner import Planner, Step
 from .policy import Policy
 from .scorer import Scorer
@@ -66,12 +65,12 @@ class Updater:
         scorer: Scorer,
         planner: Planner,
         args: RLOOConfig,
-        accelerator: Accelerator,
+        parallel: Parallel,
         *,
         aux_loss_coef: float = 0.0,
     ):
         self.policy, self.scorer, self.planner = policy, scorer, planner
-        self.args, self.accelerator = args, accelerator
+        self.args, self.parallel, self.accelerator = args, parallel, parallel.accelerator
         self.aux_loss_coef = aux_loss_coef
         self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
@@ -150,9 +149,9 @@ class Updater:
         def run_one(step: Step, last: bool) -> None:
             batch = self.planner.batch(step)
             inputs = {"samples": step.samples, "batch": batch, "num_rows": num_rows}
-            with self._sync(wrapped, last):
+            with self.parallel.reducing(wrapped, last):
                 loss = compute_loss(wrapped, inputs)
-                self.accelerator.backward(loss)
+                self.parallel.backward(loss, last)
             found.loss += loss.detach()
             if batch.rows:
                 self._record(found, step, batch, inputs, next(numbers))
@@ -275,9 +274,6 @@ class Updater:
             "groups": len(groups),
             "groups_not_run": len(groups) - sum(groups.values()),
         }
-
-    def _sync(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if last else self.accelerator.no_sync(wrapped)
 
 
 def _distinct(pieces: list[Piece]) -> list[Samples]:

@@ -2,19 +2,23 @@
 
 Names are those of a checkpoint (what `save_pretrained` writes and every engine's loader reads), one
 tensor of a tied pair. A LoRA layer is sent as W + scale B A, added up in float32 into a tensor of
-its own: the policy is never merged in place, as adding and subtracting in bfloat16 drifts.
+its own: the policy is never merged in place, as adding and subtracting in bfloat16 drifts. A model
+sharded by FSDP2 or ZeRO-3 is gathered weight by weight, on all processes together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .models import base_causal_lm, is_peft_model
+from .parallel.gathering import full_nbytes, gathered, own_class
 from .rollout.engine import Bucket
+
+SCRATCH_BYTES = 16 * 2**20  # of the float32 sum of a weight and its adapters
 
 
 def check_can_stream(model: nn.Module) -> None:
@@ -45,37 +49,80 @@ def check_can_stream(model: nn.Module) -> None:
         )
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in the model without adapters, weight), one at a time; a tied weight once."""
-    base = base_causal_lm(model)
-    adapted = _adapted_weights(base) if is_peft_model(model) else {}
-    tied, seen = _is_tied(base), set()
-    for name, tensor in base.state_dict(keep_vars=True).items():
-        plain = _plain_name(name, model) if is_peft_model(model) else name
-        if plain is None or (tied and id(tensor) in seen):
-            continue
-        seen.add(id(tensor))
-        layer = adapted.get(name)
-        yield plain, tensor.detach() if layer is None else _merged(layer)
+def named_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name in the model without adapters, full weight), one at a time; a tied weight once.
+
+    Of a sharded model every process gets all of them, and asks for them in step with the others.
+    `dtype`: what FSDP2 computes in; its shards, which may be float32, are rounded to it first.
+    """
+    for weight in _weights(model):
+        yield weight.name, _full(weight, dtype)
 
 
-def weight_buckets(model: nn.Module, max_bytes: int) -> Iterator[Bucket]:
+def weight_buckets(
+    model: nn.Module, max_bytes: int, dtype: torch.dtype | None = None
+) -> Iterator[Bucket]:
     """`named_weights` in checkpoint names, at most `max_bytes` at a time.
 
     A bucket is larger only for a single tensor that is, or, where a checkpoint cuts a layer's
-    weights otherwise than the model does (experts), for the weights of one layer.
+    weights otherwise than the model does (experts), for the weights of one layer. It is emptied
+    when the next one is asked for. Of a sharded model every process thus holds at most `max_bytes`,
+    three times the largest tensor (the last one sent, the one being gathered, its sum with
+    adapters) and SCRATCH_BYTES: within two buckets, if four such tensors fit into one.
     """
-    base, size, waiting = base_causal_lm(model), 0, {}
-    together = _layer_of if _converts(base) else lambda name: name
-    last = None
-    for name, tensor in named_weights(model):
-        if waiting and size + tensor.nbytes > max_bytes and together(name) != last:
-            yield _as_saved(base, waiting)
-            size, waiting = 0, {}
-        waiting[name] = tensor
-        size, last = size + tensor.nbytes, together(name)
-    if waiting:
-        yield _as_saved(base, waiting)
+    base = base_causal_lm(model)
+    together = _layer_of if _converts(base) else str
+    for part in _cut(_weights(model), max_bytes, together, dtype):
+        bucket = _as_saved(base, {weight.name: _full(weight, dtype) for weight in part})
+        yield bucket
+        bucket.clear()  # whoever still has the list has no weights
+
+
+def _cut(
+    weights: list[_Weight],
+    max_bytes: int,
+    together: Callable[[str], str],
+    dtype: torch.dtype | None,
+) -> Iterator[list[_Weight]]:
+    """Parts of at most `max_bytes`, never between names that `together` maps to the same."""
+    part, size = [], 0
+    for weight in weights:
+        nbytes = full_nbytes(weight.parameter, dtype)
+        if part and size + nbytes > max_bytes and together(weight.name) != together(part[-1].name):
+            yield part
+            part, size = [], 0
+        part.append(weight)
+        size += nbytes
+    if part:
+        yield part
+
+
+class _Weight(NamedTuple):
+    name: str  # in the model without adapters
+    parameter: Tensor  # maybe a shard
+    layer: Any  # the LoRA layer that adds to it, or None
+
+
+def _weights(model: nn.Module) -> list[_Weight]:
+    """What there is to send, nothing gathered yet."""
+    base = base_causal_lm(model)
+    adapted = _adapted_weights(base) if is_peft_model(model) else {}
+    tied, seen, found = _is_tied(base), set(), []
+    for name, parameter in base.state_dict(keep_vars=True).items():
+        plain = _plain_name(name, model) if is_peft_model(model) else name
+        if plain is None or (tied and id(parameter) in seen):
+            continue
+        seen.add(id(parameter))
+        found.append(_Weight(plain, parameter, adapted.get(name)))
+    return found
+
+
+def _full(weight: _Weight, dtype: torch.dtype | None) -> Tensor:
+    if weight.layer is not None:
+        return _merged(weight.layer, dtype)
+    return gathered([weight.parameter], dtype)[0]
 
 
 def _is_tied(base: Any) -> bool:
@@ -93,13 +140,14 @@ def _converts(base: Any) -> bool:
     """Whether checkpoints of this model hold other tensors than the model does."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return bool(get_model_conversion_mapping(base, add_legacy=False))
+    with own_class(base):
+        return bool(get_model_conversion_mapping(base, add_legacy=False))
 
 
 def _as_saved(base: Any, weights: dict[str, Tensor]) -> Bucket:
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.no_grad():
+    with torch.no_grad(), own_class(base):
         return list(revert_weight_conversion(base, weights).items())
 
 
@@ -128,20 +176,27 @@ def _adapted_weights(base: Any) -> dict[str, Any]:
     }
 
 
-def _merged(layer: Any) -> Tensor:
-    """W + sum over active adapters of scale B A, in W's dtype, from a float32 sum."""
-    weight = layer.get_base_layer().weight
-    total = weight.detach().float()
-    for adapter in layer.active_adapters:
-        if adapter in layer.scaling:
-            total = total + _delta(layer, adapter)
-    return total.to(weight.dtype)
+@torch.no_grad()
+def _merged(layer: Any, dtype: torch.dtype | None) -> Tensor:
+    """W + sum over active adapters of scale B A, in W's dtype, from float32 sums of some rows."""
+    adapters = [name for name in layer.active_adapters if name in layer.scaling]
+    factors = [factor for name in adapters for factor in _factors(layer, name)]
+    weight, *factors = gathered([layer.get_base_layer().weight, *factors], dtype)
+    merged = torch.empty_like(weight)
+    transposed = getattr(layer, "fan_in_fan_out", False) or len(layer.lora_embedding_A) > 0
+    source, target = (weight.T, merged.T) if transposed else (weight, merged)
+    num_rows = max(1, SCRATCH_BYTES // (4 * source.shape[1]))
+    for start in range(0, len(source), num_rows):
+        rows = slice(start, start + num_rows)
+        total = source[rows].to(torch.float32, copy=True)
+        for name, a, b in zip(adapters, factors[::2], factors[1::2], strict=True):
+            total.addmm_(b[rows].float(), a.float(), alpha=layer.scaling[name])
+        target[rows] = total
+    return merged
 
 
-def _delta(layer: Any, adapter: str) -> Tensor:
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """(A, B) of one adapter."""
     if adapter in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        return (b.detach().float() @ a.detach().float()).T * layer.scaling[adapter]
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    product = (b.detach().float() @ a.detach().float()) * layer.scaling[adapter]
-    return product.T if getattr(layer, "fan_in_fan_out", False) else product
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -27,7 +27,7 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from rloo_fast import RLOOConfig, RLOOTrainer
-from rloo_fast.checkpoint import INCOMPLETE, checkpoints, step_of
+from rloo_fast.checkpoint_files import INCOMPLETE, checkpoints, step_of
 from rloo_fast.metrics import is_timing
 
 HERE = str(Path(__file__).parent)

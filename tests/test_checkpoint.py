@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -24,7 +25,14 @@ from transformers import Trainer, TrainerCallback
 
 from rloo_fast import checkpoint
 from rloo_fast.callbacks import StepCallback
-from rloo_fast.checkpoint import find_checkpoint, load_state, publish, rotate
+from rloo_fast.checkpoint_files import (
+    LAUNCH,
+    find_checkpoint,
+    load_state,
+    publish,
+    rotate,
+    save_launch,
+)
 
 
 class Crash(Exception):
@@ -221,8 +229,17 @@ def test_evaluations_around_the_training_do_not_spoil_a_resumed_metrics_file(tmp
 def fake_checkpoint(path: Path) -> Path:
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text("{}")
-    (path / "rloo_state_0.pt").write_bytes(b"")
+    save_launch(path, launch(), completions_wait=False)
     return path
+
+
+def launch(engine: str = "DDP", num_processes: int = 1, tied: bool = False) -> Any:
+    """Who saves a checkpoint, or resumes from it."""
+    return SimpleNamespace(
+        name=engine,
+        checkpoints_are_tied=tied,
+        accelerator=SimpleNamespace(num_processes=num_processes),
+    )
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path):
@@ -269,12 +286,37 @@ def test_resuming_from_weights_alone_is_refused_before_anything_is_loaded(tmp_pa
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(trainer).items())
 
 
-def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "wait", "now", "why"),
+    [
+        (launch("FSDP2", 2), False, launch(), "saved with FSDP2 and cannot be resumed with DDP"),
+        (launch("ZeRO-3", 2), False, launch("ZeRO-2", 2, tied=True), "launch with ZeRO-3, or give"),
+        (
+            launch("ZeRO-3", 2),
+            False,
+            launch("ZeRO-3", 4, tied=True),
+            "with ZeRO-3 by 2 processes and cannot be resumed by 4: launch 2, or give",
+        ),
+        (launch(num_processes=2), True, launch(), "dealt out to 2 processes, which 1 cannot"),
+    ],
+)
+def test_a_checkpoint_of_another_launch_is_refused(tmp_path, saved, wait, now, why):
     path = fake_checkpoint(tmp_path / "checkpoint-1")
-    (path / "rloo_state_1.pt").write_bytes(b"")
+    save_launch(path, saved, wait)
 
-    with pytest.raises(ValueError, match="saved by 2 processes and cannot be resumed by 1"):
-        find_checkpoint(str(path), str(tmp_path), num_processes=1)
+    with pytest.raises(ValueError, match=why):
+        find_checkpoint(str(path), str(tmp_path), now)
+
+
+def test_other_launches_go_on_where_the_engine_allows(tmp_path):
+    path = fake_checkpoint(tmp_path / "checkpoint-1")
+    for saved, wait, now in (
+        (launch("FSDP2", 2), False, launch("FSDP2", 4)),
+        (launch("FSDP2", 2), True, launch("FSDP2", 2)),
+        (launch("ZeRO-3", 2), True, launch("ZeRO-3", 2, tied=True)),
+    ):
+        save_launch(path, saved, wait)
+        assert find_checkpoint(str(path), str(tmp_path), now) == str(path)
 
 
 def test_other_batch_sizes_are_refused_while_completions_wait(tmp_path):
@@ -355,7 +397,7 @@ def test_a_checkpoint_is_pushed_from_where_it_stays(tmp_path, monkeypatch):
     pushed = []
 
     def push(self: Any, folder: str) -> None:
-        pushed.append((folder, (Path(folder) / "rloo_state_0.pt").exists()))
+        pushed.append((folder, (Path(folder) / LAUNCH).exists()))
 
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
     trainer = make_trainer(tmp_path, max_steps=3)

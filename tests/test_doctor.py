@@ -48,9 +48,9 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
     assert "not installed: pip install datasets" in doctor.as_text(doctor.report())
 
 
-def test_a_package_of_no_use_here_is_not_recommended(monkeypatch):
+def test_without_deepspeed_it_says_what_zero_needs(monkeypatch):
     without(monkeypatch, "deepspeed")
-    assert "not installed, not used by this version" in doctor.as_text(doctor.report())
+    assert "need `pip install deepspeed`" in doctor.run_here()["several processes"]["why"]
 
 
 @pytest.mark.parametrize(

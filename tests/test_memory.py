@@ -294,7 +294,7 @@ def test_on_a_cpu_nothing_is_moved_and_one_line_says_so():
     assert said == ["On a CPU there is nothing to move out of the rollout engine's way."]
 
 
-def test_sharded_state_is_counted_and_stays():
+def test_of_sharded_optimizer_state_this_process_part_moves_and_comes_back():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -309,10 +309,16 @@ def test_sharded_state_is_counted_and_stays():
         mine = sharded._local_tensor
         side.gpu.put(mine)
         room = side.room()
-        assert room.plan.holdings.others == mine.nbytes == sharded.nbytes // 2
+        whole = sum(2 * p.nbytes for p in side.policy.parameters())
+        assert room.plan.holdings.optimizer == whole - mine.nbytes
+        assert mine.nbytes == sharded.nbytes // 2
+        before = mine.clone()
         room.make()
-        assert side.gpu.holds(mine)
+        assert not side.gpu.holds(sharded._local_tensor)
+        assert torch.equal(sharded.to_local(), before)
         room.give_back()
+        assert side.gpu.holds(sharded._local_tensor)
+        assert torch.equal(sharded.to_local(), before)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -14,7 +14,7 @@ import pytest
 from kill_resume import context, is_exact, make_trainer, metrics_of, start
 from transformers import TrainerCallback
 
-from rloo_fast.checkpoint import checkpoints
+from rloo_fast.checkpoint_files import checkpoints
 
 SETTINGS: dict[str, Any] = {
     "num_iterations": 2,

@@ -1,8 +1,12 @@
-"""vLLM in two training processes: each with an engine of its own, or sharing one in two halves."""
+"""vLLM in two training processes: each with an engine of its own, or sharing one in two halves; the
+policy whole on both, or split by FSDP2 or ZeRO-3."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -19,11 +23,22 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
 
-def launch(out: Path, model_dir: Path, processes: int, **settings) -> tuple[list, list]:
-    """(what was sampled in every step, by all ranks; log history)"""
-    out.mkdir()
-    settings["per_device_train_batch_size"] = 16 // processes
-    worker = [str(HERE / "vllm_worker.py"), str(out), str(model_dir), json.dumps(settings)]
+CASES = {  # of two processes; what one process is told for the same
+    "two engines": ({}, "whole"),
+    "FSDP2": ({"engine": "fsdp2"}, "whole"),
+    "tensor parallel, ZeRO-3, LoRA": (
+        {"engine": "zero3", "lora": True, "vllm_tensor_parallel_size": 2}, "LoRA",
+    ),
+}  # fmt: skip
+if not (importlib.util.find_spec("deepspeed") or os.environ.get("CI")):
+    del CASES["tensor parallel, ZeRO-3, LoRA"]
+
+
+def launch(out: Path, model_dir: Path, processes: int, cases: dict[str, dict]) -> dict:
+    """case: (what was sampled in every step, by all ranks; log history)"""
+    sizes = {"per_device_train_batch_size": 16 // processes, "weight_sync_bucket_mib": 1}
+    cases = {case: {**sizes, **settings} for case, settings in cases.items()}
+    worker = [str(HERE / "vllm_worker.py"), str(out), str(model_dir), json.dumps(cases)]
     command = [sys.executable, *worker]
     if processes > 1:
         port = 20000 + os.getpid() % 20000
@@ -33,9 +48,13 @@ def launch(out: Path, model_dir: Path, processes: int, **settings) -> tuple[list
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    per_rank = [json.loads((out / f"sampled-{r}.json").read_text()) for r in range(processes)]
-    sampled = [[row for rank in step for row in rank] for step in zip(*per_rank, strict=True)]
-    return sampled, json.loads((out / "logs.json").read_text())
+    found = {}
+    for case in cases:
+        files = [out / case / f"sampled-{rank}.json" for rank in range(processes)]
+        per_rank = [json.loads(file.read_text()) for file in files]
+        sampled = [[row for rank in step for row in rank] for step in zip(*per_rank, strict=True)]
+        found[case] = sampled, json.loads((out / case / "logs.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +62,20 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(MODELS["llama"]()).save_pretrained(tmp / "model")
-    return {
-        "one process": launch(tmp / "one", tmp / "model", 1),
-        "two engines": launch(tmp / "two", tmp / "model", 2),
-        "tensor parallel": launch(tmp / "tp", tmp / "model", 2, vllm_tensor_parallel_size=2),
-    }
+    one = launch(tmp / "one", tmp / "model", 1, {"whole": {}, "LoRA": {"lora": True}})
+    # one launch each: vLLM's groups of processes cannot be made twice
+    two = [
+        launch(tmp / case, tmp / "model", 2, {case: settings})
+        for case, (settings, _) in CASES.items()
+    ]
+    return functools.reduce(operator.or_, two, one)
 
 
 def steps(logs):
     return [row for row in logs if "sampling/logp_diff_max" in row]
 
 
-@pytest.mark.parametrize("case", ["one process", "two engines", "tensor parallel"])
+@pytest.mark.parametrize("case", ["whole", "LoRA", *CASES])
 def test_sampler_and_trainer_agree(case, runs):
     rows = steps(runs[case][1])
     print(case, [(row["sampling/logp_diff_mean"], row["sampling/logp_diff_max"]) for row in rows])
@@ -62,9 +83,10 @@ def test_sampler_and_trainer_agree(case, runs):
     assert max(row["sampling/logp_diff_max"] for row in rows) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["two engines", "tensor parallel"])
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_sample_and_learn_what_one_does(case, runs):
-    assert runs[case][0] == runs["one process"][0]
-    for a, b in zip(steps(runs[case][1]), steps(runs["one process"][1]), strict=True):
+    sampled, logs = runs[CASES[case][1]]
+    assert runs[case][0] == sampled
+    for a, b in zip(steps(runs[case][1]), steps(logs), strict=True):
         for name in ("reward", "loss", "grad_norm", "objective/kl"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name

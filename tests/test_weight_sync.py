@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from rloo_fast import weight_sync
 from rloo_fast.weight_sync import check_can_stream, named_weights, weight_buckets
 
 SIZES = {
@@ -74,6 +75,12 @@ def test_buckets_are_bounded():
     assert 1 < len(together) < sum(together)
 
 
+def test_a_bucket_is_emptied_when_the_next_one_is_asked_for():
+    buckets = list(weight_buckets(make("llama"), 10_000))
+    assert len(buckets) > 1
+    assert not any(buckets)
+
+
 def test_a_bucket_never_cuts_a_layer_whose_checkpoint_is_cut_otherwise():
     layers = []
     for bucket in weight_buckets(make("mixtral"), 1):
@@ -113,6 +120,14 @@ def test_adapters_are_sent_as_the_merged_model(case, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert_same(sent(model), load_file(tmp_path / "model.safetensors"), atol=1e-6)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["fused qkv", "transposed (gpt2)", "embeddings and lm_head"])
+def test_a_sum_of_a_few_rows_at_a_time_is_the_whole_sum(case, monkeypatch):
+    model = adapted(ADAPTERS[case][0], **ADAPTERS[case][1])
+    whole = sent(model)
+    monkeypatch.setattr(weight_sync, "SCRATCH_BYTES", 5 * 4 * 32)  # five rows of most matrices
+    assert_same(sent(model), whole, atol=1e-6)
 
 
 def test_a_bfloat16_weight_is_rounded_once_after_a_float32_sum():

@@ -1,8 +1,9 @@
-"""One rank of test_train_vllm_ranks: a run with vLLM in the training processes, under torchrun.
+"""One rank of test_train_vllm_ranks: runs with vLLM in the training processes, under torchrun.
 
 python tests/vllm_worker.py OUT_DIR MODEL_DIR SETTINGS_JSON
 
-SETTINGS_JSON: RLOOConfig fields. Writes the log history and what rank 0 sampled.
+SETTINGS_JSON: {case: RLOOConfig fields}; "engine" (see cpu_engines.py) and "lora" beside them. Each
+writes the log history and what each rank sampled to OUT_DIR/CASE.
 """
 
 import json
@@ -12,19 +13,26 @@ from pathlib import Path
 
 import torch
 from conftest import make_tokenizer
+from cpu_engines import engine_fields
+from peft import LoraConfig
 from test_train_vllm import ENGINE, PROMPTS, share_of_w3
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 
 
-def main(out: Path, model_dir: str, settings: dict) -> None:
+def train(out: Path, model_dir: str, settings: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    fields = engine_fields(settings.pop("engine", None))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if settings.pop("lora", 0) else None
     args = RLOOConfig(
         output_dir=str(out), num_generations=4, max_completion_length=8, max_steps=3,
         learning_rate=0.02, beta=0.01, logging_steps=1, save_strategy="no", report_to="none",
         use_cpu=True, disable_tqdm=True, shuffle_dataset=False, gradient_checkpointing=False,
-        use_vllm=True, vllm_enable_sleep_mode=True, vllm_engine_kwargs=ENGINE, **settings,
+        use_vllm=True, vllm_enable_sleep_mode=True, vllm_engine_kwargs=ENGINE, **fields, **settings,
     )  # fmt: skip
-    trainer = RLOOTrainer(model_dir, share_of_w3, args, PROMPTS, processing_class=make_tokenizer())
+    trainer = RLOOTrainer(
+        model_dir, share_of_w3, args, PROMPTS, processing_class=make_tokenizer(), peft_config=lora
+    )
     sampled, generate = [], trainer.rollouts.engine.generate
 
     def recorded(*args, **kwargs):
@@ -39,7 +47,12 @@ def main(out: Path, model_dir: str, settings: dict) -> None:
     if rank == 0:
         (out / "logs.json").write_text(json.dumps(trainer.state.log_history))
     trainer.rollouts.close()
-    if torch.distributed.is_initialized() and trainer.accelerator.num_processes > 1:
+
+
+def main(out: Path, model_dir: str, cases: dict) -> None:
+    for case, settings in cases.items():
+        train(out / case, model_dir, settings)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo of torch 2.13 sometimes aborts in its destructor, after correct results

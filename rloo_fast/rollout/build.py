@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ..config import RLOOConfig, as_dict
 from ..memory import RESERVE, Room
 from ..models import base_causal_lm
+from ..parallel import Parallel
 from ..weight_sync import check_can_stream
 from .engine import RolloutEngine
 from .hf import HFEngine
 
 
 def make_engine(
-    model: nn.Module, tokenizer: Any, args: RLOOConfig, accelerator: Accelerator
+    model: nn.Module, tokenizer: Any, args: RLOOConfig, parallel: Parallel
 ) -> RolloutEngine:
     """The engine of `use_vllm` and `vllm_mode`. Raises ValueError or ImportError, with what to
     write, where it cannot serve this model."""
@@ -27,11 +27,12 @@ def make_engine(
             tokenizer.pad_token_id,
             rows_per_call=args.rollout_forward_batch_size,
             pad_to_multiple_of=args.pad_to_multiple_of,  # pyright: ignore
-            autocast=accelerator.autocast,  # pyright: ignore
+            autocast=parallel.accelerator.autocast,  # pyright: ignore
+            whole_weights=parallel.whole_weights,
         )
     check_can_stream(model)
     if args.vllm_mode == "server":
-        return _server(args, accelerator)
+        return _server(args, parallel.accelerator)
     from . import vllm
 
     vllm.check_generation_kwargs(as_dict(args.generation_kwargs))
@@ -66,7 +67,7 @@ def make_room(trainer: Any, reference: nn.Module | None) -> Room:
     )
 
 
-def _server(args: RLOOConfig, accelerator: Accelerator) -> RolloutEngine:
+def _server(args: RLOOConfig, accelerator: Any) -> RolloutEngine:
     from .vllm_server import VLLMServer
 
     return VLLMServer(

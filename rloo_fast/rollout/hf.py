@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class HFEngine(RolloutEngine):
     A prompt that several rows of a call have runs through the model once: they start from copies of
     its KV cache. `rows_per_call`: prompts per generate call, of like length, None for all at a
     time. The model is put into eval mode for the call (no dropout, no gradient checkpointing) and
-    back afterwards.
+    back afterwards; `whole_weights(model)` is open while it samples.
     """
 
     shares_weights = True
@@ -46,11 +46,12 @@ class HFEngine(RolloutEngine):
         rows_per_call: int | None = None,
         pad_to_multiple_of: int | None = None,
         autocast: Callable[[], AbstractContextManager[Any]],
+        whole_weights: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ):
         super().__init__()
         self.model, self.pad_token_id = model, pad_token_id
         self.rows_per_call, self.pad_to_multiple_of = rows_per_call, pad_to_multiple_of
-        self.autocast = autocast
+        self.autocast, self.whole_weights = autocast, whole_weights
         self.cache_can_be_copied = True  # until seen otherwise
         self.said: set[str] = set()
 
@@ -93,7 +94,12 @@ class HFEngine(RolloutEngine):
         training = self.model.training
         self.model.eval()
         try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad(), self.autocast():
+            with (
+                torch.random.fork_rng(devices=devices),
+                torch.no_grad(),
+                self.whole_weights(self.model),
+                self.autocast(),
+            ):
                 yield
         finally:
             self.model.train(training)

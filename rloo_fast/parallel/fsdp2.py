@@ -1,0 +1,101 @@
+"""FSDP2 (torch's fully_shard), as accelerate sets it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import load_fsdp_model, save_fsdp_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType
+
+from ..models import REF_ADAPTER, is_peft_model
+from ..redirect import run_inside, without_hooks
+from .base import HeadFunction, Parallel
+from .gathering import gathered
+
+
+def adjust(plugin: Any) -> None:
+    """accelerate's settings, where they are its own choice.
+
+    Gradients are reduced and the loss is returned in float32, which for bf16 would both be rounded
+    to it; a policy that the user made stays. Checkpoints to resume from are written by every
+    process for itself: the whole model is saved beside them, and once is enough.
+    """
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # of another type
+    plugin.set_state_dict_type(StateDictType.SHARDED_STATE_DICT)
+    policy = plugin.mixed_precision_policy
+    if isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype == policy.output_dtype:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+        )
+
+
+class FSDP2(Parallel):
+    name = "FSDP2"
+    splits_weights = True
+    can_retry = False
+
+    def reducing(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # waiting for the last one would keep whole gradients on every process
+
+    def with_head(self, linear: nn.Linear, function: HeadFunction) -> Any:
+        # the lm_head's own forward is what gathers its weight, and with it the rest of its unit
+        return run_inside(linear, linear, lambda: function(linear.weight, linear.bias))
+
+    @contextmanager
+    def whole_weights(self, model: nn.Module) -> Iterator[None]:
+        try:
+            for unit in _units(model):
+                unit.unshard()
+            with without_hooks(model, "torch.distributed.fsdp"):
+                yield
+        finally:
+            self.let_go(model)
+
+    def let_go(self, model: nn.Module) -> None:
+        # the unit of the lm_head stays gathered until a backward pass would have used it
+        for unit in _units(model):
+            unit.reshard()
+
+    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        adapters = is_peft_model(model)
+        kept = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if adapters and not (tensor.requires_grad or f".{REF_ADAPTER}." in name):
+                continue
+            (whole,) = gathered([tensor])
+            if self.accelerator.is_main_process:
+                kept[name] = whole.cpu()
+        return kept
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        from accelerate.utils import fsdp2_prepare_model
+
+        split: Any = fsdp2_prepare_model(self.accelerator, model)
+        # its last layers would stay whole, waiting for a backward pass
+        split.set_reshard_after_forward(True)
+        return split
+
+    @contextmanager
+    def saving(self, directory: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointException as error:  # raised on all processes, and not an Exception
+            failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+            raise OSError(f"failures by process: {failures}") from None
+
+    def save_reference(self, model: nn.Module, directory: str) -> None:
+        plugin = self.accelerator.state.fsdp_plugin
+        with self.saving(directory):
+            save_fsdp_model(plugin, self.accelerator, model, directory, 1)
+
+    def load_reference(self, model: nn.Module, directory: str) -> None:
+        load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, model, directory, 1)
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

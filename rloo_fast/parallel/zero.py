@@ -1,0 +1,171 @@
+"""DeepSpeed ZeRO, stages 1 to 3.
+
+Accelerate updates the weights inside the last backward pass; here the engine's `backward` and
+`step` are called apart, so that the gradient is looked at before it is applied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..redirect import without_hooks
+from .base import HeadFunction, Parallel
+from .gathering import gathered, kept_whole
+from .zero_saving import failing_at_the_end
+
+
+class Zero(Parallel):
+    """ZeRO-1 and ZeRO-2: whole weights, split optimizer state (2: and gradients)."""
+
+    can_retry = False
+    checkpoints_are_tied = True
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        plugin: Any = accelerator.state.deepspeed_plugin
+        self.config = plugin.deepspeed_config
+        self.stage = self.config["zero_optimization"]["stage"]
+        self.name = f"ZeRO-{self.stage}"
+
+    @property
+    def engine(self) -> Any:
+        return self.accelerator.deepspeed_engine_wrapped.engine  # pyright: ignore
+
+    def reducing(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def grad_norm(self) -> float:
+        return float(self.engine.optimizer.scaled_global_norm())
+
+    def drop_gradients(self, wrapped: nn.Module) -> None:
+        """Nothing to do: the engine's step leaves out a gradient that is not finite."""
+
+    def adopt_optimizer(self, optimizer: Any) -> None:
+        # in accelerate's wrapper it is empty
+        optimizer.step = MethodType(lambda *_: self.engine.step(), optimizer)
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        return model.to(self.accelerator.device, _dtype(self.config))
+
+    def saving(self, directory: str) -> AbstractContextManager[Any]:
+        return failing_at_the_end(self.engine, directory)
+
+
+class Zero3(Zero):
+    """ZeRO-3: weights split too."""
+
+    splits_weights = True
+
+    def __init__(self, accelerator: Accelerator):
+        super().__init__(accelerator)
+        self._held = ExitStack()  # the lm_head, whole from its forward to its gradient
+        self._waiting: set[int] = set()  # its parameters that have none yet
+
+    def grad_norm(self) -> float:
+        from deepspeed.runtime.utils import (  # pyright: ignore[reportMissingImports]
+            combine_grad_norm_groups,
+        )
+
+        return float(combine_grad_norm_groups(self.engine.optimizer._get_norm_groups()))
+
+    def with_head(self, linear: nn.Linear, function: HeadFunction) -> Any:
+        # not by the lm_head's own forward, whose hooks would gather it for the backward pass again
+        self._let_go()  # of a micro-batch that had no backward pass
+        parameters = list(linear.parameters())
+        self._held.enter_context(kept_whole(parameters))
+        try:
+            result = function(linear.weight, linear.bias)
+        except BaseException:
+            self._let_go()
+            raise
+        waiting = [p for p in parameters if p.requires_grad and torch.is_grad_enabled()]
+        if not waiting:
+            self._let_go()
+        # a gradient can only be added to a parameter that is whole
+        self._waiting = {id(p) for p in waiting}
+        for parameter in waiting:
+            hook = parameter.register_post_accumulate_grad_hook(self._has_gradient)
+            self._held.callback(hook.remove)
+        return result
+
+    def _has_gradient(self, parameter: Tensor) -> None:
+        self._waiting.discard(id(parameter))
+        # no module computes with it any more, the embedding that may share it included
+        parameter.ds_active_sub_modules.clear()  # pyright: ignore
+        if not self._waiting:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._held.pop_all().close()
+
+    @contextmanager
+    def whole_weights(self, model: nn.Module) -> Iterator[None]:
+        with kept_whole(model.parameters()), without_hooks(model, "deepspeed"):
+            yield
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        config = copy.deepcopy(self.config)
+        for training_only in ("optimizer", "scheduler"):
+            config.pop(training_only, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        return deepspeed.initialize(model=model, config=config)[0]
+
+    def move_towards(self, reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        theirs = dict(policy.named_parameters())
+        for name, parameter in reference.named_parameters():
+            (whole,) = gathered([theirs[name]])
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.lerp_(whole.to(parameter), alpha)
+
+    def save_reference(self, model: nn.Module, directory: str) -> None:
+        parts = {name: p.ds_tensor.detach() for name, p in model.named_parameters()}  # pyright: ignore
+        torch.save(parts, self._reference_file(directory))
+
+    def load_reference(self, model: nn.Module, directory: str) -> None:
+        parts = torch.load(self._reference_file(directory), map_location="cpu")
+        for name, parameter in model.named_parameters():
+            parameter.ds_tensor.data.copy_(parts[name])  # pyright: ignore
+
+    def _reference_file(self, directory: str) -> Path:
+        return Path(directory) / f"reference_{self.accelerator.process_index}.pt"
+
+
+def copy_split(model: Any) -> nn.Module:
+    """A model of the same class, configuration and weights, split in the same way.
+
+    copy.deepcopy would copy the empty rest of split parameters. No weight is gathered: every
+    process copies its own part.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):  # the weights it starts with are drawn
+        copied = type(model)._from_config(model.config, dtype=model.dtype)
+    with torch.no_grad():
+        for new, old in zip(copied.parameters(), model.parameters(), strict=True):
+            assert new.ds_shape == old.ds_shape, (new.ds_shape, old.ds_shape)
+            new.ds_tensor.data.copy_(old.ds_tensor)
+        for new, old in zip(copied.buffers(), model.buffers(), strict=True):
+            new.copy_(old)
+    return copied
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """What the engine computes in."""
+    half = config.get("bf16", {}).get("enabled") is True
+    return torch.bfloat16 if half else torch.float32

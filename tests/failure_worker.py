@@ -1,0 +1,110 @@
+"""One rank of test_train_failures: something goes wrong on the last rank in the second step.
+
+python tests/failure_worker.py OUT_DIR MODELS_DIR FAILURE ENGINE [ENGINE ...]      (under torchrun)
+
+FAILURE: nan | reward | forward | out_of_memory. Writes OUT_DIR/<rank>.json: {engine: what became of
+the run}. What a run raises is written down, but that of the last one ends the process.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from cpu_engines import whole_state
+from engine_worker import leave, make_trainer
+from test_trl_parity import first_reward
+from transformers import TrainerCallback
+
+from rloo_fast.models import base_causal_lm
+
+PLANTED = "planted on the last rank"
+SETTINGS = {
+    "num_generations": 2,
+    "per_device_train_batch_size": 4,
+    "max_tokens_per_micro_batch": 30,
+    "optim": "adamw_torch",
+}
+
+
+class Digests(TrainerCallback):
+    """One of all weights after every step; and whether they are finite."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights, self.finite = trainer, [], True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        digest = hashlib.sha256()
+        for weight in whole_state(self.trainer).values():
+            digest.update(weight.numpy().tobytes())
+            self.finite &= bool(weight.isfinite().all())
+        self.weights.append(digest.hexdigest())
+
+
+def is_the_moment(trainer) -> bool:
+    return trainer.state.global_step == 1 and trainer.accelerator.is_last_process
+
+
+def plant(failure: str, trainer) -> None:
+    """`reward` is planted in the reward function."""
+
+    def nan(module, args, output):
+        if is_the_moment(trainer) and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+
+    def forward(module, args, output):
+        if is_the_moment(trainer):
+            raise ArithmeticError(PLANTED)
+
+    def out_of_memory(module, args, output):
+        if is_the_moment(trainer):
+            raise torch.OutOfMemoryError(f"CUDA out of memory, {PLANTED}.")
+
+    hooks = {"nan": nan, "forward": forward, "out_of_memory": out_of_memory}
+    if failure in hooks:
+        base_causal_lm(trainer.model).model.norm.register_forward_hook(hooks[failure])
+
+
+def run(out: Path, models: Path, failure: str, engine: str) -> dict:
+    """`engine` may end in "+lora"."""
+
+    def reward(completion_ids, **columns):
+        if failure == "reward" and is_the_moment(trainer):
+            raise ArithmeticError(PLANTED)
+        return first_reward(completion_ids)
+
+    name, _, lora = engine.partition("+")
+    trainer = make_trainer(
+        out / engine, models, engine=name, lora=bool(lora), reward=reward, **SETTINGS
+    )
+    plant(failure, trainer)
+    digests = Digests(trainer)
+    trainer.add_callback(digests)
+    trainer.train()
+    return {
+        "weights": digests.weights,
+        "finite": digests.finite,
+        "num_skipped": trainer.num_skipped_steps,
+    }
+
+
+def main(out: Path, models: Path, failure: str, engines: list[str]) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for engine in engines:
+        try:
+            found[engine] = run(out, models, failure, engine)
+        except Exception as error:
+            notes = getattr(error, "__notes__", [])
+            found[engine] = {"error": type(error).__name__, "text": str(error), "notes": notes}
+            if engine == engines[-1]:
+                raise
+        finally:
+            (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
