@@ -19,6 +19,8 @@ class EvaluationMixin:
     args: Any
     eval_dataset: Any
     is_in_train: bool
+    model: Any
+    parallel: Any
     policy_version: int
     scorer: Any
     state: Any
@@ -71,6 +73,11 @@ class EvaluationMixin:
         return self.scorer.on_policy_loss(samples).to(self.accelerator.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self.parallel.is_set_up(self.model):
+            raise ValueError(
+                f"evaluate() before train() is not offered with {self.parallel.name}, which splits "
+                "the model together with its optimizer: set eval_on_start=True."
+            )
         self.num_eval_batches = 0
         if not self.is_in_train:
             self.policy_version += 1  # its weights may have been changed by hand

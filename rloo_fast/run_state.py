@@ -68,7 +68,7 @@ class RunStateMixin:
             if step not in (0, self.last_saved_step):
                 self.buffer.load_state_dict(before[0])
                 self.metrics.load_state_dict(before[1])
-                model.zero_grad(set_to_none=True)
+                self.parallel.drop_gradients(model)
                 self._save_checkpoint(model, None)
             if step and self.last_saved_step == step:
                 error.add_note(
@@ -108,7 +108,9 @@ class RunStateMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
         # transformers 5.16 leaves out the trained adapter where the reference's lies beside it
-        if not self.parallel.splits_weights and REF_ADAPTER in getattr(self.model, "peft_config", {}):
+        if not self.parallel.splits_weights and REF_ADAPTER in getattr(
+            self.model, "peft_config", {}
+        ):
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
 
     def _evaluate(

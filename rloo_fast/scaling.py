@@ -248,12 +248,12 @@ def engine_cache(s: Setup) -> float:
 def in_rollout(s: Setup) -> dict[str, float]:
     """Bytes per GPU while the engine is awake, before anything is moved out of its way.
 
-    "gradients" are gone. The engine takes its share whatever it needs; two buckets of weights are
-    in flight when it is synced.
+    "gradients" are gone. The engine takes its share whatever it needs; a bucket of weights and
+    three times the largest of them (see `weight_buckets`) are in flight when it is synced.
     """
     parts = {name: size for name, size in held(s).items() if name != "gradients"}
     parts["rollout engine"] = s.vllm_share * s.gpu_memory_gib * GIB
-    parts["weights in flight"] = 2 * BUCKET
+    parts["weights in flight"] = BUCKET + 3 * s.width * s.shape.largest_matrix
     return parts
 
 

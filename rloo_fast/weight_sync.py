@@ -80,6 +80,12 @@ def weight_buckets(
         bucket.clear()  # whoever still has the list has no weights
 
 
+def most_in_flight(model: nn.Module, max_bytes: int, dtype: torch.dtype | None = None) -> int:
+    """The bytes that `weight_buckets` holds beside the model, at most."""
+    largest = max(full_nbytes(weight.parameter, dtype) for weight in _weights(model))
+    return max_bytes + 3 * largest + SCRATCH_BYTES
+
+
 def _cut(
     weights: list[_Weight],
     max_bytes: int,

@@ -65,7 +65,7 @@ def upgrade_cpus_to_fsdp() -> None:
             self.fsdp_plugin = fsdp_plugin
 
     state.__init__ = init
-    state.upgrades_cpus = True
+    state.upgrades_cpus = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def whole_state(trainer: Any) -> dict[str, torch.Tensor]:

@@ -7,20 +7,23 @@ Settings are RLOOConfig fields, and
     engine         see cpu_engines.py
     model          directory in MODELS_DIR
     lora           True: new adapters; "passed in": a PeftModel with adapters
-    reward         a function of this file
+    reward         a function of this file, by name
     sample         True: completions by the policy itself, not injected ones
     out_of_memory  True: once, on the last rank
+    evaluate       False: not after the training
 """
 
+import gc
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from conftest import InjectedEngine, make_tokenizer
-from cpu_engines import engine_fields, whole_state
+from cpu_engines import ENGINES, engine_fields, whole_state
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_trl_parity import MAX_NEW, completion, first_reward
@@ -56,14 +59,10 @@ class Injected(InjectedEngine):
 # Rewards
 
 
-def zero_for_short_prompts(prompts, completion_ids, at_least=3, **kwargs):
-    rewards = first_reward(completion_ids)
-    return [r if len(p.split()) >= at_least else 0.0 for p, r in zip(prompts, rewards, strict=True)]
-
-
 def only_long_prompts(prompts, completion_ids, **kwargs):
-    """One group in each of the first two steps, two in the third."""
-    return zero_for_short_prompts(prompts, completion_ids, at_least=4)
+    """One group in each of the first two steps, two in the third; 0 for the others."""
+    rewards = first_reward(completion_ids)
+    return [r if len(p.split()) >= 4 else 0.0 for p, r in zip(prompts, rewards, strict=True)]
 
 
 # A run
@@ -71,7 +70,7 @@ def only_long_prompts(prompts, completion_ids, **kwargs):
 
 def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     model = models / settings.pop("model", "qwen2")
-    reward = settings.pop("reward", "first_reward")
+    reward: Any = settings.pop("reward", first_reward)
     lora, sample = settings.pop("lora", False), settings.pop("sample", False)
     engine, out_of_memory = settings.pop("engine", None), settings.pop("out_of_memory", False)
     defaults = dict(
@@ -93,7 +92,7 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     args = RLOOConfig(str(out_dir), **{**defaults, **engine_fields(engine), **settings})
     trainer = RLOOTrainer(
         with_adapters(model) if lora == "passed in" else str(model),
-        reward if callable(reward) else globals()[reward],
+        globals()[reward] if isinstance(reward, str) else reward,
         args,
         train_dataset=DATASET,
         eval_dataset=DATASET.select(range(5)),
@@ -165,12 +164,13 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def train(out_dir: Path, models: Path, settings: dict) -> dict:
+def train(out_dir: Path, models: Path, evaluate: bool = True, **settings) -> dict:
     trainer = make_trainer(out_dir, models, **settings)
     kept = recorded(trainer)
     start = whole_state(trainer)
     trainer.train()
-    trainer.evaluate()
+    if evaluate:
+        trainer.evaluate()
     assert trainer.planner.num_halvings == int(settings.get("out_of_memory", False))
     result = {
         "start": start,
@@ -196,8 +196,11 @@ def leave() -> None:
 def main(out: Path, models: Path, cases: list[dict]) -> None:
     torch.set_num_threads(1)
     for i, settings in enumerate(cases):
+        if i <= len(ENGINES):
+            gc.collect()
+            gc.freeze()  # every train() begins with a collection: spare what is imported by now
         try:
-            result = train(out / str(i), models, settings)
+            result = train(out / str(i), models, **settings)
         except Exception as error:
             error.add_note(f"in the run with {settings}")
             raise

@@ -1,11 +1,13 @@
 """One rank of test_train_failures: something goes wrong on the last rank in the second step.
 
-python tests/failure_worker.py OUT_DIR MODELS_DIR FAILURE ENGINE [ENGINE ...]      (under torchrun)
+python tests/failure_worker.py OUT_DIR MODELS_DIR RUN [RUN ...]      (under torchrun)
 
-FAILURE: nan | reward | forward | out_of_memory. Writes OUT_DIR/<rank>.json: {engine: what became of
-the run}. What a run raises is written down, but that of the last one ends the process.
+RUN: failure-engine or failure-engine-lora; failure: nan | reward | forward | out_of_memory. Writes
+OUT_DIR/<rank>.json: {RUN: what became of it}. What a run raises is written down; what the last one
+raises ends the process.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -67,18 +69,13 @@ def plant(failure: str, trainer) -> None:
         base_causal_lm(trainer.model).model.norm.register_forward_hook(hooks[failure])
 
 
-def run(out: Path, models: Path, failure: str, engine: str) -> dict:
-    """`engine` may end in "+lora"."""
-
+def run(out_dir: Path, models: Path, failure: str, engine: str, lora: bool) -> dict:
     def reward(completion_ids, **columns):
         if failure == "reward" and is_the_moment(trainer):
             raise ArithmeticError(PLANTED)
         return first_reward(completion_ids)
 
-    name, _, lora = engine.partition("+")
-    trainer = make_trainer(
-        out / engine, models, engine=name, lora=bool(lora), reward=reward, **SETTINGS
-    )
+    trainer = make_trainer(out_dir, models, engine=engine, lora=lora, reward=reward, **SETTINGS)
     plant(failure, trainer)
     digests = Digests(trainer)
     trainer.add_callback(digests)
@@ -90,16 +87,18 @@ def run(out: Path, models: Path, failure: str, engine: str) -> dict:
     }
 
 
-def main(out: Path, models: Path, failure: str, engines: list[str]) -> None:
+def main(out: Path, models: Path, runs: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # every train() begins with a collection, which then spares what was imported
     found = {}
-    for engine in engines:
+    for name in runs:
+        failure, engine, *lora = name.split("-")
         try:
-            found[engine] = run(out, models, failure, engine)
+            found[name] = run(out / name, models, failure, engine, bool(lora))
         except Exception as error:
             notes = getattr(error, "__notes__", [])
-            found[engine] = {"error": type(error).__name__, "text": str(error), "notes": notes}
-            if engine == engines[-1]:
+            found[name] = {"error": type(error).__name__, "text": str(error), "notes": notes}
+            if name == runs[-1]:
                 raise
         finally:
             (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
@@ -107,4 +106,4 @@ def main(out: Path, models: Path, failure: str, engines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -406,7 +406,7 @@ def checkpoint(folder, step: int) -> None:
     """What is looked for in a complete checkpoint, in out/."""
     directory = folder / f"out/checkpoint-{step}"
     directory.mkdir(parents=True)
-    for name in ("trainer_state.json", "rloo_state_0.pt"):
+    for name in ("trainer_state.json", "rloo_launch.json"):
         (directory / name).write_text("{}")
 
 

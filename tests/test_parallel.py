@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import make_model
 from cpu_engines import require_deepspeed
+from datasets import Dataset
 
-from rloo_fast import RLOOConfig
+from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.parallel import check_launch
+from rloo_fast.parallel.fsdp2 import FSDP2
 from rloo_fast.redirect import run_inside, without_hooks
 
 ZERO = {"zero_optimization": {"stage": 3}}
@@ -116,3 +119,15 @@ def test_a_forward_that_fails_leaves_the_module_as_it_was():
         run_inside(linear, linear, fail)
     assert "forward" not in vars(linear)
     assert linear(torch.ones(2)).shape == (2,)
+
+
+def test_evaluating_before_the_engine_holds_the_model_is_refused(tmp_path, tokenizer):
+    args = config(tmp_path, max_completion_length=4, per_device_eval_batch_size=2)
+    rows = Dataset.from_list([{"prompt": "w1", "answer": "w2"}] * 8)
+    trainer = RLOOTrainer(
+        make_model(), "exact_match", args, train_dataset=rows, eval_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.parallel = FSDP2(trainer.accelerator)
+    with pytest.raises(ValueError, match="set eval_on_start=True"):
+        trainer.evaluate()

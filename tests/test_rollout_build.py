@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 
 from rloo_fast import RLOOConfig, RLOOTrainer
+from rloo_fast.parallel import Parallel
 from rloo_fast.rollout import HFEngine, build, vllm, vllm_server
 from rloo_fast.weight_sync import weight_buckets
 
-ACCELERATOR = SimpleNamespace(is_main_process=True, wait_for_everyone=print, autocast=None)
+ACCELERATOR: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=print, autocast=None)
 
 
 class Recorded:
@@ -27,7 +29,7 @@ def engine_of(tmp_path, monkeypatch, **fields):
     monkeypatch.setattr(vllm, "check_generation_kwargs", lambda given: None)
     monkeypatch.setattr(vllm_server, "VLLMServer", Recorded)
     args = RLOOConfig(str(tmp_path), use_cpu=True, **fields)
-    return build.make_engine(make_model(), make_tokenizer(), args, ACCELERATOR)
+    return build.make_engine(make_model(), make_tokenizer(), args, Parallel(ACCELERATOR))
 
 
 def test_transformers_is_the_default(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ WHOLE = {"num_generations": 2, "batch": 4, "max_tokens_per_micro_batch": 30, "be
 SPLIT = {**WHOLE, "num_generations": 8, "batch": 2, "gradient_accumulation_steps": 2}
 MATRIX = {
     f"{'LoRA' if lora else 'full'}, beta {beta}, {kind} groups, {layout}": {
-        **groups, "lora": lora, "beta": beta, "layout": layout,
+        **groups, "lora": lora, "beta": beta, "layout": layout, "evaluate": False,
     }
     for lora, beta, (kind, groups), layout in itertools.product(
         (False, True), (0.0, 0.1), (("whole", WHOLE), ("split", SPLIT)), ("shared_prefix", "padded")
@@ -88,7 +88,7 @@ PAIRS = [(case, engine) for case, (engines, _) in CASES.items() for engine in en
 # Largest differences from one process that are let pass. Those of the weights are relative to the
 # weight, or to its change over the run; that of the gradient norm is relative too.
 BOUNDS = {
-    "float32": {"weights": 1e-5, "change": 1e-3, "loss": 1e-6, "grad_norm": 1e-5},
+    "float32": {"weights": 1e-5, "change": 2e-4, "loss": 1e-6, "grad_norm": 1e-5},
     # measured: 2e-3, 0.05, 3e-8, 0.03; one process' autocast does not round what engines round
     "bf16": {"weights": 5e-3, "change": 0.1, "loss": 1e-6, "grad_norm": 0.05},
 }

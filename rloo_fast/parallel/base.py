@@ -33,6 +33,10 @@ class Parallel:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
+    def is_set_up(self, model: nn.Module) -> bool:
+        """Whether the engine holds the model yet, which train() sees to."""
+        return True
+
     # The step
 
     def reducing(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:

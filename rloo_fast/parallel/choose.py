@@ -108,9 +108,6 @@ def _agree(args: RLOOConfig, config: dict[str, Any]) -> None:
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     config.pop("train_batch_size", None)  # the engine multiplies the others
     config.setdefault("gradient_clipping", args.max_grad_norm)  # none otherwise
-    # otherwise a saved model of ZeRO-3 has no weights in it
-    zero = config["zero_optimization"]
-    zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
 
 
 # With the engine there

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from accelerate.utils import load_fsdp_model, save_fsdp_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType
 
-from ..models import REF_ADAPTER, is_peft_model
 from ..redirect import run_inside, without_hooks
 from .base import HeadFunction, Parallel
-from .gathering import gathered
+from .saving import gathered_state
 
 
 def adjust(plugin: Any) -> None:
@@ -38,6 +37,9 @@ class FSDP2(Parallel):
     name = "FSDP2"
     splits_weights = True
     can_retry = False
+
+    def is_set_up(self, model: nn.Module) -> bool:
+        return isinstance(model, FSDPModule)
 
     def reducing(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()  # waiting for the last one would keep whole gradients on every process
@@ -62,15 +64,7 @@ class FSDP2(Parallel):
             unit.reshard()
 
     def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
-        adapters = is_peft_model(model)
-        kept = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if adapters and not (tensor.requires_grad or f".{REF_ADAPTER}." in name):
-                continue
-            (whole,) = gathered([tensor])
-            if self.accelerator.is_main_process:
-                kept[name] = whole.cpu()
-        return kept
+        return gathered_state(self.accelerator, model)
 
     def reference(self, model: nn.Module) -> nn.Module:
         from accelerate.utils import fsdp2_prepare_model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..redirect import without_hooks
 from .base import HeadFunction, Parallel
 from .gathering import gathered, kept_whole
-from .zero_saving import failing_at_the_end
+from .saving import failing_at_the_end, gathered_state
 
 
 class Zero(Parallel):
@@ -39,6 +39,9 @@ class Zero(Parallel):
     @property
     def engine(self) -> Any:
         return self.accelerator.deepspeed_engine_wrapped.engine  # pyright: ignore
+
+    def is_set_up(self, model: nn.Module) -> bool:
+        return self.accelerator.deepspeed_engine_wrapped is not None
 
     def reducing(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -115,6 +118,9 @@ class Zero3(Zero):
     def whole_weights(self, model: nn.Module) -> Iterator[None]:
         with kept_whole(model.parameters()), without_hooks(model, "deepspeed"):
             yield
+
+    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return gathered_state(self.accelerator, model)
 
     def reference(self, model: nn.Module) -> nn.Module:
         import deepspeed  # pyright: ignore[reportMissingImports]

@@ -11,7 +11,7 @@ from ..config import RLOOConfig, as_dict
 from ..memory import RESERVE, Room
 from ..models import base_causal_lm
 from ..parallel import Parallel
-from ..weight_sync import check_can_stream
+from ..weight_sync import check_can_stream, most_in_flight
 from .engine import RolloutEngine
 from .hf import HFEngine
 
@@ -55,6 +55,7 @@ def make_engine(
 def make_room(trainer: Any, reference: nn.Module | None) -> Room:
     """What the trainer can move away while the engine of this process is awake."""
     args, rewards = trainer.args, trainer.rewards
+    bucket = args.weight_sync_bucket_mib * 2**20
     share = as_dict(args.vllm_engine_kwargs).get("gpu_memory_utilization")
     return Room(
         trainer.model,
@@ -62,7 +63,7 @@ def make_room(trainer: Any, reference: nn.Module | None) -> Room:
         reference,
         trainer.accelerator.device,
         share=args.vllm_gpu_memory_utilization if share is None else share,
-        reserve=RESERVE + 2 * args.weight_sync_bucket_mib * 2**20,
+        reserve=RESERVE + most_in_flight(trainer.model, bucket, compute_dtype(trainer.model, args)),
         others=rewards.models,
     )
 

@@ -184,7 +184,10 @@ class HFEngine(RolloutEngine):
         # with min_p=0.1 would be sampled with that although none was asked for
         base.generation_config = config
         try:
-            return self.model.generate(generation_config=config, **inputs)  # pyright: ignore
+            # the weights are whole: processes need not go on until the last of them has finished
+            return self.model.generate(  # pyright: ignore
+                generation_config=config, synced_gpus=False, **inputs
+            )
         finally:
             base.generation_config = saved
 

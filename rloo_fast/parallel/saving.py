@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a checkpoint, when writing it fails on one process."""
+"""Whole models out of split weights; DeepSpeed's part of a checkpoint, where writing it fails."""
 
 from __future__ import annotations
 
@@ -8,11 +8,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .gathering import gathered
+
+
+def gathered_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """What save_pretrained writes of a model whose weights are split: of one with adapters, these.
+
+    On the main process' CPU, gathered one by one; {} on the others.
+    """
+    from ..models import REF_ADAPTER, is_peft_model
+
+    adapters = is_peft_model(model)
+    kept = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if adapters and not (tensor.requires_grad or f".{REF_ADAPTER}." in name):
+            continue
+        (whole,) = gathered([tensor])
+        if accelerator.is_main_process:
+            kept[name] = whole.cpu()
+    return kept
+
 
 @contextmanager
 def failing_at_the_end(engine: Any, directory: str) -> Iterator[None]:
-    """While open, a file that cannot be written does not end engine.save_checkpoint; at the end, the
-    error is raised. The engine's barriers come between the files: others would wait in them.
+    """While open, a file that cannot be written does not end engine.save_checkpoint, whose barriers
+    come between the files: others would wait in them. At the end, the error is raised.
     """
     errors: list[str] = []
 
