@@ -25,6 +25,8 @@ from .checkpoint_files import (
     state_file,
     sync_tree,
 )
+from .models import base_causal_lm
+from .parallel.gathering import own_class
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ class CheckpointMixin:
         if state is None:
             super().save_model(output_dir, _internal_call=True)  # pyright: ignore
         elif self.args.should_save:
-            self._save(output_dir, state_dict=state)  # pyright: ignore
+            with own_class(base_causal_lm(self.model)):
+                self._save(output_dir, state_dict=state)  # pyright: ignore
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save = super()._save_optimizer_and_scheduler  # pyright: ignore
