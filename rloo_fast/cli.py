@@ -15,6 +15,7 @@ RLOO (REINFORCE Leave-One-Out) training of language models.
   quickstart   train a small model on a small task, to see it work
   doctor       what this machine has, and what rloo_fast will use of it
   plan         memory per GPU and traffic per step of a large run, before there is one
+  recipe       ready-made launch and engine settings: their names, or the path of one
 
   --version    print the version
   --help       this text; also after a command, as in `rloo-fast train --help`
@@ -23,7 +24,7 @@ A first run:
   rloo-fast train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
       --dataset_name prompts.jsonl --reward_funcs my_rewards.py:score --output_dir runs/first"""
 
-COMMANDS = ("train", "quickstart", "doctor", "plan")
+COMMANDS = ("train", "quickstart", "doctor", "plan", "recipe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +67,8 @@ def _run(command: str, argv: list[str]) -> int:
         from .doctor import main as run
     elif command == "plan":
         from .cli_plan import main as run
+    elif command == "recipe":
+        from .recipe_files import main as run
     else:
         raise _unknown(command)
     return run(argv)

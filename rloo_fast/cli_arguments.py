@@ -132,6 +132,8 @@ def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     stray = [k for k in values if k.startswith("lora_")]
     if stray and not values.get("use_peft"):
         raise UsageError(f"{stray[0]} is set, but use_peft is not: write --use_peft.")
+    if values.get("fsdp") in ("true", "false"):  # the text would be a list of strategies
+        values = {**values, "fsdp": values["fsdp"] == "true"}
     script = TrainArguments(**{k: v for k, v in values.items() if k in mine})
     with as_usage_errors(Exception):
         config = RLOOConfig(**{k: v for k, v in values.items() if k not in mine})

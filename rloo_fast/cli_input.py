@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .cli_options import PATH_OR_TRUE, Option, UsageError, convert
+from .recipe_files import resolve
 
 # Options of TRL's scripts, today's and of 2024, that are written differently here
 ELSEWHERE = {
@@ -53,7 +54,7 @@ def read_command_line(argv: Sequence[str], options: Mapping[str, Option]) -> dic
             continue
         if name not in options:
             raise UsageError(f"unknown option --{name}{_nearest(name, options, '--')}")
-        values[name] = _from_words(options[name], words)
+        values[name] = _from_words(options[name], [resolve(word) for word in words])
     return values
 
 
@@ -103,7 +104,7 @@ def read_yaml(path: str | Path, options: Mapping[str, Option]) -> dict[str, Any]
         if name in values:
             raise UsageError(f"{path}, line {line}: the key {name!r} is there a second time.")
         try:
-            values[name] = convert(options[name], data[name])
+            values[name] = convert(options[name], resolve(data[name]))
         except UsageError as error:
             raise UsageError(f"{path}, line {line}: {error}") from None
     return values

@@ -213,7 +213,8 @@ class _ToStderr(logging.Handler):
 def _show_log_lines(config: RLOOConfig) -> None:
     """rloo_fast's notes (which path was taken and why) on stderr, of the main process only."""
     # what will change in transformers 6 is for us to see, not for whoever runs a command
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "torch", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, of reading and writing weights
     logger = logging.getLogger(__package__)

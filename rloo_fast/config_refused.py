@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
+from accelerate import ParallelismConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils.import_utils import is_liger_kernel_available
 
@@ -135,10 +137,12 @@ def _refuse_optimizer(name: str) -> None:
 
 def _refuse_accelerate(args: RLOOConfig) -> None:
     parallel = getattr(args, "parallelism_config", None)
-    if parallel is not None and parallel.total_size > 1:
+    if parallel is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        parallel = ParallelismConfig()  # of `accelerate launch`
+    if parallel is not None and parallel.non_data_parallel_size > 1:
         raise ValueError(
-            "parallelism_config: context, sequence, tensor and sharded parallelism are not in this "
-            "version: leave it out."
+            "parallelism_config: tensor, context and sequence parallelism are not in this version: "
+            "set dp_replicate_size and dp_shard_size only."
         )
     given = args.accelerator_config.to_dict()  # pyright: ignore
     standard = AcceleratorConfig().to_dict()

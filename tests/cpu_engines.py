@@ -63,6 +63,8 @@ def upgrade_cpus_to_fsdp() -> None:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
+            # which every further AcceleratorState() is made of
+            accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     state.__init__ = init
     state.upgrades_cpus = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -504,7 +504,8 @@ def test_two_steps_end_to_end(folder, capsys):
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= {
         path.name for path in (folder / "out").iterdir()
     }
-    printed = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line for line in lines if not line.startswith("[")]  # DeepSpeed logs there, too
     assert printed[0].startswith("step 1/2  reward ")
     assert printed[-1].startswith("The model is in out (2 steps, reward -")
 

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
 }
 ELSEWHERE = {  # field: the test that shows its effect
     "layout": "test_update.py::test_a_step_is_the_same_in_every_layout",
-    "fsdp": "test_train_engines.py::test_two_processes_equal_one",
+    "fsdp": "test_train_engines.py::test_two_processes_train_what_one_does",
     "max_tokens_per_micro_batch": "test_update.py::test_number_of_forwards",
     "torch_compile": "test_compile.py::test_no_compilation_after_the_first_steps",
     "torch_compile_backend": "test_compile.py::test_no_compilation_after_the_first_steps",

@@ -76,7 +76,8 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "GPT-NeoX": (SPLITS_WEIGHTS, {**WHOLE, "model": "gpt_neox"}),
     "Llama": (SPLITS_WEIGHTS, {**SPLIT, "model": "llama"}),
     "adapters passed in": (MAIN, {**WHOLE, "lora": "passed in"}),
-    SAMPLED[0]: (SPLITS_WEIGHTS, {**WHOLE, "sample": True}),
+    # prompt by prompt, so that a process is done with one when the other is not
+    SAMPLED[0]: (SPLITS_WEIGHTS, {**WHOLE, "sample": True, "rollout_forward_batch_size": 1}),
     SAMPLED[1]: (SPLITS_WEIGHTS, {**SPLIT, "sample": True, "lora": True}),
     "bf16": (("fsdp2", "zero2", "zero3"), {**WHOLE, "bf16": True, "model": "rounded"}),
     "bf16, LoRA": (

@@ -61,7 +61,9 @@ class Zero(Parallel):
         optimizer.step = MethodType(lambda *_: self.engine.step(), optimizer)
 
     def reference(self, model: nn.Module) -> nn.Module:
-        return model.to(self.accelerator.device, _dtype(self.config))
+        for parameter in model.parameters():  # buffers stay float32, as in the policy's engine
+            parameter.data = parameter.data.to(_dtype(self.config))
+        return model.to(self.accelerator.device)
 
     def saving(self, directory: str) -> AbstractContextManager[Any]:
         return failing_at_the_end(self.engine, directory)
@@ -125,6 +127,11 @@ class Zero3(Zero):
     def reference(self, model: nn.Module) -> nn.Module:
         import deepspeed  # pyright: ignore[reportMissingImports]
 
+        if self.config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            raise ValueError(
+                "zero_hpz_partition_size: DeepSpeed makes such groups for one model only, and the "
+                "reference would be a second: leave it out, or set beta=0, or train adapters."
+            )
         config = copy.deepcopy(self.config)
         for training_only in ("optimizer", "scheduler"):
             config.pop(training_only, None)
