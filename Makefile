@@ -56,7 +56,7 @@ quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
 	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) --output_dir runs/quickstart
 
 test: $(BIN)/.test
-	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

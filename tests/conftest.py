@@ -22,6 +22,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Files with long tests come first, or at the end one worker would be left alone with some."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(1)

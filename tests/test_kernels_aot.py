@@ -20,6 +20,8 @@ from unittest import mock
 import pytest
 from triton_process import run_worker
 
+pytestmark = pytest.mark.slow
+
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 CUDA = [target for target in TARGETS if target.startswith("sm")]
 KERNELS = {

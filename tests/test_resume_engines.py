@@ -54,7 +54,7 @@ def launch(out: Path, processes: int, jobs: list[Any]) -> dict[str, dict[str, bo
     worker = [str(HERE / "resume_worker.py"), str(out), json.dumps(jobs)]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, *worker]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((out / "facts.json").read_text())
 

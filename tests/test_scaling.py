@@ -64,7 +64,7 @@ def measured(tiny):
         "--master_port", str(port), str(HERE / "scaling_worker.py"), str(out), str(tiny), cases,
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

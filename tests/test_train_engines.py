@@ -128,7 +128,7 @@ def launch(out: Path, models: Path, processes: int, cases: list[dict[str, Any]])
         command = [sys.executable, "-m", "torch.distributed.run", *nodes, *worker]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{i}.pt") for i in range(len(cases))]
 

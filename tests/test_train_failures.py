@@ -43,7 +43,7 @@ def launch(tmp: Path, runs: list[str]) -> Ended:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     begin = time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     seconds = time.perf_counter() - begin
     ranks = [json.loads((tmp / f"{rank}.json").read_text()) for rank in range(2)]
     return Ended(done.returncode, done.stderr, seconds, ranks)

@@ -55,7 +55,7 @@ def facts(tmp_path_factory):
     worker = [str(HERE / "stream_worker.py"), str(out), json.dumps(asked)]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, *worker]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
