@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_warning()  # which benchmarks turn down
     logging.getLogger("rloo_fast").setLevel(logging.INFO)
 
 

@@ -45,16 +45,16 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "ZeRO-1, LoRA": (("zero1",), {**SPLIT, "lora": True}),
     # no biases, which start at 0: all of one would be its change, which Adam makes as large as any
     "AdamW": (ENGINES, {**WHOLE, "optim": "adamw_torch", "model": "llama"}),
-    "gradient checkpointing": (MAIN, {**WHOLE, "gradient_checkpointing": True}),
+    "gradient checkpointing": (SPLITS_WEIGHTS, {**WHOLE, "gradient_checkpointing": True}),
     "gradient checkpointing, LoRA": (
         SPLITS_WEIGHTS, {**SPLIT, "gradient_checkpointing": True, "lora": True},
     ),
     "four groups per rank, of unequal lengths": (
-        MAIN, {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 25},
+        ("ddp", "zero2"), {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 25},
     ),
     ONE_RANK_HAS_ROWS: (ENGINES, {**WHOLE, "beta": 0.0, "reward": "only_long_prompts"}),
     "normalized, num_iterations 2, token-level KL": (
-        MAIN,
+        SPLITS_WEIGHTS,
         {"num_generations": 4, "batch": 4, "normalize_advantages": True, "num_iterations": 2,
          "token_level_kl": True},
     ),
@@ -71,13 +71,13 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "out of memory on one rank": (
         ("ddp",), {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 24, "out_of_memory": True},
     ),
-    "moving reference": (MAIN, {**WHOLE, "sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "moving reference": (("ddp", *SPLITS_WEIGHTS), {**WHOLE, "sync_ref_model": True, "ref_model_sync_steps": 1}),
     "tied embeddings": (SPLITS_WEIGHTS, {**WHOLE, "model": "tied"}),
     "GPT-NeoX": (SPLITS_WEIGHTS, {**WHOLE, "model": "gpt_neox"}),
     "Llama": (SPLITS_WEIGHTS, {**SPLIT, "model": "llama"}),
-    "adapters passed in": (MAIN, {**WHOLE, "lora": "passed in"}),
-    # prompt by prompt, so that a process is done with one when the other is not
-    SAMPLED[0]: (SPLITS_WEIGHTS, {**WHOLE, "sample": True, "rollout_forward_batch_size": 1}),
+    "adapters passed in": (SPLITS_WEIGHTS, {**WHOLE, "lora": "passed in"}),
+    # a prompt each, one of a single token: generate() is called once there, twice on the other
+    SAMPLED[0]: (SPLITS_WEIGHTS, {**WHOLE, "sample": True, "batch": 2}),
     SAMPLED[1]: (SPLITS_WEIGHTS, {**SPLIT, "sample": True, "lora": True}),
     "bf16": (("fsdp2", "zero2", "zero3"), {**WHOLE, "bf16": True, "model": "rounded"}),
     "bf16, LoRA": (
