@@ -71,7 +71,9 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "out of memory on one rank": (
         ("ddp",), {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 24, "out_of_memory": True},
     ),
-    "moving reference": (("ddp", *SPLITS_WEIGHTS), {**WHOLE, "sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "moving reference": (
+        ("ddp", *SPLITS_WEIGHTS), {**WHOLE, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    ),
     "tied embeddings": (SPLITS_WEIGHTS, {**WHOLE, "model": "tied"}),
     "GPT-NeoX": (SPLITS_WEIGHTS, {**WHOLE, "model": "gpt_neox"}),
     "Llama": (SPLITS_WEIGHTS, {**SPLIT, "model": "llama"}),
