@@ -89,10 +89,9 @@ class Policy:
     """Log-probs and loss of micro-batches by a model, through whatever wraps it (DDP, autocast).
 
     `model` is the bare model; `wrapped`, given with each call or at first, what the training engine
-    made of it.
-    Log-probs are of logits / temperature. `with_head(lm_head, f)`: f(whole weight, bias) within the
-    forward. `compile_options`: arguments of torch.compile for the
-    backbone (generation keeps the model as it is), None: not compiled.
+    made of it. Log-probs are of logits / temperature. `with_head(lm_head, f)`: f(whole weight,
+    bias) within the forward. `compile_options`: arguments of torch.compile for the backbone
+    (generation keeps the model as it is), None: not compiled.
     """
 
     def __init__(

@@ -47,6 +47,9 @@ def test_what_fsdp_cannot_do_is_refused(tmp_path, fields, sentence):
         "other micro-steps": (
             {**ZERO, "gradient_accumulation_steps": 3}, {}, "gradient_accumulation_steps=3",
         ),
+        "NaN applied": (
+            {**ZERO, "bf16": {"check_grad_overflow": False}}, {}, "that is not finite",
+        ),
         "tensor parallel": (
             {**ZERO, "tensor_parallel": {"autotp_size": 2}}, {}, "tensor_parallel is not",
         ),

@@ -91,6 +91,11 @@ def _check_deepspeed(args: RLOOConfig, config: dict[str, Any]) -> None:
             + "\n".join(hf_config.mismatches)
             + '\nSet these values to "auto" there.'
         )
+    if config.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ValueError(
+            "bf16.check_grad_overflow=false in DeepSpeed's configuration would apply a gradient "
+            "that is not finite: leave it out."
+        )
     if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise ValueError("DeepSpeed's tensor_parallel is not in this version: leave it out.")
     _agree(args, config)
