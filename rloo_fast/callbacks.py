@@ -49,7 +49,7 @@ class StepCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save_at_epoch_end = False
         self.trainer.restore_run_state()
-        self.trainer.open_metrics_file()
+        self.trainer.open_run_files()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         room = self.trainer.rollouts.room

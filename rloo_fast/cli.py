@@ -12,10 +12,12 @@ usage: rloo-fast COMMAND [options]
 RLOO (REINFORCE Leave-One-Out) training of language models.
 
   train        train a model on your prompts and rewards
+  eval judge   how often a model's texts are preferred to reference texts
+  plot         curves of one or more runs, as a PNG
   quickstart   train a small model on a small task, to see it work
   doctor       what this machine has, and what rloo_fast will use of it
   plan         memory per GPU and traffic per step of a large run, before there is one
-  recipe       ready-made launch and engine settings: their names, or the path of one
+  recipe       ready-made runs, launch and engine settings: their names, or the path of one
 
   --version    print the version
   --help       this text; also after a command, as in `rloo-fast train --help`
@@ -24,7 +26,7 @@ A first run:
   rloo-fast train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
       --dataset_name prompts.jsonl --reward_funcs my_rewards.py:score --output_dir runs/first"""
 
-COMMANDS = ("train", "quickstart", "doctor", "plan", "recipe")
+COMMANDS = ("train", "eval", "plot", "quickstart", "doctor", "plan", "recipe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,6 +63,10 @@ def _run(command: str, argv: list[str]) -> int:
         sys.path.insert(0, os.getcwd())  # `--reward_funcs my_rewards:score` is a module beside you
     if command == "train":
         from .cli_train import main as run
+    elif command == "eval":
+        from .cli_eval import main as run
+    elif command == "plot":
+        from .cli_plot import main as run
     elif command == "quickstart":
         from .quickstart import main as run
     elif command == "doctor":

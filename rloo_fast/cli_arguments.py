@@ -21,6 +21,13 @@ REQUIRED = {
 }
 
 
+SAME = (  # written in either way
+    ("total_episodes", "max_steps"),
+    ("sft_model_path", "model_name_or_path"),
+    ("reward_model_path", "reward_funcs"),
+)
+
+
 def _help(text: str, **more: Any) -> dict[str, Any]:
     return {"help": text, **more}
 
@@ -42,6 +49,21 @@ class TrainArguments:
     )
     config: str | None = field(
         default=None, metadata=_help("YAML file of options, or the name of a built-in recipe.")
+    )
+    variant: str | None = field(
+        default=None, metadata=_help("One of the variants that the recipe has; laid over it.")
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata=_help("Tokenizer: a directory or a hub id. Default: the model's.")
+    )
+    sft_model_path: str | None = field(
+        default=None,
+        metadata=_help(
+            "2024 name of the policy; then model_name_or_path names the tokenizer, as in 2024."
+        ),
+    )
+    reward_model_path: str | None = field(
+        default=None, metadata=_help("2024 name of a reward model, the only one of reward_funcs.")
     )
     model_revision: str | None = field(
         default=None, metadata=_help("Branch, tag or commit of a model on the hub.")
@@ -65,6 +87,13 @@ class TrainArguments:
     )
     dataset_size: int = field(
         default=10_000, metadata=_help("Items made for a reasoning_gym task.")
+    )
+    dataset_map: str | None = field(
+        default=None,
+        metadata=_help(
+            "Function that makes a row with a prompt of each row, or None to leave it out: "
+            "module:function, file.py:function, or a name (see recipe_data.py)."
+        ),
     )
     dataset_train_split: str = field(default="train", metadata=_help("Split to train on."))
     dataset_test_split: str | None = field(
@@ -98,13 +127,18 @@ class TrainArguments:
 def gather(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
     """The command line over the recipe it names. Raises UsageError."""
     given = read_command_line(argv, options)
+    variant = given.get("variant")
     if given.get("config") is None:
+        if variant is not None:
+            raise UsageError(f"variant={variant} is of a recipe: name that with --config.")
         return given
-    recipe = read_yaml(_recipe_path(given["config"]), options)
+    recipe = read_yaml(_recipe_path(given["config"]), options, variant)
     if "config" in recipe:
         raise UsageError(f"{given['config']}: a recipe cannot name another one as config.")
+    if "variant" in recipe:
+        raise UsageError(f"{given['config']}: a variant is chosen on the command line only.")
     # one thing under two names: the command line wins there too
-    for one, other in [*RENAMED.items(), ("total_episodes", "max_steps")]:
+    for one, other in [*RENAMED.items(), *SAME]:
         for winner, loser in ((one, other), (other, one)):
             if winner in given and loser not in given:
                 recipe.pop(loser, None)
@@ -125,6 +159,7 @@ def _recipe_path(name: str) -> Path:
 
 def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     """The two dataclasses. Raises UsageError for what is missing, or what RLOOConfig refuses."""
+    values = _paths_of_2024(values)
     missing = [f"--{name} {how}" for name, how in REQUIRED.items() if not values.get(name)]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}. The same names go into a recipe.")
@@ -151,6 +186,21 @@ def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     if loading:
         config.model_init_kwargs = {**init_kwargs, **loading}
     return script, config
+
+
+def _paths_of_2024(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With sft_model_path as the policy, model_name_or_path as its tokenizer, reward_model_path as
+    the reward: what the scripts of 2024 made of them."""
+    values = dict(values)
+    if values.get("sft_model_path"):
+        tokenizer = values.get("tokenizer_name_or_path") or values.get("model_name_or_path")
+        values["tokenizer_name_or_path"] = tokenizer
+        values["model_name_or_path"] = values["sft_model_path"]
+    if values.get("reward_model_path"):
+        if values.get("reward_funcs"):
+            raise UsageError("reward_model_path is one of reward_funcs: write all of them there.")
+        values["reward_funcs"] = [values["reward_model_path"]]
+    return values
 
 
 @contextmanager

@@ -22,6 +22,8 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "reward_funcs": None,
         "reward_weights": None,
         "config": None,
+        "variant": None,
+        "dataset_map": "Function that makes a row with a prompt of each row; or a name.",
         "dataset_config": None,
         "dataset_size": None,
         "eval_dataset_name": None,
@@ -32,6 +34,8 @@ SECTIONS: dict[str, dict[str, str | None]] = {
     "Algorithm": {
         "num_generations": None,
         "beta": None,
+        "advantage": "Compared with others of a prompt as rloo, grpo or dr_grpo.",
+        "loss": "rloo, grpo, dapo, bnpo, dr_grpo or reinforce_pp.",
         "epsilon": "Clip of the ratio to 1 -+ epsilon (or + epsilon_high).",
         "num_iterations": None,
         "steps_per_generation": "Forwards per generation batch. Default: until the next update.",
@@ -81,7 +85,7 @@ def short_help(options: Mapping[str, Option]) -> str:
     lines = [USAGE]
     for section, names in SECTIONS.items():
         lines.append(f"{section}:")
-        lines += [_line(options[name], text) for name, text in names.items()]
+        lines += [option_line(options[name], text) for name, text in names.items()]
     return "\n".join(lines) + "\n" + FOOTER
 
 
@@ -102,7 +106,7 @@ def full_help(options: Mapping[str, Option]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _line(option: Option, text: str | None) -> str:
+def option_line(option: Option, text: str | None) -> str:
     text = text or option.help
     line = f"  --{option.name:<28}{text}"
     return line + (_default(option) if "default" not in text.lower() else "")

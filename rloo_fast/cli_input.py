@@ -14,20 +14,22 @@ from typing import Any
 import yaml
 
 from .cli_options import PATH_OR_TRUE, Option, UsageError, convert
+from .names_2024 import SCRIPT_OPTIONS
 from .recipe_files import resolve
 
-# Options of TRL's scripts, today's and of 2024, that are written differently here
+HELP_COMMAND = "rloo-fast train --help all"
+# Options of TRL's scripts that are written differently here
 ELSEWHERE = {
     "reward_model_name_or_path": "a reward model goes to reward_funcs",
-    "reward_model_path": "a reward model goes to reward_funcs",
-    "sft_model_path": "the policy, and reference, is model_name_or_path",
-    "torch_dtype": "its name is dtype",
     "no_progress": "write disable_tqdm",
-    "max_prompt_length": "prompts are never cut: drop long ones from the dataset",
+    "warmup_ratio": "write warmup_steps, which below 1 is a share of the run",
+    **SCRIPT_OPTIONS,
 }
 
 
-def read_command_line(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
+def read_command_line(
+    argv: Sequence[str], options: Mapping[str, Option], help_command: str = HELP_COMMAND
+) -> dict[str, Any]:
     """`--name value ...`, `--name=value`, `--flag`, `--no_flag`; of a repeated one the last counts.
 
     Everything up to the next `--` belongs to an option, so negative numbers need no quoting.
@@ -53,7 +55,8 @@ def read_command_line(argv: Sequence[str], options: Mapping[str, Option]) -> dic
             values[flag.name] = False
             continue
         if name not in options:
-            raise UsageError(f"unknown option --{name}{_nearest(name, options, '--')}")
+            hint = _nearest(name, options, "--", help_command)
+            raise UsageError(f"unknown option --{name}{hint}")
         values[name] = _from_words(options[name], [resolve(word) for word in words])
     return values
 
@@ -74,8 +77,33 @@ def _from_words(option: Option, words: list[str]) -> Any:
         raise UsageError(f"--{error}") from None
 
 
-def read_yaml(path: str | Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """The mapping in a YAML file, converted. Raises UsageError with file, line and key."""
+def read_yaml(
+    path: str | Path, options: Mapping[str, Option], variant: str | None = None
+) -> dict[str, Any]:
+    """The mapping in a YAML file, converted, with one of its `variants` laid over it.
+
+    Raises UsageError with file, line and key.
+    """
+    data, node = _parse(path)
+    values = _convert_all(data, node, options, path)
+    variants = data.get("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise UsageError(f"{path}: variants must be a mapping of names to mappings of options.")
+    nodes = dict(_entries(dict(_entries(node)).get("variants")))
+    read = {name: _convert_all(variants[name], each, options, path) for name, each in nodes.items()}
+    if variant is not None and variant not in read:
+        names = f"it has {', '.join(read)}" if read else "it has none"
+        raise UsageError(f"{path} has no variant {variant!r}: {names}.")
+    return {**values, **(read[variant] if variant is not None else {})}
+
+
+def _entries(node: Any) -> list[tuple[str, Any]]:
+    """(key, its node) of a mapping's node; nothing of None."""
+    return [(str(key.value), value) for key, value in node.value] if node is not None else []
+
+
+def _parse(path: str | Path) -> tuple[dict[str, Any], Any]:
+    """A YAML file's mapping, and the node that knows its lines (None for an empty file)."""
     file = Path(path).expanduser()
     try:
         loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
@@ -95,9 +123,17 @@ def read_yaml(path: str | Path, options: Mapping[str, Option]) -> dict[str, Any]
             f"{path}: expected a mapping, lines such as `learning_rate: 1e-6`, got a "
             f"{type(data).__name__}."
         )
+    return data, node
+
+
+def _convert_all(
+    data: Mapping[str, Any], node: Any, options: Mapping[str, Option], path: str | Path
+) -> dict[str, Any]:
     values = {}
-    for key_node, _ in node.value if node is not None else ():  # pyright: ignore
+    for key_node, _ in node.value if node is not None else ():
         name, line = str(key_node.value), key_node.start_mark.line + 1
+        if name == "variants":
+            continue
         if name not in options:
             hint = _nearest(name, options)
             raise UsageError(f"unknown key {name!r} in {path}, line {line}{hint}")
@@ -110,10 +146,12 @@ def read_yaml(path: str | Path, options: Mapping[str, Option]) -> dict[str, Any]
     return values
 
 
-def _nearest(name: str, options: Iterable[str], dashes: str = "") -> str:
+def _nearest(
+    name: str, options: Iterable[str], dashes: str = "", help_command: str = HELP_COMMAND
+) -> str:
     if name in ELSEWHERE:
         return f": {ELSEWHERE[name]}."
     close = difflib.get_close_matches(name, options, n=1)
     if close:
         return f": did you mean {dashes}{close[0]}?" if dashes else f": did you mean {close[0]!r}?"
-    return ". `rloo-fast train --help all` lists every one."
+    return f". `{help_command}` lists every one."

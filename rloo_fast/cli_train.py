@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -18,11 +20,18 @@ from .checkpoint_files import check_output_dir, checkpoints, find_checkpoint, pu
 from .cli_arguments import TrainArguments, as_usage_errors, build, gather
 from .cli_help import full_help, short_help
 from .cli_options import options_of
-from .config import RLOOConfig
+from .config import RLOOConfig, as_dict
 from .data import TASK, has_one_split, load_prompts
 from .models import check_model_path
+from .recipe_data import load_row_function
 from .report import CompactProgress
-from .rewards import BUILTINS, RewardFunc, Rewards, load_reward_functions
+from .rewards import (
+    BUILTINS,
+    RewardFunc,
+    Rewards,
+    check_reward_kwargs,
+    load_reward_functions,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     script, config = build(gather(argv, options))
     trainer = prepare(script, config)
+    trainer.command = shlex.join(["rloo-fast", "train", *argv])
+    trainer.dataset_name = script.dataset_name
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     save(trainer, script, config)
     return 0
@@ -48,7 +59,7 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
         check_model_path(script.model_name_or_path)
         check_output_dir(str(config.output_dir))
         config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
-        rewards = check_rewards(script.reward_funcs, config.reward_weights)
+        rewards = check_rewards(script.reward_funcs, config)
         train_set, eval_set = load_datasets(script, config)
         if rewards is not None and train_set.column_names and not config.remove_unused_columns:
             rewards.check_columns(train_set.column_names)
@@ -65,6 +76,7 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
                 args=config,
                 train_dataset=train_set,
                 eval_dataset=eval_set,
+                processing_class=load_named_tokenizer(script, config),
                 peft_config=peft_config,
             )
         except OSError as error:  # from_pretrained's, which may not say what it was loading
@@ -110,8 +122,9 @@ def checkpoint_of(config: RLOOConfig, use_peft: bool) -> str | None:
     return found
 
 
-def check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> Rewards | None:
+def check_rewards(names: Sequence[str], config: RLOOConfig) -> Rewards | None:
     """The functions among the rewards, imported; None if all are models. Raises ValueError."""
+    weights, arguments = config.reward_weights, as_dict(config.reward_kwargs)
     if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"reward_weights: {len(weights)} numbers for {len(names)} reward_funcs, give one each."
@@ -122,7 +135,14 @@ def check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> Rewa
             check_model_path(name)
         elif name in BUILTINS or ":" in name or "/" not in name or name.endswith(".py"):
             functions.append(name)
-    return load_reward_functions(functions) if functions else None
+    check_reward_kwargs(arguments, names)
+    if not functions:
+        return None
+    return load_reward_functions(
+        functions,
+        reward_kwargs={name: a for name, a in arguments.items() if name in functions},
+        execute_model_code=config.execute_model_code,
+    )
 
 
 def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]:
@@ -130,7 +150,9 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
     name = script.dataset_name
     assert name is not None
     eval_name = script.eval_dataset_name or name
-    task_config = script.dataset_config
+    task_config, make_row = script.dataset_config, None
+    if script.dataset_map is not None:
+        make_row = load_row_function(script.dataset_map)
     assert not isinstance(task_config, str), task_config  # its JSON is read by now
     with_task = [n for n in (name, eval_name) if n.startswith(TASK)] or [name]
     train_set = load_prompts(
@@ -141,12 +163,15 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
         seed=config.seed,
         task_config=task_config if name in with_task else None,
         streaming=script.dataset_streaming,
+        row_function=make_row,
     )
     if config.eval_strategy == "no" and not config.eval_on_start:
-        if script.eval_dataset_name or script.dataset_test_split:
+        if script.eval_dataset_name:
             raise ValueError(
                 "an evaluation set is named, but eval_strategy is 'no': add --eval_strategy steps."
             )
+        if script.dataset_test_split:  # the 2024 scripts took it as well, and did not read it
+            _say(config, "dataset_test_split is not used: eval_strategy is 'no'.")
         return train_set, None
     alone = script.eval_dataset_name is not None and has_one_split(eval_name)
     eval_set = load_prompts(
@@ -157,8 +182,20 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
         seed=config.seed + script.dataset_size,  # a task's item i is made from seed + i
         task_config=task_config if eval_name in with_task else None,
         exclude_prompts={*train_set["prompt"]} if len(with_task) == 2 else (),
+        row_function=make_row,
     )
     return train_set, eval_set
+
+
+def load_named_tokenizer(script: TrainArguments, config: RLOOConfig) -> Any:
+    """The tokenizer that is not the model's own, None where it is. Raises ValueError."""
+    name = script.tokenizer_name_or_path
+    if name is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {name!r}: {error}") from error
 
 
 def lora_config(script: TrainArguments) -> Any:
@@ -180,9 +217,9 @@ def lora_config(script: TrainArguments) -> Any:
 def save(trainer: Any, script: TrainArguments, config: RLOOConfig) -> None:
     """Model, tokenizer and model card in output_dir, and a last line that says how it went."""
     trainer.save_model(config.output_dir)
-    trainer.create_model_card(dataset_name=script.dataset_name)
+    trainer.create_model_card()
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     parts = [f"{trainer.state.global_step} steps"]
     if logs:

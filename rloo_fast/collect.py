@@ -125,6 +125,8 @@ class Collector:
                     scoring.finished if self.args.overlap_rewards else None,
                     mode=mode,
                 )
+            if self.rewards.offloaded:
+                self.rollouts.sleep(give_back=False)  # its memory is the reward models' first
             with self.metrics.stage("reward", device):
                 per_function = scoring.end(
                     rollout.completion_ids,
@@ -228,7 +230,7 @@ class Collector:
             "score": samples.scores,
             **{f"reward_{i}": per_function[:, i] for i in range(per_function.shape[1])},
         }
-        if args.log_completions or args.num_sample_generations:
+        if args.log_completions or args.log_completions_csv or args.num_sample_generations:
             self._fill_table(rows, completions, per_function)  # every process' texts travel
         return samples
 

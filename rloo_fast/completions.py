@@ -1,11 +1,11 @@
-"""Samples of a run as a table: on the terminal, and for wandb and trackio."""
+"""Samples of a run as a table: on the terminal, and for wandb, trackio and TensorBoard."""
 
 import importlib
 import math
 import os
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -15,15 +15,14 @@ from rich.text import Text
 
 from .metrics_file import as_scalar
 
-if TYPE_CHECKING:
-    pass
-
 MAX_CELL_CHARS = 1000  # a longer text is printed as its two ends
 PIPE_WIDTH = 120  # characters per line where there is no terminal to ask (CI, a log file)
 MIN_TEXT_WIDTH = 40  # of the columns prompt and completion together
 TEXTS = ("prompt", "completion")
 RESERVED_COLUMNS = ("step", "prompt", "completion", "advantage")
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+# as entities, so that TensorBoard's Markdown shows what a model wrote, and obeys none of it
+MARKDOWN = {ord(c): f"&#{ord(c)};" for c in "&<>|*_`[]\\#~$!"} | {ord("\n"): "<br>"}
 
 
 def message_text(entry: Any) -> str:
@@ -90,34 +89,27 @@ def _table_column(values: Sequence[Any]) -> pd.Series:
     return pd.Series([None if v is None else message_text(v) for v in values], dtype="object")
 
 
-def print_completions(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    rewards: Mapping[str, Sequence[float | None]],
-    advantages: Sequence[float | None],
-    step: int,
-    num_samples: int | None = None,
-    extra: Mapping[str, Sequence[Any]] | None = None,
-    unique_prompts: bool = False,
-    seed: int = 0,
-) -> None:
-    """Print `completions_dataframe` as a panel on stdout, one row per completion.
+def draw_rows(frame: pd.DataFrame, num_samples: int | None, seed: int = 0) -> pd.DataFrame:
+    """`num_samples` rows of a table, drawn with (seed, step), in their order; None: all of them.
 
-    `num_samples` rows are drawn with (seed, step), in their order; no global random state is used.
+    No global random state is used. ValueError for a number below 1.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, or None for all, got {num_samples}.")
+    if num_samples is None or num_samples >= len(frame):
+        return frame
+    rows = random.Random(f"{seed},{frame['step'].iloc[0]}").sample(range(len(frame)), num_samples)
+    return frame.iloc[sorted(rows)]
+
+
+def print_table(frame: pd.DataFrame, total: int) -> None:
+    """Print rows of `completions_dataframe`, of `total` in all, as a panel on stdout.
+
     Texts are folded: the table is as wide as the terminal (COLUMNS or `PIPE_WIDTH` without one), or
     wider where its columns would leave a text less than `MIN_TEXT_WIDTH`. A text beyond
     `MAX_CELL_CHARS` says how much of its middle is left out. None and NaN are "–".
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1, or None for all, got {num_samples}.")
-    frame = completions_dataframe(
-        prompts, completions, rewards, advantages, step, extra, unique_prompts
-    )
-    total = len(frame)
-    if num_samples is not None and num_samples < total:
-        rows = random.Random(f"{seed},{step}").sample(range(total), num_samples)
-        frame = frame.iloc[sorted(rows)]
-
+    step = frame["step"].iloc[0]
     frame = frame.drop(columns="step")
     console = Console()
     has_width = console.is_terminal or "COLUMNS" in os.environ
@@ -126,13 +118,17 @@ def print_completions(
     console = Console(width=borders + sum(widths.values()))
     table = Table(show_lines=True, header_style="bold")
     for name, width in widths.items():
-        header = name.capitalize() if name in RESERVED_COLUMNS else name
         justify = "right" if frame[name].dtype == "float64" else "left"
-        table.add_column(_cell(header, console), width=width, justify=justify, overflow="fold")
+        header = _cell(_header(name), console)
+        table.add_column(header, width=width, justify=justify, overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value, console) for value in row))
     shown = f"{len(frame)} of {total} completions"
     console.print(Panel(table, title=f"Step {step}", subtitle=shown))
+
+
+def _header(name: str) -> str:
+    return name.capitalize() if name in RESERVED_COLUMNS else name
 
 
 def _column_widths(names: list[str], console_width: int) -> dict[str, int]:
@@ -151,17 +147,34 @@ def _column_widths(names: list[str], console_width: int) -> dict[str, int]:
 
 def _cell(value: Any, console: Console) -> Text:
     """Text as it may be printed: no markup, no escape sequences, nothing stdout cannot encode."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        text = "–"
-    elif isinstance(value, str):
-        text = value.translate(CONTROL_PICTURES)
-        if (left_out := len(text) - MAX_CELL_CHARS) > 0:
-            half = MAX_CELL_CHARS // 2
-            text = f"{text[:half]} […{left_out} characters left out…] {text[-half:]}"
-    else:
-        text = f"{value:.3f}"
     encoding = console.encoding
-    return Text(text.encode(encoding, "backslashreplace").decode(encoding))
+    return Text(_cell_text(value).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _cell_text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if not isinstance(value, str):
+        return f"{value:.3f}"
+    text = value.translate(CONTROL_PICTURES)
+    if (left_out := len(text) - MAX_CELL_CHARS) > 0:
+        half = MAX_CELL_CHARS // 2
+        text = f"{text[:half]} […{left_out} characters left out…] {text[-half:]}"
+    return text
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """The rows of `completions_dataframe` as Markdown, texts shortened as on the terminal."""
+    frame = frame.drop(columns="step")
+    right = [frame[name].dtype == "float64" for name in frame.columns]
+    rows = [[_header(name) for name in frame.columns], *frame.itertuples(index=False)]
+    lines = [
+        "| " + " | ".join(_cell_text(value).translate(MARKDOWN) for value in row) + " |"
+        for row in rows
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("---:" if r else "---" for r in right) + "|", *lines[1:]]
+    )
 
 
 def log_completions_table(report_to: Sequence[str], frame: pd.DataFrame) -> None:

@@ -36,6 +36,7 @@ class RLOOConfig(Names2024, TrainingArguments):
         "generation_kwargs",
         "chat_template_kwargs",
         "vllm_engine_kwargs",
+        "reward_kwargs",
     ]
 
     # Training, where TRL's defaults differ from transformers'
@@ -53,6 +54,11 @@ class RLOOConfig(Names2024, TrainingArguments):
         None, "Keyword arguments of AutoModelForCausalLM.from_pretrained (JSON on a command line)."
     )
     trust_remote_code: bool = _field(False, "Allow models and tokenizers that ship their own code.")
+    merge_adapter: str | None = _field(
+        None,
+        "A PEFT adapter (directory or hub id) that is merged into the model before anything else: "
+        "policy and reference start from the sum.",
+    )
     router_aux_loss_coef: float | None = _field(
         None, "Weight of a mixture-of-experts model's load-balancing loss. Default: its config's."
     )
@@ -75,6 +81,9 @@ class RLOOConfig(Names2024, TrainingArguments):
         False, "Drop every dataset column but `prompt`; reward functions then get no columns."
     )
     shuffle_dataset: bool | None = _field(True, "Shuffle the training prompts in every epoch.")
+    max_prompt_length: int | None = _field(
+        None, "Prompts of more tokens are left out of the datasets. Default: none is."
+    )
     chat_template_kwargs: dict | str | None = _field(
         None, "Extra arguments of apply_chat_template for conversational prompts."
     )
@@ -87,6 +96,22 @@ class RLOOConfig(Names2024, TrainingArguments):
     num_generations: int = _field(2, "K: completions sampled per prompt, at least 2.")
     num_generations_eval: int | None = _field(None, "K in evaluation. Default: num_generations.")
     beta: float = _field(0.05, "KL coefficient; 0: no reference model is kept.")
+    advantage: str = _field(
+        "rloo",
+        "What a completion is compared with: rloo (the mean of the others of its prompt) | grpo "
+        "(mean of all of them, over their standard deviation) | dr_grpo (mean of all of them).",
+    )
+    loss: str = _field(
+        "rloo",
+        "rloo (one ratio per completion, KL in the reward) | grpo, dapo, bnpo, dr_grpo (a ratio "
+        "per token, KL in the loss; they differ in what the sum over tokens is divided by) | "
+        "reinforce_pp (a ratio per token, KL per token as reward-to-go, arXiv:2501.03262 eq. 1).",
+    )
+    use_bias_correction_kl: bool = _field(
+        True,
+        "GRPO's losses: weight the KL term of a token by its ratio, which makes its gradient the "
+        "reverse KL's, as TRL 1.16 does.",
+    )
     num_iterations: int = _field(1, "Passes over every generation batch.")
     steps_per_generation: int | None = _field(
         None, "Micro-steps per generation batch. Default: gradient_accumulation_steps."
@@ -109,10 +134,9 @@ class RLOOConfig(Names2024, TrainingArguments):
         "Rewards to mean 0, std 1 over the generation batch of all processes, before the clip.",
     )
     whiten_rewards: bool = _field(
-        False, "Scale KL-penalised rewards to unit variance over the generation batch."
-    )
-    token_level_kl: bool = _field(
-        False, "KL penalty per token as reward-to-go, token-level ratios (REINFORCE++, eq. 1)."
+        False,
+        "Scale rewards, less the KL where it is in them, to unit variance over the generation "
+        "batch.",
     )
     missing_eos_penalty: float | None = _field(
         None, "Subtracted from the reward of a completion that has no EOS token."
@@ -161,6 +185,30 @@ class RLOOConfig(Names2024, TrainingArguments):
     )
 
     # Rewards
+    reward_kwargs: dict | str | None = _field(
+        None, 'Arguments of reward functions, by name: {"length": {"target": 200}}.'
+    )
+    reward_model_label: int | str | None = _field(
+        None, "Which of a reward model's labels is the reward, by number or name. Default: 0."
+    )
+    reward_model_output: str = _field(
+        "logit", "The label's logit | its probability (softmax; sigmoid of a single label)."
+    )
+    reward_model_position: str = _field(
+        "last",
+        "Where a reward model reads its value: last (the last token of the text) | eos (an EOS is "
+        "put behind each completion that ended with one, and read).",
+    )
+    reward_model_dtype: str | None = _field(
+        None, "Type that reward models are loaded in. Default: as model_init_kwargs says."
+    )
+    reward_model_offload: bool = _field(
+        False, "Reward models wait on the host, and score once the rollout engine is asleep."
+    )
+    execute_model_code: bool = _field(
+        False,
+        "Allow reward functions that run what the model wrote (`code`), in a sandbox of processes.",
+    )
     reward_timeout_s: float | None = _field(None, "Longest a reward function may take, in seconds.")
     overlap_rewards: bool | None = _field(
         None,
@@ -173,6 +221,11 @@ class RLOOConfig(Names2024, TrainingArguments):
 
     # Logging
     log_completions: bool = _field(False, "Print samples with their rewards at every log.")
+    log_completions_csv: bool = _field(
+        False,
+        "At every log, append the samples that log_completions would print to completions.csv in "
+        "output_dir; it prints nothing itself.",
+    )
     num_completions_to_print: int | None = _field(None, "How many of them. Default: all.")
     log_unique_prompts: bool = _field(False, "Only one sample per prompt in that table.")
     num_sample_generations: int | None = _field(

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rloo_kernels.advantages import BY_GROUP
 from transformers import GenerationConfig
 
+from .losses import LOSSES
 from .packing import LAYOUTS
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def clean(args: RLOOConfig) -> None:
         args.overlap_rewards = args.use_vllm
     for name in (
         "model_init_kwargs", "generation_kwargs", "chat_template_kwargs", "vllm_engine_kwargs",
+        "reward_kwargs",
     ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and not isinstance(value, dict):
@@ -71,7 +74,7 @@ COUNTS = (
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
     "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
-    "vllm_max_model_length",
+    "vllm_max_model_length", "max_prompt_length",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -97,6 +100,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reward_timeout_s": (_optional(lambda s: s > 0), "> 0 seconds, or left out"),
     "num_sample_generations": (_optional(lambda n: n >= 0), ">= 0, or left out"),
     "layout": (lambda name: name in ("auto", *LAYOUTS), f"one of {('auto', *LAYOUTS)}"),
+    "advantage": (lambda name: name in BY_GROUP, f"one of {tuple(BY_GROUP)}"),
+    "loss": (lambda name: name in LOSSES, f"one of {tuple(LOSSES)}"),
+    "reward_model_output": (lambda name: name in ("logit", "probability"), "logit or probability"),
+    "reward_model_position": (lambda name: name in ("last", "eos"), "last or eos"),
+    "reward_model_dtype": (
+        lambda name: name in (None, "auto", "bfloat16", "float16", "float32"),
+        "auto, bfloat16, float16, float32, or left out",
+    ),
     "reward_processes": (lambda n: isinstance(n, int) and n >= 0, "an integer >= 0"),
     "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
     "vllm_model_impl": (
@@ -133,7 +144,23 @@ def check_ranges(args: RLOOConfig) -> None:
             "sync_ref_model=True needs a reference model, which beta=0 does not keep: set beta > 0 "
             "or sync_ref_model=False."
         )
+    _loss(args)
     _generation_kwargs(args)
+
+
+def _loss(args: RLOOConfig) -> None:
+    in_loss = [name for name, kind in LOSSES.items() if kind.kl == "loss"]
+    if not args.use_bias_correction_kl and args.loss not in in_loss:
+        raise ValueError(
+            f"use_bias_correction_kl=False has no effect with loss={args.loss!r}, whose KL is in "
+            f"the reward: leave it out, or choose a loss of {in_loss}."
+        )
+    if args.loss == "reinforce_pp" and args.advantage == "grpo":
+        raise ValueError(
+            "advantage='grpo' divides rewards by the standard deviation of their group, but the KL "
+            "to go of loss='reinforce_pp' is not divided: choose advantage='rloo' or 'dr_grpo', "
+            "with normalize_advantages=True to scale both."
+        )
 
 
 # keys of generation_kwargs that the rest of the step must know of: the field that says it

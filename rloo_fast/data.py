@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .recipe_data import Row, map_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -37,16 +39,19 @@ def load_prompts(
     task_config: Mapping[str, Any] | None = None,
     exclude_prompts: Container[str] = (),
     streaming: bool = False,
+    row_function: Callable[[Row], Row | None] | None = None,
 ) -> Dataset | IterableDataset:
     """The rows of `name` with their `prompt`; other columns are for the reward functions.
 
     name: a data file, a directory (of `save_to_disk`, or of data files), a hub id, or
     `reasoning_gym:TASK`: `size` items from `seed` on, with the settings `task_config`, none of
-    `exclude_prompts`; a task has no splits.
+    `exclude_prompts`; a task has no splits. `row_function`: makes the rows from those it has.
     Raises ValueError, in one sentence, for anything that gives no such rows.
     """
     if subset and (name.startswith(TASK) or has_one_split(name)):
         raise ValueError(f"dataset {name!r} has no configurations: leave out dataset_subset.")
+    if row_function is not None and name.startswith(TASK):
+        raise ValueError(f"dataset {name!r} is made with its prompts: leave out dataset_map.")
     if name.startswith(TASK):
         config = dict(task_config or {})
         return _load_task(name.removeprefix(TASK), size, seed, config, exclude_prompts)
@@ -65,6 +70,8 @@ def load_prompts(
             raise ValueError(f"dataset {name!r}: there is no such file or directory{_near(path)}.")
         else:
             rows = _load_from_hub(name, split, subset, streaming)
+    if row_function is not None:
+        rows = map_rows(rows, row_function, name)
     check_prompts(rows, name)
     return rows
 
@@ -175,7 +182,7 @@ def _fault(path: Path, error: Exception) -> str:
 
 
 def _load_directory(path: Path, split: str, subset: str | None, streaming: bool) -> Any:
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
     try:
         if not any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
@@ -183,15 +190,18 @@ def _load_directory(path: Path, split: str, subset: str | None, streaming: bool)
         saved = load_from_disk(str(path))
     except Exception as error:
         raise ValueError(f"dataset {str(path)!r}: {_sentence(error)}") from error
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise ValueError(f"dataset {str(path)!r} has the splits {[*saved]}, not {split!r}.")
-        return saved[split]
-    if split != "train":
-        raise ValueError(
-            f"dataset {str(path)!r} was saved without splits, so there is no {split!r}."
-        )
-    return saved
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    wanted = split.partition("[")[0]
+    if wanted not in splits:
+        none = "was saved without splits, so there is no"
+        has = f"has the splits {[*splits]}, not" if splits is saved else none
+        raise ValueError(f"dataset {str(path)!r} {has} {wanted!r}.")
+    rows = splits[wanted]
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({wanted: len(rows)})
+    except ValueError as error:
+        raise ValueError(f"dataset {str(path)!r}, split {split!r}: {_sentence(error)}") from error
+    return rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
 
 
 def _load_from_hub(name: str, split: str, subset: str | None, streaming: bool) -> Any:

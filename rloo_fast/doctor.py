@@ -159,6 +159,7 @@ def run_here() -> dict[str, dict[str, str]]:
     )
     plan["its attention"] = _segments(config)
     plan["loss"] = _kernels(device)
+    plan["model code"] = _sandbox()
     plan["several processes"] = ("DDP", f"FSDP2 with --fsdp True, on GPUs; {_about_deepspeed()}")
     return {part: {"choice": choice, "why": why} for part, (choice, why) in plan.items()}
 
@@ -175,6 +176,16 @@ def _about_deepspeed() -> str:
         return f"ZeRO-1, 2, 3 by DeepSpeed {_installed('deepspeed')} with --deepspeed"
     except metadata.PackageNotFoundError:
         return "ZeRO-1, 2, 3 with --deepspeed need `pip install deepspeed`"
+
+
+def _sandbox() -> tuple[str, str]:
+    from .sandbox import capabilities
+
+    found = capabilities()
+    if not found["available"]:
+        return "refused", found["why"]
+    walls = f"own files only (Landlock {found['landlock']}), {found['network']}"
+    return "in a sandbox", f"{walls}; for the reward `code`, with --execute_model_code True"
 
 
 def _precision(config: Any, has_gpu: bool) -> tuple[str, str]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory_plan import GIB, Holdings, MemoryPlan, plan
+from .storages import by_storage, held_by, is_plain, point, whole_storage
 
 logger = logging.getLogger(__name__)
 
@@ -146,18 +147,18 @@ class Room:
         moved = self._decide(gpu).moved
         blocks = _blocks(_groups(self.model, self.optimizer(), self.reference), gpu)
         moving = [tensors for name in moved for tensors in blocks[name]]
-        hosts = [gpu.to_host(_whole_storage(tensors[0])) for tensors in moving]
+        hosts = [gpu.to_host(whole_storage(tensors[0])) for tensors in moving]
         gpu.synchronize()
         self._moved = list(zip(moving, hosts, strict=True))
         for tensors, host in self._moved:
-            _point(tensors, host)
+            point(tensors, host)
         gpu.release()
 
     def _move_back(self, gpu: Gpu) -> None:
         blocks = [gpu.to_device(host) for _, host in self._moved]
         gpu.synchronize()
         for (tensors, host), block in zip(self._moved, blocks, strict=True):
-            _point(tensors, block)
+            point(tensors, block)
             gpu.recycle(host)
         self._moved = []
 
@@ -172,9 +173,9 @@ def measure(
 ) -> Holdings:
     """Bytes on `gpu` now. Without optimizer state: as much as Adam's, 2 x the trained weights."""
     groups = _groups(model, optimizer, reference)
-    groups["others"] = [tensor for module in others for tensor in _held(module)]
+    groups["others"] = [tensor for module in others for tensor in held_by(module)]
     odd = {
-        name: sum(_local(t).nbytes for t in tensors if not _is_plain(t) and gpu.holds(_local(t)))
+        name: sum(_local(t).nbytes for t in tensors if not is_plain(t) and gpu.holds(_local(t)))
         for name, tensors in groups.items()
     }
     plain = {
@@ -198,15 +199,11 @@ def _groups(
 ) -> dict[str, list[Tensor]]:
     """Everything that may lie on the GPU; what is in two groups belongs to the first."""
     return {
-        "weights": _held(model),
+        "weights": held_by(model),
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
         "optimizer": [] if optimizer is None else [_local(t) for t in _tensors_in(optimizer.state)],
-        "reference": [] if reference is None else _held(reference),
+        "reference": [] if reference is None else held_by(reference),
     }
-
-
-def _held(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -222,34 +219,13 @@ def _blocks(groups: dict[str, list[Tensor]], gpu: Gpu) -> dict[str, list[list[Te
     seen: set[int] = set()
     found = {}
     for name, tensors in groups.items():
-        blocks: dict[int, list[Tensor]] = defaultdict(list)
-        for tensor in tensors:
-            if _is_plain(tensor) and gpu.holds(tensor):
-                blocks[tensor.untyped_storage().data_ptr()].append(tensor)
+        blocks = by_storage(t for t in tensors if is_plain(t) and gpu.holds(t))
         found[name] = [blocks[key] for key in blocks if key not in seen]
         seen |= blocks.keys()
     return found
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """It is its storage and strides, and nothing else."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
 def _local(tensor: Any) -> Tensor:
     """This process's part of a tensor that is sharded: the very one that it holds."""
     with torch.no_grad():
         return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole_storage(tensor: Tensor) -> Tensor:
-    """(n,) uint8: every byte of the storage that `tensor` looks into."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _point(tensors: list[Tensor], block: Tensor) -> None:
-    """Let the same tensors look at the same places of `block`."""
-    for t in tensors:
-        empty = torch.empty(0, dtype=t.dtype, device=block.device)
-        place = (t.storage_offset(), t.size(), t.stride())
-        t.data = empty.set_(block.untyped_storage(), *place)  # pyright: ignore

@@ -87,6 +87,7 @@ def _does_not_fit(total: int, engine: int, holdings: Holdings, reserve: int) -> 
     return (
         f"The GPU has {total / GIB:.2f} GiB. vllm_gpu_memory_utilization={engine / total:.2f} asks "
         f"for {engine / GIB:.2f} of them, beside {holdings.weights / GIB:.2f} of policy weights, "
-        f"{holdings.others / GIB:.2f} that can not be moved and a reserve of {reserve / GIB:.2f}, "
+        f"{holdings.others / GIB:.2f} that can not be moved (reward models can, with "
+        f"reward_model_offload=True) and a reserve of {reserve / GIB:.2f}, "
         f"with optimizer state and reference model moved to the host. {advice}"
     )

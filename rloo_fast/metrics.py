@@ -101,8 +101,9 @@ def rollout_metrics(
 
     Columns of `rows`: length (tokens), tokens (those that count in the loss), truncated, num_eos,
     reward_0.. (NaN: not applicable), reward (weighted sum), score (after penalty, normalisation
-    and clip), kl (sum over tokens), shaped (score - beta kl), surprisal (sum of -logp; NaN where
-    no pass over the batch was needed before the update).
+    and clip), kl (sum over tokens of logp - ref, whatever the loss), shaped (what advantages are
+    made of: score - beta kl, or the score where the KL is in the loss), surprisal (sum of -logp;
+    NaN where no pass over the batch was needed before the update).
     """
     length, truncated = rows["length"], rows["truncated"].bool()
     ended = length[~truncated]
@@ -130,7 +131,7 @@ def rollout_metrics(
         "objective/scores": _mean(rows["score"]),
         "objective/kl": rows["kl"].mean().item(),
         "objective/non_score_reward": -beta * rows["kl"].mean().item(),
-        "objective/rlhf_reward": _mean(rows["shaped"]),
+        "objective/rlhf_reward": _mean(rows["score"] - beta * rows["kl"]),
         "objective/entropy": _mean(rows["surprisal"]),
         "val/num_eos_tokens": rows["num_eos"].sum().item(),
     }

@@ -7,11 +7,9 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +27,43 @@ def write_atomically(path: Path, data: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+class RunFile:
+    """A file of a run that grows by whole records; for the main process only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._warned = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def put_aside(self) -> None:
+        """Keep a former run's file beside, as `<name>.<n>.<suffix>`. OSError if that fails."""
+        stem, suffix = self.path.stem, self.path.suffix
+        names = (self.path.with_name(f"{stem}.{n}{suffix}") for n in itertools.count(1))
+        kept_as = next(name for name in names if not name.exists())
+        self.path.rename(kept_as)
+        logger.info("%s is a former run's: kept as %s.", self.path, kept_as.name)
+
+    def append(self, record: bytes) -> None:
+        """Add the record, whole or not at all. OSError where there is no room for it."""
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(record) != len(record):
+                file.truncate(end)  # half a record would spoil the next one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """An OSError (full disk) in the block is reported once, and does not stop the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "Cannot write %s (%s): training goes on without it.", self.path, error
+                )
+            self._warned = True
+
+
 class MetricsWriter:
     """Appends one JSON object per `write` to `<run_dir>/metrics.jsonl`; for the main process only.
 
@@ -39,15 +74,11 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None):
         self.path = Path(run_dir) / "metrics.jsonl"
-        self._warned = False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = RunFile(self.path)
         if not self.path.exists():
             return
         if resume_step is None:
-            names = (self.path.with_name(f"metrics.{n}.jsonl") for n in itertools.count(1))
-            kept_as = next(name for name in names if not name.exists())
-            self.path.rename(kept_as)
-            logger.info("%s is a former run's: kept as %s.", self.path, kept_as.name)
+            self._file.put_aside()
         else:
             old = self.path.read_bytes()
             rows = list(_parse(old, self.path))
@@ -63,19 +94,8 @@ class MetricsWriter:
         """Append {"step": step, **metrics}. NaN and infinities become null: JSON has neither."""
         values = {key: _plain(value) for key, value in metrics.items() if key != "step"}
         record = {"step": step, **values}
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(line) != len(line):
-                    file.truncate(end)  # half a line would spoil the next one
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            if not self._warned:
-                logger.warning(
-                    "Cannot write %s (%s): training goes on without it.", self.path, error
-                )
-            self._warned = True
+        with self._file.reporting():
+            self._file.append((json.dumps(record, allow_nan=False) + "\n").encode())
 
 
 def as_scalar(value: Any) -> Any:

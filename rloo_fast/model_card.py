@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .metrics_file import write_atomically
+from .papers import method, papers
 
+Messages = list[dict[str, Any]]
 METRICS = (  # what the table shows, in this order, where it was logged
     "reward",
     "reward_std",
@@ -26,15 +28,7 @@ METRICS = (  # what the table shows, in this order, where it was logged
     "eval_reward",
     "eval_rewards/*/mean",
 )
-CITATION = r"""@inproceedings{ahmadian2024back,
-  title     = {Back to Basics: Revisiting {REINFORCE}-Style Optimization for Learning from Human Feedback in {LLM}s},
-  author    = {Ahmadian, Arash and Cremer, Chris and Gall{\'e}, Matthias and Fadaee, Marzieh and Kreutzer, Julia and Pietquin, Olivier and {\"U}st{\"u}n, Ahmet and Hooker, Sara},
-  booktitle = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics (Volume 1: Long Papers)},
-  year      = {2024},
-  pages     = {12248--12267},
-  publisher = {Association for Computational Linguistics},
-  note      = {arXiv:2402.14740}
-}"""  # noqa: E501
+MAX_PROMPT_CHARS = 500  # of the quick start's example, where the data have one as short
 # a value after hub_token, HF_TOKEN, WANDB_API_KEY, ... (not stop_token), or a bare Hub token
 SECRET = re.compile(r"(?i)((?:hub|hf)[-_]token[= ]+|api[-_]key[= ]+)\S+|\bhf_[A-Za-z0-9]{16,}")
 
@@ -46,18 +40,25 @@ def model_card_text(
     dataset_name: str | None,
     tags: Sequence[str],
     is_peft: bool,
-    has_chat_template: bool,
+    merged_adapter: str | None,
+    prompt: str | Messages,
+    loss: str,
+    advantage: str,
     hub_model_id: str | None,
     local_path: str | None,
-    command: str,
+    command: str | None,
+    world_size: int,
     versions: Mapping[str, str],
     metrics: Sequence[Mapping[str, Any]],
+    curves: str | None,
     tracker_urls: Mapping[str, str],
 ) -> str:
     """Markdown with YAML front matter that `huggingface_hub.ModelCard` loads.
 
     base_model, dataset_name: in the front matter where they are Hub ids, in the text always.
-    metrics: the rows of metrics.jsonl. command: printed as it is, tokens and API keys masked.
+    merged_adapter: what was merged into the base before training. prompt: the quick start's, plain
+    or messages. command: printed as it is, tokens and API keys masked; None: not known. metrics:
+    the rows of metrics.jsonl. curves: a picture beside the card.
     ValueError if there is neither a hub_model_id nor a local_path: the quick start must load one.
     """
     loads_from = hub_model_id or local_path
@@ -73,27 +74,38 @@ def model_card_text(
         library_name="peft" if is_peft else "transformers",
         model_name=model_name,
         pipeline_tag="text-generation",
-        tags=_tags(tags, base_id, is_peft, tracker_urls),
+        tags=_tags([loss, advantage, *tags], base_id, is_peft, tracker_urls),
     )
     kind = "LoRA adapter" if is_peft else "model"
     from_base = f" from {_link(base_model, base_id)}" if base_model else ""
+    if merged_adapter:
+        from_base += f" with the adapter {_link_if_hub(merged_adapter)} merged into it"
     on_data = f" on {_link(dataset_name, dataset_id, 'datasets/')}" if dataset_name else ""
     sections = [
         f"---\n{front_matter.to_yaml()}\n---",
         f"# {model_name}",
-        f"A {kind} trained{from_base}{on_data} with `rloo_fast`, by REINFORCE Leave-One-Out"
-        " ([RLOO](https://huggingface.co/papers/2402.14740)).",
+        f"A {kind} trained{from_base}{on_data} with `rloo_fast`, by {method(loss, advantage)}.",
         "## Quick start",
-        _fenced("python", _quick_start(loads_from, is_peft, has_chat_template)),
-        "## Training",
-        *[f"[Curves in {name}]({url})" for name, url in tracker_urls.items()],
-        *_metrics_table(metrics),
-        "The command:",
-        _fenced("bash", SECRET.sub(lambda m: f"{m[1] or ''}<masked>", command)),
+    ]
+    if is_peft and merged_adapter:
+        sections.append(
+            "This adapter belongs on top of the base model plus the adapter merged into it: on the "
+            "base model alone it gives another model than the one that was trained."
+        )
+    code = _quick_start(loads_from, prompt, is_peft, base_model, merged_adapter)
+    sections += [_fenced("python", code), "## Training"]
+    sections += [f"![Curves of the run]({curves})"] if curves else []
+    sections += [f"[Curves in {name}]({url})" for name, url in tracker_urls.items()]
+    sections += _metrics_table(metrics)
+    if command is not None:
+        where = f", on {world_size} processes" if world_size > 1 else ""
+        masked = SECRET.sub(lambda m: f"{m[1] or ''}<masked>", command)
+        sections += [f"The command{where}:", _fenced("bash", masked)]
+    sections += [
         "Versions:",
         "\n".join(f"- {name}: {version}" for name, version in versions.items()),
         "## Citation",
-        _fenced("bibtex", CITATION),
+        _fenced("bibtex", "\n\n".join(p.bibtex for p in papers(loss, advantage))),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -118,10 +130,14 @@ def _link(name: str, hub_id: str | None, kind: str = "") -> str:
     return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
 
 
+def _link_if_hub(name: str) -> str:
+    return _link(name, name if _is_hub_id(name) else None)
+
+
 def _tags(
     tags: Sequence[str], base_id: str | None, is_peft: bool, tracker_urls: Mapping[str, str]
 ) -> list[str]:
-    ours = ["rloo", "rloo_fast", "generated_from_trainer"]
+    ours = ["rloo_fast", "generated_from_trainer"]
     if is_peft:
         ours += ["lora"] + ([f"base_model:adapter:{base_id}"] if base_id else [])
     if "trackio" in tracker_urls:  # the Hub shows such a Space under "Training metrics"
@@ -129,37 +145,69 @@ def _tags(
     return list(dict.fromkeys([*ours, *tags]))
 
 
-def _quick_start(loads_from: str, is_peft: bool, has_chat_template: bool) -> str:
+def example_prompt(prompts: Iterable[str | Messages], is_chat: bool) -> str | Messages:
+    """The first prompt of the data that is short, else the shortest; one of ours without data."""
+    candidates = [_bare(prompt) for prompt in prompts]
+    short = (p for p in candidates if len(str(p)) <= MAX_PROMPT_CHARS)
+    if candidates:
+        return next(short, None) or min(candidates, key=lambda p: len(str(p)))
+    if is_chat:
+        return [{"role": "user", "content": "What is the capital of France?"}]
+    return "The capital of France is"
+
+
+def _bare(prompt: str | Messages) -> str | Messages:
+    """Messages without the keys that only others of their dataset have, which are None here."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
+
+
+def _quick_start(
+    loads_from: str,
+    prompt: str | Messages,
+    is_peft: bool,
+    base_model: str | None,
+    merged_adapter: str | None,
+) -> str:
     name = json.dumps(loads_from)
-    question = "What is the capital of France?" if has_chat_template else "The capital of France is"
-    if is_peft:
-        encode = (
-            f'messages = [{{"role": "user", "content": "{question}"}}]\n'
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-            ").to(model.device)"
-            if has_chat_template
-            else f'inputs = tokenizer("{question}", return_tensors="pt").to(model.device)'
-        )
-        return f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+    if isinstance(prompt, str):
+        prompt_line = f"prompt = {prompt!r}"
+    else:
+        prompt_line = "\n".join(["prompt = [", *(f"    {message!r}," for message in prompt), "]"])
+    if not is_peft:
+        return f"""from transformers import pipeline
+
+generator = pipeline("text-generation", model={name}, device_map="auto")
+{prompt_line}
+output = generator(prompt, max_new_tokens=128, return_full_text=False)[0]
+print(output["generated_text"])"""
+    if merged_adapter and base_model:
+        peft_class, classes = "PeftModel", "AutoModelForCausalLM, AutoTokenizer"
+        load = f"""base, merged = {json.dumps(base_model)}, {json.dumps(merged_adapter)}
+model = AutoModelForCausalLM.from_pretrained(base, device_map="auto")
+model = PeftModel.from_pretrained(model, merged).merge_and_unload()
+model = PeftModel.from_pretrained(model, name)"""
+    else:
+        peft_class, classes = "AutoPeftModelForCausalLM", "AutoTokenizer"
+        load = 'model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")'
+    if isinstance(prompt, str):
+        encode = 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
+    else:
+        encode = """inputs = tokenizer.apply_chat_template(
+    prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+).to(model.device)"""
+    return f"""from peft import {peft_class}
+from transformers import {classes}
 
 name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
+{load}
+{prompt_line}
 {encode}
 output = model.generate(**inputs, max_new_tokens=128)
 new_tokens = output[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(new_tokens, skip_special_tokens=True))"""
-    prompt = (
-        f'[{{"role": "user", "content": "{question}"}}]' if has_chat_template else f'"{question}"'
-    )
-    return f"""from transformers import pipeline
-
-generator = pipeline("text-generation", model={name}, device_map="auto")
-prompt = {prompt}
-output = generator(prompt, max_new_tokens=128, return_full_text=False)[0]
-print(output["generated_text"])"""
 
 
 def _metrics_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 
 from .config import RLOOConfig, as_dict
+from .merge import merge_adapter
 from .parallel.zero import copy_split
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,15 @@ def load_policy(
 ) -> nn.Module:
     """A causal language model from a directory, a hub id, or as given.
 
-    A string is loaded with args.model_init_kwargs, in float32 unless they name a dtype.
+    A string is loaded with args.model_init_kwargs, in float32 unless they name a dtype. Either has
+    args.merge_adapter merged into it.
     Raises ValueError for a directory that is not there or holds no model.
     """
+    loaded = _load(model, args, quantization_config)
+    return loaded if args.merge_adapter is None else merge_adapter(loaded, args.merge_adapter)
+
+
+def _load(model: str | PreTrainedModel, args: RLOOConfig, quantization_config: Any) -> nn.Module:
     kwargs = as_dict(args.model_init_kwargs)
     if not isinstance(model, str):
         if args.model_init_kwargs or quantization_config is not None:

@@ -48,6 +48,7 @@ class Names2024:
         "gradient_accumulation_steps times this."
     )
     total_episodes: int | None = _old("Length of the run in completions; sets max_steps.")
+    token_level_kl: bool | None = _old("2024 name of loss=reinforce_pp; false: nothing is said.")
 
     def apply_names_2024(self) -> None:
         """Write every 2024 value that was given under its current name.
@@ -73,7 +74,47 @@ class Names2024:
                     f"but that is {given}: set steps_per_generation."
                 )
             self.steps_per_generation = steps
+        if self.token_level_kl:
+            loss = getattr(self, "loss")  # noqa: B009
+            if loss not in (defaults["loss"], "reinforce_pp"):
+                raise ValueError(
+                    f"token_level_kl=True means loss='reinforce_pp', but that is {loss!r}: set "
+                    "loss."
+                )
+            setattr(self, "loss", "reinforce_pp")  # noqa: B010
 
+
+_COMPUTED = "it is computed from the batch sizes of a device, the accumulation and the processes"
+_IN_PYTHON = "in Python, give RLOOTrainer a peft_config or quantization_config with it"
+SCRIPT_OPTIONS = {  # of the 2024 scripts, that are written differently today
+    "torch_dtype": "its name is dtype",
+    "exp_name": "write run_name",
+    "dataset_num_proc": "leave it out, prompts are tokenised as they are needed",
+    "dataset_text_field": "the column is called prompt; dataset_map makes it of another one",
+    "max_length": "write max_prompt_length",
+    "non_eos_penalty": "write missing_eos_penalty and the number to subtract",
+    "penalty_reward_value": "write missing_eos_penalty and the number to subtract",
+    "truncate_token": "write stop_token",
+    "truncate_token_id": "write stop_token_id",
+    "sanity_check": "leave it out; max_steps makes a run short",
+    "ignore_bias_buffers": "leave it out",
+    "gradient_checkpointing_use_reentrant": 'write gradient_checkpointing_kwargs '
+    """'{"use_reentrant": ...}'""",
+    **dict.fromkeys(
+        (
+            "num_total_batches", "world_size", "micro_batch_size", "mini_batch_size", "batch_size",
+            "local_batch_size", "local_mini_batch_size",
+        ),
+        _COMPUTED,
+    ),
+    **dict.fromkeys(
+        (
+            "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora", "load_in_4bit",
+            "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant",
+        ),
+        _IN_PYTHON,
+    ),
+}  # fmt: skip
 
 ARGUMENTS = {  # of the trainer, then and now
     "config": "write args=",

@@ -54,16 +54,18 @@ class Planner:
         self.num_halvings = 0
 
     def survey(self, samples: Samples) -> None:
-        """Fill in what the budget depends on, of the rows of all processes."""
+        """Fill in what the budget depends on, and a denominator, of the rows of all processes."""
         prompts, run = self._lengths(samples)
         longest = max(p + n for p, n in zip(prompts, run, strict=True))
         groups = [self._units_of(samples, list(range(samples.num_rows)))] * samples.whole_groups
         largest = max(
             (largest_group_tokens(units, prompts, run, self.layout) for units in groups), default=0
         )
-        sizes = torch.tensor([[longest, largest]], device=self.accelerator.device)
+        mine = [longest, largest, int(samples.cu_seqlens[-1])]
+        sizes = torch.tensor([mine], device=self.accelerator.device)
         sizes = self.accelerator.gather(sizes)
-        samples.longest, samples.largest_group = sizes.max(0).values.tolist()  # pyright: ignore
+        samples.longest, samples.largest_group, _ = sizes.max(0).values.tolist()  # pyright: ignore
+        samples.tokens_per_process = sizes[:, 2].double().mean().item()  # pyright: ignore
 
     def budget(self, samples: Samples, rows: int | None = None) -> int:
         """Tokens of a micro-batch; `rows` in place of the number this planner was given."""

@@ -137,15 +137,7 @@ def tokenize(
         if "prompt" not in row:
             raise ValueError(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
         text = row["prompt"]
-        if is_conversational(text):
-            ids = _apply_template(text, tokenizer, chat_template_kwargs)
-        elif isinstance(text, str):
-            ids = tokenizer(text)["input_ids"]
-        else:
-            raise ValueError(
-                "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
-                f"got {_shown(text)}."
-            )
+        ids = _encode(text, tokenizer, chat_template_kwargs)
         if not ids or text == "":
             raise ValueError(
                 f"a prompt is empty ({_shown(text)}): there is no token to continue. "
@@ -162,6 +154,17 @@ def tokenize(
         }
         prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
     return prompts
+
+
+def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> list[int]:
+    if is_conversational(text):
+        return _apply_template(text, tokenizer, kwargs)
+    if isinstance(text, str):
+        return tokenizer(text)["input_ids"]  # pyright: ignore
+    raise ValueError(
+        "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
+        f"got {_shown(text)}."
+    )
 
 
 def _apply_template(
@@ -208,6 +211,12 @@ class RowTokenizer:
             max_prompt_tokens=self.room,
             keep_columns=self.keep_columns,
         )
+
+    def num_tokens(self, texts: list[Any]) -> list[int]:
+        """Tokens of each prompt, chat template included."""
+        if all(isinstance(text, str) for text in texts):
+            return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]  # pyright: ignore
+        return [len(_encode(t, self.tokenizer, self.chat_template_kwargs)) for t in texts]
 
 
 def _shown(value: Any) -> str:

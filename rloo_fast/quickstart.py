@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--engine", choices=("hf", "vllm"), default="hf", help="that samples completions [hf]"
     )
-    parser.add_argument("--max_steps", type=int, help="RLOO steps, if not the recipe's")
+    parser.add_argument(
+        "--variant", choices=("grpo",), help="train with GRPO's advantages and loss in RLOO's place"
+    )
+    parser.add_argument("--max_steps", type=int, help="training steps, if not the recipe's")
     options = parser.parse_args(argv)
     if options.max_steps is not None and options.max_steps < 2:
         parser.error(
@@ -80,12 +83,13 @@ def main(argv: list[str] | None = None) -> int:
     before = measure(out / "warm_start", heldout, seed)
     _say(f"Before RLOO: {before['sampled']:.3f} sampled, {before['greedy']:.3f} greedy")
 
-    train_s = _train(out, seed, options.engine, options.max_steps)
+    train_s = _train(out, options)
 
     after = measure(out / "rloo", heldout, seed)
     result = {
         "task": f"reasoning_gym:{TASK}",
         "engine": options.engine,
+        "method": options.variant or "rloo",
         "seed": seed,
         "accuracy_before": before["sampled"],
         "accuracy_after": after["sampled"],
@@ -151,7 +155,7 @@ def measure(model_dir: Path, problems: Dataset, seed: int) -> dict[str, Any]:
     return out
 
 
-def _train(out: Path, seed: int, engine: str, max_steps: int | None) -> float:
+def _train(out: Path, options: argparse.Namespace) -> float:
     """`rloo-fast train` on the warm start; returns its seconds."""
     from .cli import main as rloo_fast
 
@@ -159,11 +163,13 @@ def _train(out: Path, seed: int, engine: str, max_steps: int | None) -> float:
     command += ["--model_name_or_path", str(out / "warm_start")]
     command += ["--dataset_name", str(out / "train.jsonl")]
     command += ["--eval_dataset_name", str(out / "heldout.jsonl")]
-    command += ["--output_dir", str(out / "rloo"), "--seed", str(seed)]
-    if engine == "vllm":
+    command += ["--output_dir", str(out / "rloo"), "--seed", str(options.seed)]
+    if options.variant is not None:
+        command += ["--variant", options.variant]
+    if options.engine == "vllm":
         command += ["--use_vllm", "True"]
-    if max_steps is not None:
-        command += ["--max_steps", str(max_steps)]
+    if options.max_steps is not None:
+        command += ["--max_steps", str(options.max_steps)]
     _say("rloo-fast " + " ".join(command))
     start = time.perf_counter()
     status = rloo_fast(command)
@@ -188,8 +194,6 @@ def _report(
     from rich.console import Console
     from rich.table import Table
 
-    from .report import plot_curves
-
     samples = Table(title="Held-out words, one sample each")
     for column in ("prompt", "before", "reward", "after", "reward"):
         samples.add_column(column, justify="right" if column == "reward" else "left")
@@ -209,12 +213,10 @@ def _report(
     console = Console()
     console.print(samples)
     console.print(table)
-    panels = ["reward", "kl", "accuracy", "eval_accuracy"]
-    plot_curves([out / "rloo"], out / "curves.png", panels)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _say(
         f"{result['total_s']:.0f} s in all, {result['train_s']:.0f} s of them RLOO. "
-        f"Written: {out / 'result.json'}, {out / 'curves.png'}, the model in {out / 'rloo'}"
+        f"Written: {out / 'result.json'}; the model and its curves are in {out / 'rloo'}"
     )
 
 

@@ -1,24 +1,32 @@
-"""What the trainer writes down: metrics of each stage, logs, completions table, model card."""
+"""What the trainer writes down: metrics of each stage, logs, samples, curves, model card."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import shlex
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from . import completions, models
+from .completions_file import CompletionsWriter
+from .curves import plot_curves
 from .metrics import gather_rows, rollout_metrics, update_metrics
 from .metrics_file import MetricsWriter
-from .model_card import write_model_card
+from .model_card import example_prompt, write_model_card
 from .types import Samples
+
+logger = logging.getLogger(__name__)
+CURVES = "curves.png"
 
 
 class RunReportMixin:
@@ -27,7 +35,9 @@ class RunReportMixin:
     accelerator: Any
     args: Any
     buffer: Any
+    callback_handler: Any
     collector: Any
+    hub_model_id: str | None
     metrics: Any
     model: Any
     processing_class: Any
@@ -35,15 +45,19 @@ class RunReportMixin:
     rollouts: Any
     state: Any
     termination: Any
+    train_dataset: Any
     truth: Any
     updater: Any
 
+    command: str | None = None  # that started the run, where a command did
+    dataset_name: str | None = None
     loss_total: float
     _run_start: float | None = None
     _step_start = 0.0
     _step_loss = 0.0
     _step_tokens = 0
     _writer: MetricsWriter | None = None
+    _samples_writer: CompletionsWriter | None = None
 
     def _record_update(self, rows: dict[str, Tensor], counts: dict[str, float]) -> None:
         """Metrics of an optimizer step from its rows and counts on this process."""
@@ -80,7 +94,9 @@ class RunReportMixin:
             columns["entropy_sum"] = entropy
         advantages = samples.advantages
         assert advantages is not None
-        if self.args.token_level_kl:  # shown for the first token: the sequence's own advantage
+        if (
+            self.args.loss == "reinforce_pp"
+        ):  # shown for the first token: the sequence's own advantage
             starts = samples.cu_seqlens[:-1].clamp(max=max(len(advantages) - 1, 0))
             advantages = advantages[starts] if len(advantages) else torch.zeros(samples.num_rows)
         columns["advantage"] = advantages
@@ -140,34 +156,60 @@ class RunReportMixin:
         interrupted = self.termination.agreed and "train_loss" in logs
         if self._writer is not None and not interrupted:
             self._writer.write(self.state.global_step, logs)
-        if self.args.log_completions and "train_loss" not in logs:
-            self.print_completions()
+        if "train_loss" not in logs:
+            if self.args.log_completions:
+                self.print_completions()
+            if self._samples_writer is not None and self.collector.table.prompts:
+                self._samples_writer.write(self._samples_shown(self._samples()))
 
     def print_completions(self) -> None:
         """The newest samples with their rewards: to the terminal and the trackers in use."""
-        table = self.collector.table
-        if not self.accelerator.is_main_process or not table.prompts:
+        if not self.accelerator.is_main_process or not self.collector.table.prompts:
             return
-        shown = {
-            "prompts": table.prompts,
-            "completions": table.completions,
-            "rewards": table.rewards,
-            "advantages": table.advantages,
-            "step": self.state.global_step,
-            "extra": table.extra,
-        }
-        unique = self.args.log_unique_prompts
-        completions.print_completions(
-            **shown, num_samples=self.args.num_completions_to_print, unique_prompts=unique
-        )
-        frame = completions.completions_dataframe(**shown, unique_prompts=unique)
-        completions.log_completions_table(self.args.report_to, frame)
+        samples = self._samples()
+        shown = self._samples_shown(samples)
+        completions.print_table(shown, total=len(samples))
+        completions.log_completions_table(self.args.report_to, samples)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                text = completions.markdown_table(shown)
+                callback.tb_writer.add_text("completions", text, self.state.global_step)
 
-    def open_metrics_file(self) -> None:
-        """metrics.jsonl of this run, cut back to the step it resumes from; on the main process."""
-        if self.accelerator.is_main_process:
-            done = self.state.global_step or None
-            self._writer = MetricsWriter(self.args.output_dir, resume_step=done)
+    def _samples(self) -> pd.DataFrame:
+        table = self.collector.table
+        return completions.completions_dataframe(
+            table.prompts,
+            table.completions,
+            table.rewards,
+            table.advantages,
+            self.state.global_step,
+            table.extra,
+            self.args.log_unique_prompts,
+        )
+
+    def _samples_shown(self, samples: pd.DataFrame) -> pd.DataFrame:
+        return completions.draw_rows(samples, self.args.num_completions_to_print)
+
+    def open_run_files(self) -> None:
+        """metrics.jsonl and completions.csv of this run, cut back to the step it resumes from; on
+        the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        done = self.state.global_step or None
+        self._writer = MetricsWriter(self.args.output_dir, resume_step=done)
+        if self.args.log_completions_csv:
+            self._samples_writer = CompletionsWriter(self.args.output_dir, resume_step=done)
+
+    def draw_curves(self) -> None:
+        """curves.png in output_dir, where there are two logs or more; a failure is a warning."""
+        logs = [row for row in self.state.log_history if {"reward", "eval_reward"} & {*row}]
+        if not self.accelerator.is_main_process or len(logs) < 2:
+            return
+        path = Path(self.args.output_dir) / CURVES
+        try:
+            plot_curves([path.parent], path)
+        except Exception as error:  # of a drawing library that may not even be there
+            logger.warning("%s was not drawn: %s", path, error)
 
     def create_model_card(
         self,
@@ -177,31 +219,49 @@ class RunReportMixin:
         output_dir: str | os.PathLike[str] | None = None,
         **_: Any,
     ) -> None:
-        """README.md with base model, data, command, versions, and the newest metrics."""
+        """README.md with base model, data, command, versions, curves and the newest metrics."""
         if not self.accelerator.is_main_process:
             return
         directory = Path(output_dir or self.args.output_dir)
         base = models.base_causal_lm(self.model)
-        hub_id = self.args.hub_model_id
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        hub_id = self.hub_model_id or self.args.hub_model_id
+        is_peft = models.is_peft_model(self.model)
         write_model_card(
             directory / "README.md",
             model_name=model_name or (hub_id or Path(self.args.output_dir).name).split("/")[-1],
             base_model=getattr(base.config, "_name_or_path", "") or None,
-            dataset_name=dataset_name,
-            tags=tags,
-            is_peft=models.is_peft_model(self.model),
-            has_chat_template=bool(getattr(self.processing_class, "chat_template", None)),
+            dataset_name=dataset_name or self.dataset_name,
+            tags=[tags] if isinstance(tags, str) else list(tags or []),
+            is_peft=is_peft,
+            merged_adapter=self.args.merge_adapter,
+            prompt=self._example_prompt(),
+            loss=self.args.loss,
+            advantage=self.args.advantage,
             hub_model_id=hub_id,
             local_path=str(self.args.output_dir),
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            versions={
-                name: version(name)
-                for name in ("rloo-fast", "torch", "transformers", "accelerate", "datasets")
-            },
+            command=self.command,
+            world_size=self.accelerator.num_processes,
+            versions=_versions(is_peft),
             metrics=self.state.log_history,
+            curves=CURVES if (directory / CURVES).is_file() else None,
             tracker_urls=_tracker_urls(),
         )
+
+    def _example_prompt(self) -> Any:
+        """A prompt of the training data that can be looked up, for the card's quick start."""
+        data = self.train_dataset
+        some = range(min(100, len(data))) if isinstance(data, Dataset) else ()
+        prompts = data.select(some)["prompt"] if some else []
+        is_chat = bool(getattr(self.processing_class, "chat_template", None))
+        return example_prompt(prompts, is_chat)
+
+
+def _versions(is_peft: bool) -> dict[str, str]:
+    names = ["rloo-fast", "torch", "transformers", "accelerate", "datasets"]
+    versions = {name: version(name) for name in [*names, *(["peft"] if is_peft else [])]}
+    if "vllm" in sys.modules:  # its CPU build is a package of another name
+        versions["vllm"] = sys.modules["vllm"].__version__
+    return versions
 
 
 def _tracker_urls() -> dict[str, str]:

@@ -7,11 +7,12 @@ forward gives the rest (`update.py`).
 from __future__ import annotations
 
 import torch
-from rloo_kernels import token_level_advantages
+from rloo_kernels import rloo_objective, token_level_advantages
 from rloo_kernels.advantages import comparable_rows, scaled_advantages, segment_sum
 from torch import Tensor, nn
 
 from .config import RLOOConfig
+from .losses import Loss
 from .metrics import gather_rows
 from .models import reference_weights
 from .parallel import Parallel
@@ -40,9 +41,7 @@ class Scorer:
         self.policy, self.reference, self.planner = policy, reference, planner
         self.args, self.parallel, self.has_dropout = args, parallel, has_dropout
         self.accelerator = parallel.accelerator
-        self.token_level = (  # what the loss credits, and with it the ratio and its clip
-            args.token_level_kl or args.truncated_importance_sampling == "token"
-        )
+        self.loss = Loss(args)
 
     def first_pass_reason(self, samples: Samples, covered_by_first_update: bool) -> str | None:
         """Why a no-grad policy pass over the samples must come before the update, or None."""
@@ -52,7 +51,7 @@ class Scorer:
             )
         if self.args.truncated_importance_sampling is not None:
             return "truncated importance sampling weights the loss by the log-probs it finds"
-        if self.args.beta == 0:
+        if not self.loss.kl_in_reward:
             return None
         if self.args.normalize_advantages or self.args.whiten_rewards:
             return "normalising needs the KL of the whole generation batch first"
@@ -119,37 +118,41 @@ class Scorer:
     # KL -> reward -> advantage
 
     def credit_all(self, samples: Samples) -> None:
-        """samples.advantages from old_logps (or without, at beta = 0), over all processes."""
+        """samples.advantages over all processes, from old_logps where the KL is in the reward."""
         args, k = self.args, samples.num_generations
         kl = torch.zeros(int(samples.cu_seqlens[-1]))
         surprisal = torch.full((samples.num_rows,), float("nan"))
         if samples.old_logps is None:
-            assert args.beta == 0
+            assert not self.loss.kl_in_reward
         else:
             surprisal = -segment_sum(samples.old_logps, samples.cu_seqlens)
             if samples.ref_logps is not None:
                 kl = samples.old_logps - samples.ref_logps
         row_kl = segment_sum(kl, samples.cu_seqlens)
-        shaped = samples.scores - args.beta * row_kl
+        shaped = samples.scores - args.beta * row_kl if self.loss.kl_in_reward else samples.scores
         samples.stats |= {"kl": row_kl, "shaped": shaped, "surprisal": surprisal}
         everyone = gather_rows(self.accelerator, {"shaped": shaped})["shaped"].to(shaped.dtype)
         if k > 1:
             advantages, scale = scaled_advantages(
-                everyone, k, normalize=args.normalize_advantages, whiten_rewards=args.whiten_rewards
+                everyone,
+                k,
+                normalize=args.normalize_advantages,
+                whiten_rewards=args.whiten_rewards,
+                advantage=args.advantage,
             )
         else:  # one completion per prompt in evaluation: nothing to compare with
             advantages, scale = torch.zeros_like(everyone), torch.ones(())
         start = self.accelerator.process_index * samples.num_rows
         mine = slice(start, start + samples.num_rows)
         advantages = advantages[mine]
-        if args.token_level_kl:
+        if self.loss.advantages_per_token:
             compared = comparable_rows(everyone, k)[mine]
             beta = args.beta * float(scale)  # the KL is scaled as the rewards it is taken off
             advantages = token_level_advantages(advantages, kl, samples.cu_seqlens, beta, compared)
         samples.advantages = advantages
 
     def credited(self, samples: Samples, rows: list[int]) -> Tensor:
-        """What the loss credits `rows` with: (R,) A_i, or where it is token-level, (N,) A_it.
+        """What the loss credits `rows` with: (R,) A_i, or (N,) A_it (`Loss.credit_per_token`).
 
         Truncated importance sampling, off by default, weights them by trainer / sampler at the
         weights that sampled (for w >= 0, the clipped objective of w A is w times that of A):
@@ -158,13 +161,15 @@ class Scorer:
             token:      w_it = min(exp(old_it - sampler_it), cap)            A_i  -> A_it = w_it A_i
 
         With "token" the ratio of the loss and its clip are per token too; the first update's
-        gradient is - sum_it w_it A_i dlogp_it / B exactly. `samples.advantages` stay unweighted.
+        gradient is - sum_it w_it A_i dlogp_it / B exactly. `samples.advantages` stay unweighted,
+        and so does a KL in the loss.
         """
         args, index = self.args, samples.token_index(rows)
         level = args.truncated_importance_sampling
         advantages, lengths = samples.advantages, samples.cu_seqlens.diff()[rows]
         assert advantages is not None
-        advantages = advantages[index if args.token_level_kl else rows]
+        per_token = self.loss.advantages_per_token
+        advantages = advantages[index if per_token else rows]
         if level is None:
             return advantages
         assert samples.old_logps is not None
@@ -173,19 +178,29 @@ class Scorer:
         old, sampler = samples.old_logps[index], samples.sampler_logps[index]
         weights = importance_ratios(old, sampler, cu_seqlens, level)
         weights = weights.clamp(max=args.importance_sampling_cap).to(advantages)
-        if self.token_level and not args.token_level_kl:
+        if self.loss.credit_per_token and not per_token:
             advantages = advantages.repeat_interleave(lengths)
-        if self.token_level and level == "sequence":
+        if self.loss.credit_per_token and level == "sequence":
             weights = weights.repeat_interleave(lengths)
         return weights * advantages
 
+    def credit(self, samples: Samples, rows: list[int]) -> dict[str, Tensor]:
+        """`credited`, under its name in `Credit`."""
+        kind = "token_advantages" if self.loss.credit_per_token else "advantages"
+        return {kind: self.credited(samples, rows)}
+
     def on_policy_loss(self, samples: Samples) -> Tensor:
-        """- mean over rows of what they are credited with (token-level: their sum over tokens):
-        the loss at ratio 1."""
-        credited = self.credited(samples, list(range(samples.num_rows)))
-        if self.token_level:
-            credited = segment_sum(credited, samples.cu_seqlens)
-        return -credited.mean()
+        """The loss at ratio 1, of old_logps: nothing was updated."""
+        assert samples.old_logps is not None
+        rows = list(range(samples.num_rows))
+        return rloo_objective(
+            samples.old_logps,
+            samples.cu_seqlens,
+            **self.credit(samples, rows),
+            ref_logps=samples.ref_logps,
+            denominator=self.loss.denominator(samples, rows, len(rows)),
+            **self.loss.options(with_rewards=False),
+        ).loss
 
     def settle(self, samples: Samples, logps: Tensor, advantages: Tensor | None) -> None:
         """After the first update, what its forward found out holds for the next ones: old log-probs
@@ -194,7 +209,8 @@ class Scorer:
         if samples.advantages is not None:
             return
         assert advantages is not None
-        if self.args.token_level_kl and samples.ref_logps is not None:
+        if self.loss.advantages_per_token:
+            assert samples.ref_logps is not None
             advantages = token_level_advantages(
                 advantages,
                 logps - samples.ref_logps,

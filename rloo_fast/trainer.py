@@ -41,6 +41,7 @@ from .parallel import check_launch, make_parallel
 from .planner import Planner
 from .policy import Policy, router_coef
 from .probe import choose_layout
+from .prompt_lengths import drop_long_prompts
 from .rewards import RewardFunc, load_reward_functions
 from .rollout.build import compute_dtype, make_engine, make_room
 from .rollout.cycle import RolloutCycle
@@ -68,7 +69,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
     model: a directory or hub id, a PreTrainedModel, or a PeftModel.
     reward_funcs: one or several of: a function f(prompts, completions, completion_ids, **columns)
         that returns a float or None per completion (async too), a builtin name, "module:function",
-        a sequence-classification model as object, directory or hub id.
+        a sequence-classification model as object, directory or hub id, a RewardModel.
     args: RLOOConfig. train_dataset: rows with a `prompt` (string or messages); other columns go to
     the reward functions. eval_dataset: the same, or a dict of them. processing_class: tokenizer.
 
@@ -103,6 +104,14 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
             reward_funcs,
             reward_processing_classes,
             weights=args.reward_weights,
+            reward_kwargs=args.reward_kwargs,  # pyright: ignore
+            execute_model_code=args.execute_model_code,
+            model_options={
+                "label": args.reward_model_label,
+                "output": args.reward_model_output,
+                "position": args.reward_model_position,
+                "dtype": args.reward_model_dtype,
+            },
             model_init_kwargs=args.model_init_kwargs,  # pyright: ignore
             trust_remote_code=args.trust_remote_code,
             chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore
@@ -118,6 +127,9 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
         longest = [models.context_length(policy_model), args.vllm_max_model_length]
         context = min((length for length in longest if length), default=None)
         self._tokenize = prompts.RowTokenizer(tokenizer, context, args)
+        train_dataset, eval_dataset = drop_long_prompts(
+            train_dataset, eval_dataset, self._tokenize, args
+        )
         check_prompts(train_dataset, eval_dataset, self._tokenize)
         policy_model = models.add_adapters(policy_model, peft_config, args)
         if args.disable_dropout:
@@ -159,7 +171,9 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
             self.reference = Policy(reference, wrapped=wrapped, **common)
             if args.sync_ref_model:
                 self.add_callback(SyncReference(self, reference))
-        self.rewards.to(self.accelerator.device)
+        self.rewards.place(
+            self.accelerator.device, offload=args.reward_model_offload, stop_token_ids=stop_ids
+        )
         room = None
         if args.vllm_enable_sleep_mode and args.vllm_mode == "colocate":
             room = make_room(self, reference)
@@ -284,7 +298,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
             self._say_once(f"A policy pass without gradients runs before the update: {reason}.")
             with self.metrics.stage("old_logps", self.accelerator.device):
                 self.scorer.first_pass(samples, model)
-        elif self.args.beta == 0:
+        elif not self.scorer.loss.kl_in_reward:
             self.scorer.credit_all(samples)
         return samples
 
@@ -336,6 +350,7 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
         finally:
             self.rewards.close()
         self.exit_if_terminated()
+        self.draw_curves()
         # transformers' mean covers this call of train() only, ours every step (see log)
         return output._replace(training_loss=output.metrics["train_loss"])
 

@@ -104,11 +104,12 @@ class Samples:
     whole_groups: bool  # on every process, all K rows of each of its prompts
     longest: int = 0  # tokens put through the model for the longest row of all processes
     largest_group: int = 0  # likewise for the completions of one prompt, in the layout
+    tokens_per_process: float = 0.0  # completion tokens that count, mean over processes
     on_policy: bool = True  # the weights have not changed since these were sampled
     ref_logps: Tensor | None = None  # (N,)
     old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
     sampler_logps: Tensor | None = None  # (N,) the same as the rollout engine saw them; None: none
-    advantages: Tensor | None = None  # (R,), or (N,) with token-level KL; None: not yet
+    advantages: Tensor | None = None  # (R,), or (N,) with a KL to go; None: not yet
     stats: dict[str, Tensor] = field(default_factory=dict)  # per row, for metrics
 
     @property

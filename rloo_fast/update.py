@@ -2,7 +2,7 @@
 
 On the first update after a rollout the training forward is the only policy forward: its own
 log-probs, detached, are the old ones (so the ratio is exactly 1), and where a micro-batch holds
-whole groups the KL and the leave-one-out baseline come out of it too. Rows whose advantage is known
+whole groups the KL and the leave-one-out baseline come out of it too. Rows whose gradient is known
 to be 0 are not run.
 """
 
@@ -72,7 +72,6 @@ class Updater:
         self.policy, self.scorer, self.planner = policy, scorer, planner
         self.args, self.parallel, self.accelerator = args, parallel, parallel.accelerator
         self.aux_loss_coef = aux_loss_coef
-        self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
     def backward(
         self,
@@ -82,10 +81,11 @@ class Updater:
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Gradients of one optimizer step; returns its loss, statistics per row, and counts.
 
-        The loss is the sum over this process' rows of the step divided by their number; with the
-        mean over processes that the engines take of gradients, the mean over all rows. Without
-        memory for it, the step is taken again from its start, in smaller micro-batches.
+        The loss is the sum over this process' rows of the step, divided as `losses.py` says: with
+        the mean over processes that the engines take of gradients, by a count over all of them.
+        Without memory for it, the step is taken again from its start, in smaller micro-batches.
         """
+        pieces = self._cut(pieces)
         while True:
             steps = self._steps(pieces)
             found = self._attempt(pieces, steps, wrapped, compute_loss)
@@ -108,6 +108,17 @@ class Updater:
             del together["aux_loss"]
         return found.loss, together, self._counts(pieces, found)
 
+    def _cut(self, pieces: list[Piece]) -> list[Piece]:
+        """Pieces of one denominator each; no micro-batch holds rows of two of them."""
+        if not self.scorer.loss.by_micro_step:
+            return pieces
+        size = self.args.per_device_train_batch_size
+        return [
+            (samples, rows[i : i + size])
+            for samples, rows in pieces
+            for i in range(0, len(rows), size)
+        ]
+
     def _steps(self, pieces: list[Piece]) -> list[Step]:
         steps = []
         for number, (samples, rows) in enumerate(pieces):
@@ -121,10 +132,12 @@ class Updater:
         """Without those whose gradient is known to be 0."""
         if samples.advantages is None or self.aux_loss_coef:
             return rows
-        signal = samples.advantages != 0
-        if self.args.token_level_kl:
-            signal = segment_sum(signal.float(), samples.cu_seqlens) > 0
-        signal &= samples.cu_seqlens.diff() > 0
+        signal = samples.cu_seqlens.diff() > 0
+        if self.scorer.loss.advantages_per_token:
+            moves = (samples.advantages != 0).float()
+            signal &= segment_sum(moves, samples.cu_seqlens) > 0
+        elif not self.scorer.loss.kl_in_loss:  # a KL in the loss moves every row
+            signal &= samples.advantages != 0
         return [row for row, moves in zip(rows, signal[rows].tolist(), strict=True) if moves]
 
     def _attempt(
@@ -135,6 +148,7 @@ class Updater:
         compute_loss: Callable[[nn.Module, Any], Tensor],
     ) -> Found | None:
         num_rows = sum(len(rows) for _, rows in pieces)
+        denominators = [self.scorer.loss.denominator(s, rows, num_rows) for s, rows in pieces]
         empty = [
             {name: torch.full((s.num_rows,), value) for name, value in STATISTICS.items()}
             for s, _ in pieces
@@ -148,7 +162,12 @@ class Updater:
 
         def run_one(step: Step, last: bool) -> None:
             batch = self.planner.batch(step)
-            inputs = {"samples": step.samples, "batch": batch, "num_rows": num_rows}
+            inputs = {
+                "samples": step.samples,
+                "batch": batch,
+                "num_rows": num_rows,
+                "denominator": denominators[step.piece],
+            }
             with self.parallel.reducing(wrapped, last):
                 loss = compute_loss(wrapped, inputs)
                 self.parallel.backward(loss, last)
@@ -165,28 +184,19 @@ class Updater:
     def loss(self, wrapped: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch; leaves its `objective` and `aux_loss` in `inputs`.
 
-        `inputs`: samples, batch (a MicroBatch of rows of the samples), num_rows (of this step on
-        this process; every process has the same).
+        `inputs`: samples, batch (a MicroBatch of rows of the samples), denominator (of the sum over
+        these rows), num_rows (of this step on this process; every process has the same).
         """
         samples: Samples = inputs["samples"]
         batch: MicroBatch = inputs["batch"]
-        token_level = self.scorer.token_level
         # the loss' gradients are made in its forward: in fp16 they must be scaled there already
         scaler = self.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        options: dict[str, Any] = {
-            "epsilon_low": self.args.epsilon,
-            "epsilon_high": self.epsilon_high,
-            "denominator": inputs["num_rows"] / scale,
-            "level": "token" if token_level else "sequence",
-        }
         credit = self._credit(samples, batch)
-        if credit.rewards is not None:
-            options |= {
-                "num_generations": samples.num_generations,
-                "beta": self.args.beta,
-                "kl": "reward_to_go" if token_level else "reward",
-            }
+        with_rewards = credit.rewards is not None
+        options = self.scorer.loss.options(with_rewards=with_rewards)
+        options["denominator"] = inputs["denominator"] / scale
+        options["num_generations"] = samples.num_generations if with_rewards else 0
         router_loss = self.aux_loss_coef != 0 and bool(batch.rows)
         with self.accelerator.autocast():
             objective, aux = self.policy.loss(
@@ -201,7 +211,7 @@ class Updater:
 
     def _credit(self, samples: Samples, batch: MicroBatch) -> Credit:
         if not batch.rows:
-            return Credit(advantages=torch.zeros(0))
+            return Credit(advantages=torch.zeros(0), ref_logps=torch.zeros(0))
         index = samples.token_index(batch.rows)
         ref = None if samples.ref_logps is None else samples.ref_logps[index]
         # None: the weights are those that sampled, and the ratio is 1, exactly
@@ -211,9 +221,8 @@ class Updater:
             old = samples.old_logps[index]
         if samples.advantages is None:  # whole groups: KL and baseline come out of this pass
             return Credit(rewards=samples.scores[batch.rows], old_logps=old, ref_logps=ref)
-        kind = "token_advantages" if self.scorer.token_level else "advantages"
-        credited = {kind: self.scorer.credited(samples, batch.rows)}
-        return Credit(**credited, old_logps=old, ref_logps=ref)
+        credit = self.scorer.credit(samples, batch.rows)
+        return Credit(**credit, old_logps=old, ref_logps=ref)
 
     # What the step has found out
 
@@ -231,7 +240,8 @@ class Updater:
             "high": objective.clipped_high,
             "log_ratio": objective.log_ratio,
             "token_ratio": objective.token_ratio_sum,
-            "loss": objective.loss_per_row,
+            # so that the mean over rows is the loss of the step
+            "loss": objective.loss_per_row * (inputs["num_rows"] / inputs["denominator"]),
             "micro_batch": torch.full((len(rows),), float(number)),
         }
         if aux is not None:
@@ -266,7 +276,7 @@ class Updater:
         groups: dict[tuple[int, int], bool] = {}
         for (samples, rows), columns in zip(pieces, found.columns, strict=True):
             for row, ran in zip(rows, columns["ran"][rows].tolist(), strict=True):
-                key = id(columns), samples.groups[row]
+                key = id(samples), samples.groups[row]
                 groups[key] = groups.get(key, False) or bool(ran)
         return {
             "tokens_run": found.num_tokens_run,

@@ -15,6 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rloo_fast.rollout import RolloutEngine
+from rloo_fast.run_report import RunReportMixin
+
+draw_curves = RunReportMixin.draw_curves
+RunReportMixin.draw_curves = lambda self: None  # half a second in each of some hundred runs
 
 WORDS = [f"w{i}" for i in range(26)]
 CHAT_TEMPLATE = (
@@ -65,6 +69,11 @@ def make_model(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
         }
     )
     return Qwen2ForCausalLM(config)
+
+
+def without_deepspeeds(printed: str) -> str:
+    """What was printed, but for the line that DeepSpeed puts there when it is first imported."""
+    return "".join(line for line in printed.splitlines(True) if "[real_accelerator" not in line)
 
 
 def require_vllm() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def group_advantages(shaped: list[float], k: int, advantage: str) -> list[float]:
-    """Leave-one-out or group-normalised advantages, one number at a time; NaN: unscorable."""
+    """Advantages of groups of k, one number at a time; NaN: unscorable."""
     out = []
     for start in range(0, len(shaped), k):
         group = shaped[start : start + k]
@@ -26,7 +26,7 @@ def group_advantages(shaped: list[float], k: int, advantage: str) -> list[float]
             else:
                 mean = sum(kept) / len(kept)
                 std = math.sqrt(sum((x - mean) ** 2 for x in kept) / (len(kept) - 1))
-                out.append((r - mean) / (std + 1e-4))
+                out.append((r - mean) / (std + 1e-4 if advantage == "grpo" else 1))
     return out
 
 
@@ -67,7 +67,7 @@ def objective_reference(
     ref = now if ref_logps is None else ref_logps
     kls = [float((now[t] - ref[t]).sum()) for t in tokens]
 
-    penalty = 0.0 if kl == "loss" else beta
+    penalty = 0.0 if kl.endswith("loss") else beta
     shaped, compared, scale = [NAN] * num_rows, [True] * num_rows, 1.0
     if rewards is not None:
         shaped = [float(r) - penalty * x for r, x in zip(rewards, kls, strict=True)]
@@ -101,9 +101,10 @@ def objective_reference(
         ratio = exponent.exp()
         bounded = ratio.clamp(1 - epsilon_low, 1 + high)
         each = -torch.minimum(ratio * credit, bounded * credit)
-        if kl == "loss":
+        if kl.endswith("loss"):
             d = ref[t] - logps[t]
-            each = each + beta * (d.exp() - d - 1)
+            k3 = d.exp() - d - 1
+            each = each + beta * k3 * (ratio if kl == "corrected_loss" else 1)
         count = max(len(each), 1)
         loss_per_row.append(each.sum() / (count if token_mean else 1))
         low_share.append(float(((ratio < 1 - epsilon_low) & (credit < 0)).sum()) / count)
@@ -139,9 +140,9 @@ LOSSES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("token_advantages", "old_logps"),
         {"level": "token", "token_mean": True},
     ),
-    "advantages-k3": (
+    "advantages-corrected-k3": (
         ("advantages", "ref_logps"),
-        {"level": "token", "kl": "loss", "beta": 0.3},
+        {"level": "token", "kl": "corrected_loss", "beta": 0.3},
     ),
     "rloo": (("rewards",), {}),
     "rloo-ratio": (("rewards", "old_logps"), {}),
@@ -170,9 +171,13 @@ LOSSES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("rewards", "ref_logps"),
         {"advantage": "grpo", "level": "token", "token_mean": True, "kl": "loss", "beta": 0.3},
     ),
+    "grpo-corrected": (
+        ("rewards", "ref_logps", "old_logps"),
+        {"advantage": "grpo", "level": "token", "kl": "corrected_loss", "beta": 0.3},
+    ),
     "dr-grpo": (
         ("rewards", "old_logps"),
-        {"advantage": "grpo", "level": "token", "denominator": 12.0, "epsilon_high": 0.28},
+        {"advantage": "dr_grpo", "level": "token", "denominator": 12.0, "epsilon_high": 0.28},
     ),
 }
 # groups of three: ragged, with empty rows; one empty altogether; one whose second row is unscorable

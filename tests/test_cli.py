@@ -316,6 +316,11 @@ def test_what_is_missing_is_shown_as_it_is_written(capsys, missing):
         ("--reward_funcs cache", "holds no config.json"),
         ("--reward_weights 1 2", "reward_weights: 2 numbers for 1 reward_funcs"),
         ("--reward_funcs needs.py:f", "needs `gold`, but the dataset has no such column"),
+        ("--reward_funcs runs.py:f", "write execute_model_code=True"),
+        ('--reward_kwargs {"s.py:f":{}}', "reward_kwargs has 's.py:f', but reward_funcs has 'r.py"),
+        ('--reward_kwargs {"r.py:f":{"a":1}}', "'r.py:f' takes no 'a'. It takes 'completions'."),
+        ("--reward_funcs length", "missing 1 required positional argument: 'target'"),
+        ("--reward_model_dtype int8", "must be auto, bfloat16, float16, float32, or left out"),
         ("--resume_from_checkpoint none_there", "is not a complete checkpoint"),
         ("--eval_strategy steps", "For evaluation name another file, as eval_dataset_name."),
         ("--eval_dataset_name p.jsonl", "eval_strategy is 'no': add --eval_strategy steps."),
@@ -324,6 +329,7 @@ def test_what_is_missing_is_shown_as_it_is_written(capsys, missing):
 def test_what_can_be_checked_is_checked_before_the_model(capsys, folder, trainers, words, sentence):
     (folder / "cache").mkdir()
     (folder / "needs.py").write_text("def f(completions, gold, **kwargs):\n    return [0.0]\n")
+    (folder / "runs.py").write_text("def f(**kwargs): ...\nf.executes_model_code = True\n")
     assert sentence in refusal(capsys, *THREE, *words.split())
     assert trainers == []
 
@@ -446,6 +452,12 @@ def test_a_file_can_be_the_evaluation_set(folder, trainers):
     (folder / "e.csv").write_text("prompt,answer\nw5,1\n")
     run("--eval_strategy", "steps", "--eval_dataset_name", "e.csv")
     assert trainers[0].arguments["eval_dataset"][0] == {"prompt": "w5", "answer": 1}
+
+
+def test_a_test_split_that_is_not_evaluated_on_is_said(trainers, capsys):
+    assert run("--dataset_test_split", "validation") == 0
+    assert trainers[0].arguments["eval_dataset"] is None
+    assert "dataset_test_split is not used: eval_strategy is 'no'." in capsys.readouterr().out
 
 
 def test_a_task_is_evaluated_on_other_items_than_it_is_trained_on():

@@ -106,6 +106,8 @@ ELSEWHERE = {  # field: the test that shows its effect
     "torch_compile_backend": "test_compile.py::test_no_compilation_after_the_first_steps",
     "torch_compile_mode": "test_compile.py::test_inductor_with_a_mode_trains_alike",
     "fp16": "test_checkpoint.py::test_fp16_overflows_end_the_run_only_once_the_loss_scale_is_down",
+    "merge_adapter": "test_merge.py::test_policy_and_reference_start_from_the_sum",
+    "max_prompt_length": "test_prompt_lengths.py::test_a_run_trains_on_the_rest",
     "max_grad_norm": "test_trl_parity.py::test_loss_gradients_and_weights_equal_trl",
     "max_nonfinite_steps": "test_checkpoint.py::test_too_many_such_steps_in_a_row_end_the_run",
     "missing_eos_penalty": "test_dialect_2024.py::test_metrics_of_the_rollout",
@@ -117,7 +119,9 @@ ELSEWHERE = {  # field: the test that shows its effect
     "save_total_limit": "test_checkpoint.py::"
     "test_nothing_but_the_limited_number_of_checkpoints_is_left",
     "stop_token_id": "test_dialect_2024.py::test_stop_token_id_ends_completions_beside_eos",
-    "token_level_kl": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
+    "advantage": "test_grpo_parity.py::test_loss_gradients_and_weights_equal_trl",
+    "loss": "test_grpo_parity.py::test_loss_gradients_and_weights_equal_trl",
+    "use_bias_correction_kl": "test_grpo_parity.py::test_loss_gradients_and_weights_equal_trl",
     "whiten_rewards": "test_dialect_2024.py::test_loss_and_gradient_of_every_step",
     "truncated_importance_sampling": "test_importance_sampling.py::"
     "test_gradients_are_those_of_the_formula",
@@ -130,6 +134,15 @@ ELSEWHERE = {  # field: the test that shows its effect
     "test_without_overlap_there_is_one_call_after_generation",
     "reward_processes": "test_rewards_processes.py::"
     "test_groups_are_scored_in_two_processes_at_the_same_time_during_generation",
+    **dict.fromkeys(
+        (
+            "reward_model_label", "reward_model_output", "reward_model_position",
+            "reward_model_dtype",
+        ),
+        "test_reward_models.py::test_the_settings_of_a_run_reach_its_reward_model",
+    ),
+    "reward_model_offload": "test_reward_models.py::"
+    "test_an_offloaded_model_scores_once_the_engine_is_asleep",
     "use_vllm": "test_train_vllm.py::test_sampler_and_trainer_agree_in_every_step",
     "weight_sync_bucket_mib": "test_rollout_build.py::test_weights_are_sent_in_buckets",
     **dict.fromkeys(
@@ -294,6 +307,11 @@ def test_other_optimizers_that_do_not_fit_are_refused(optim, tmp_path):
         ({"cache_implementation": "big"}, r"Invalid `cache_implementation` \(big\)"),
         ({"liger_kernel_config": {"rope": True}}, "no effect without use_liger_kernel=True"),
         ({"beta": 0.0, "sync_ref_model": True}, "set beta > 0 or sync_ref_model=False"),
+        ({"loss": "ppo"}, r"loss must be one of \('rloo', 'grpo', .*'reinforce_pp'\), got 'ppo'"),
+        ({"advantage": "gae"}, r"advantage must be one of \('rloo', 'grpo', 'dr_grpo'\), got"),
+        ({"use_bias_correction_kl": False}, "loss='rloo', whose KL is in the reward: leave it out"),
+        ({"loss": "reinforce_pp", "advantage": "grpo"}, "the KL to go .* is not divided: choose"),
+        ({"loss": "grpo", "token_level_kl": True}, "means loss='reinforce_pp', but that is 'grpo'"),
     ],
     ids=str,
 )

@@ -410,6 +410,26 @@ def test_effect_of_reward_weights(run):
     assert log["reward"] == -9.5
 
 
+def test_effect_of_reward_kwargs(run):
+    settings: dict[str, Any] = {"eos_token_id": 99, "pad_token_id": 0}  # 4 tokens each
+    log = run(
+        rewards="length", reward_kwargs={"length": {"target": 2, "limit": 10}},
+        model=make_model(**settings),
+    ).logs[0]  # fmt: skip
+    assert log["rewards/length/mean"] == -0.25
+
+
+def test_effect_of_execute_model_code(run, tmp_path):
+    (tmp_path / "runs.py").write_text(
+        "def score(completions, **kwargs):\n    return [1.0] * len(completions)\n"
+        "score.executes_model_code = True\n"
+    )
+    name = f"{tmp_path / 'runs.py'}:score"
+    with pytest.raises(ValueError, match="execute_model_code=True"):
+        run.trainer(rewards=name)
+    assert run.trainer(rewards=name, execute_model_code=True).rewards.names == ["score"]
+
+
 def test_effect_of_reward_clip_range(run):
     log = run(rewards=constant(5.0), reward_clip_range=(-1.0, 2.0)).logs[0]
     assert (log["reward"], log["objective/scores"]) == (5.0, 2.0)
@@ -508,6 +528,15 @@ def test_effect_of_num_completions_to_print(run, capsys, monkeypatch):
 def test_effect_of_log_unique_prompts(run, capsys, monkeypatch):
     settings = {"log_completions": True, "log_unique_prompts": True}
     assert printed_prompts(run, capsys, monkeypatch, **settings) == 1
+
+
+def test_effect_of_log_completions_csv(run, capsys, monkeypatch, tmp_path):
+    run(log_completions=True)
+    capsys.readouterr()
+    assert not (tmp_path / "out/completions.csv").exists()
+    settings = {"log_completions_csv": True, "num_completions_to_print": 3}
+    assert printed_prompts(run, capsys, monkeypatch, **settings) == 0
+    assert (tmp_path / "out/completions.csv").read_text().count("PROMPT") == 3
 
 
 # Precision, memory, kernels

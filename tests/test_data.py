@@ -82,6 +82,15 @@ def test_a_saved_dataset_with_splits(tmp_path):
     assert list(load_prompts("saved", split="test")) == ROWS[1:]
 
 
+@pytest.mark.parametrize("with_splits", [True, False])
+def test_a_slice_of_a_saved_dataset(tmp_path, with_splits):
+    rows = Dataset.from_list(ROWS)
+    (DatasetDict(train=rows, test=rows) if with_splits else rows).save_to_disk(tmp_path / "d")
+    assert [*load_prompts(str(tmp_path / "d"), split="train[1:]")] == ROWS[1:]
+    assert [*load_prompts(str(tmp_path / "d"), split="train[:50%]")] == ROWS[: len(ROWS) // 2]
+    assert "split 'train[x]': Unrecognized" in refusal(str(tmp_path / "d"), split="train[x]")
+
+
 def test_a_stream(tmp_path):
     rows = load_prompts(write_jsonl(tmp_path / "p.jsonl"), streaming=True)
     assert isinstance(rows, datasets.IterableDataset)

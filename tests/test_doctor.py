@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from rloo_fast import cli, doctor
+from rloo_fast import cli, doctor, sandbox
 from rloo_fast.config import RLOOConfig
 
 
@@ -114,6 +114,14 @@ def test_gpus_are_listed(monkeypatch):
     gpu = {"name": "NVIDIA H200", "memory_gib": 139.8, "capability": "9.0"}
     monkeypatch.setattr(doctor, "gpus", lambda: [gpu])
     assert "gpu                NVIDIA H200, 139.8 GiB, sm 9.0" in doctor.as_text(doctor.report())
+
+
+def test_a_machine_without_a_sandbox_is_told_why(monkeypatch):
+    assert doctor.run_here()["model code"]["choice"] == "in a sandbox"
+    absent = {"available": False, "why": "The sandbox needs Landlock"}
+    monkeypatch.setattr(sandbox, "capabilities", lambda: absent)
+    found = doctor.run_here()["model code"]
+    assert found == {"choice": "refused", "why": "The sandbox needs Landlock"}
 
 
 def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, capsys):

@@ -3,6 +3,8 @@
     w_it = min(exp(old_it - sampler_it), cap)      w_i = min(exp(sum_t (old_it - sampler_it)), cap)
 sequence:  - mean_i min(rho_i w_i A_i, clip(rho_i) w_i A_i)
 token:     - mean_i sum_t min(rho_it w_it A_i, clip(rho_it) w_it A_i)
+loss grpo: - mean_i mean_t (min(rho_it w A_i, clip(rho_it) w A_i) - beta rho_it k3_it), with
+           w = w_i or w_it
 """
 
 from __future__ import annotations
@@ -83,19 +85,20 @@ def leave_one_out(rewards, k):
 
 
 class Formula:
-    """The rows of a generation batch, and the loss of RLOO over them in plain float64 torch."""
+    """The rows of a generation batch, and their loss in plain float64 torch."""
 
     def __init__(self, trainer, level):
         self.args, self.level = trainer.args, level
+        self.grpo = trainer.args.loss == "grpo"
         samples, self.policy = trainer.kept["samples"][0], trainer.kept["policy"]
         self.rows = list(zip(samples.prompt_ids, samples.completion_ids, strict=True))
         self.counted = [n > 0 for n in samples.num_tokens]  # others are cut off, and masked
         with torch.no_grad():
             self.old = self.logps(self.policy)
-            reference = self.logps(trainer.kept["reference"])
+            reference = self.reference = self.logps(trainer.kept["reference"])
         parts = zip(self.old, reference, self.counted, strict=True)
         kl = [(o - r) * counted for o, r, counted in parts]
-        beta, k = self.args.beta, self.args.num_generations
+        beta, k = 0.0 if self.grpo else self.args.beta, self.args.num_generations
         shaped = [
             s - beta * float(row.sum()) for s, row in zip(samples.scores.tolist(), kl, strict=True)
         ]
@@ -119,15 +122,19 @@ class Formula:
 
     def gradient(self):
         """Of the policy as it is now; the ratio is to the policy that sampled."""
-        by_token = self.level == "token" or self.args.token_level_kl
+        by_token = self.level == "token" or self.args.token_level_kl or self.grpo
         losses, epsilon = [], self.args.epsilon
-        for logps, old, a, w, counted in zip(
-            self.logps(self.policy), self.old, self.advantages, self.weights, self.counted,
-            strict=True,
+        for logps, old, ref, a, w, counted in zip(
+            self.logps(self.policy), self.old, self.reference, self.advantages, self.weights,
+            self.counted, strict=True,
         ):  # fmt: skip
             rho = (logps - old if by_token else (logps - old).sum()).exp()
             objective = torch.minimum(rho * a, rho.clamp(1 - epsilon, 1 + epsilon) * a)
-            losses.append(-(w * objective).sum() * counted)
+            loss = -w * objective
+            if self.grpo:
+                k3 = (ref - logps).exp() - (ref - logps) - 1
+                loss = (loss + self.args.beta * rho * k3) / len(logps)
+            losses.append(loss.sum() * counted)
         self.policy.zero_grad()
         torch.stack(losses).mean().backward()
         return {n: p.grad.clone() for n, p in self.policy.named_parameters()}
@@ -152,6 +159,7 @@ class Formula:
         {"layout": "shared_prefix", "max_tokens_per_micro_batch": 20},
         {"importance_sampling_cap": 1e9},
         {"token_level_kl": True},
+        {"loss": "grpo"},
         {"beta": 0.0, "temperature": 0.7},
         {"mask_truncated_completions": True},
     ],

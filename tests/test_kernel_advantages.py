@@ -156,7 +156,7 @@ def test_group_normalized_needs_two_samples(shape):
 # --- advantages of a batch
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr_grpo"])
 @several
 @given(rewards=groups(unscorable=True))
 def test_rows_are_prompt_major(advantage, rewards):

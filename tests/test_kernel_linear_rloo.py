@@ -102,7 +102,7 @@ def test_gradcheck(name, rows):
     """Where the loss is a differentiable function of the log-probs alone."""
     inputs = make_head()
     logps = reference_log_probs(inputs)
-    loss = make_loss(name if name in LOSSES else "advantages-k3", logps)
+    loss = make_loss(name if name in LOSSES else "advantages-corrected-k3", logps)
     loss |= {"epsilon_low": 0.9, "epsilon_high": 9.0, "old_logps": logps + 0.1}
 
     def function(*leaves):

@@ -18,7 +18,7 @@ from kernel_losses import (
     objective_reference,
 )
 from rloo_kernels import leave_one_out
-from rloo_kernels.advantages import group_normalized
+from rloo_kernels.advantages import BY_GROUP
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
 SEED = st.integers(0, 10**6)
@@ -56,8 +56,8 @@ def batches(draw):
     return draw(st.lists(st.integers(0, 4), min_size=k * groups, max_size=k * groups)), k
 
 
-@pytest.mark.parametrize("kl", ["reward", "loss", "reward_to_go"])
-@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+@pytest.mark.parametrize("kl", ["reward", "loss", "corrected_loss", "reward_to_go"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr_grpo"])
 @several
 @given(batches(), SEED)
 def test_ragged_groups_equal_the_formulas(advantage, kl, batch, seed):
@@ -99,13 +99,14 @@ def test_fp32_is_as_exact_as_fp32_can_be(name, masked):
 
 
 def trl_grpo_loss(logps, old, ref, rewards, mask, k, beta, low, high, kind, longest):
-    """TRL 1.16's GRPO loss of padded rows: trl_math E, token-level ratio, k3 in the loss."""
+    """TRL 1.16's GRPO loss of padded rows: trl_math E, token-level ratio, k3 in the loss; of the
+    kind "grpo" with bias correction and scale_rewards="group", of the other without."""
     grouped = rewards.view(-1, k)
     mean, std = (f(dim=1).repeat_interleave(k) for f in (grouped.mean, grouped.std))
-    a = ((rewards - mean) / (std + 1e-4))[:, None]
+    a = ((rewards - mean) / (std + 1e-4 if kind == "grpo" else 1))[:, None]
     ratio, d = (logps - old).exp(), ref - logps
     token_loss = -torch.min(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
-    token_loss = token_loss + beta * (d.exp() - d - 1)
+    token_loss = token_loss + beta * (d.exp() - d - 1) * (ratio if kind == "grpo" else 1)
     if kind == "grpo":
         return ((token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
     return (token_loss * mask).sum() / (len(rewards) * longest)
@@ -123,12 +124,13 @@ def test_grpo_is_that_of_trl(kind):
     want.backward()
     found, gradient = backward(
         logps, rewards=rewards, old_logps=old, ref_logps=ref, mask=mask, num_generations=k,
-        beta=0.04, epsilon_high=0.28, advantage="grpo", kl="loss", level="token",
+        beta=0.04, epsilon_high=0.28, advantage=kind, level="token",
+        kl="corrected_loss" if kind == "grpo" else "loss",
         token_mean=kind == "grpo", denominator=None if kind == "grpo" else 6 * 5,
     )  # fmt: skip
     close(found.loss.detach(), want.detach())
     close(gradient, leaf.grad)
-    close(found.advantages, group_normalized(rewards.view(-1, k)).view(-1))
+    close(found.advantages, BY_GROUP[kind](rewards.view(-1, k)).view(-1))
 
 
 # --- layouts and laws

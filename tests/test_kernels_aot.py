@@ -139,6 +139,7 @@ def head_launches(vocab: int, depths: list[int], strength: int) -> Iterator[Call
 def segment_launches(strength: int) -> Iterator[Callable[[], Any]]:
     import torch
     from aot import untouched
+    from rloo_kernels.advantages import BY_GROUP
     from rloo_kernels.rloo_triton import segments_triton
     from rloo_kernels.segments import LossOptions, Signal
 
@@ -147,7 +148,7 @@ def segment_launches(strength: int) -> Iterator[Callable[[], Any]]:
             n, num_rows = 4096, k * (8 if k > 1 else 1)
             tokens = [untouched((n,)) for _ in range(5)]
             signal = Signal(
-                untouched((num_rows,)) if kind in ("rloo", "grpo") else None,
+                untouched((num_rows,)) if kind in BY_GROUP else None,
                 untouched((num_rows,)) if kind == "rows" else None,
                 tokens[0] if kind == "tokens" else None,
                 tokens[1] if old else None,
@@ -155,7 +156,7 @@ def segment_launches(strength: int) -> Iterator[Callable[[], Any]]:
                 untouched((n,), torch.bool) if mask else None,
             )
             level, kl, mean = dialect
-            advantage = "grpo" if kind == "grpo" else "rloo"
+            advantage = kind if kind in BY_GROUP else "rloo"
             options = LossOptions(k, 0.1, denominator=9.0, advantage=advantage, kl=kl,
                                   level=level, token_mean=mean)  # fmt: skip
             bounds = untouched((num_rows + 1,), torch.int64)
@@ -170,10 +171,11 @@ def segment_launches(strength: int) -> Iterator[Callable[[], Any]]:
         ("token", "reward", True),
         ("token", "reward_to_go", False),
         ("token", "loss", False),
+        ("token", "corrected_loss", False),
     ]
     options = {
         "dialect": dialects,
-        "kind": ["rloo", "grpo", "rows", "tokens"],
+        "kind": ["rloo", "grpo", "rows", "tokens", "dr_grpo"],
         "old": flags,
         "ref": flags,
         "mask": flags,
@@ -183,11 +185,11 @@ def segment_launches(strength: int) -> Iterator[Callable[[], Any]]:
     for c in covering(options, 1) if strength > 1 else []:
         if c["kind"] == "tokens" and c["dialect"][0] == "sequence":
             continue
-        if c["dialect"][1] in ("reward_to_go", "loss") and not c["ref"]:
+        if c["dialect"][1] != "reward" and not c["ref"]:
             c = {**c, "ref": True}
         yield launch(*c.values())
     yield launch(dialects[0], "rows", True, True, True, True, 1)
-    yield launch(dialects[3], "grpo", True, True, True, True, 16)
+    yield launch(dialects[4], "grpo", True, True, True, True, 16)
 
 
 def work() -> dict[str, Any]:

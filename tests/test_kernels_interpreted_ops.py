@@ -27,14 +27,15 @@ DIALECTS = [
     ("token", "reward_to_go", False),
     ("token", "reward_to_go", True),
     ("token", "loss", False),
-    ("token", "loss", True),
+    ("token", "corrected_loss", True),
 ]
-SIGNALS = ["rewards, rloo", "rewards, grpo", "advantages", "token_advantages"]
+SIGNALS = ["rewards, rloo", "rewards, grpo", "rewards, dr_grpo", "advantages", "token_advantages"]
 SEGMENT_CASES = {
     f"{level}, kl {kl}{', mean' if mean else ''}: {signal}": ((level, kl, mean), signal)
     for (level, kl, mean), signal in itertools.product(DIALECTS, SIGNALS)
     if not (signal == "token_advantages" and level == "sequence")
     and not (kl == "reward_to_go" and not signal.startswith("rewards"))
+    and (signal != "rewards, dr_grpo" or kl == "corrected_loss")  # one case of it is enough
 }
 NAN = float("nan")
 
@@ -70,7 +71,7 @@ def measure_segments(name: str) -> dict[str, Any]:
             logps + 0.1 * torch.randn(n),
             torch.rand(n) > 0.3 if use_mask else None,
         )
-        advantage = "grpo" if kind.endswith("grpo") else "rloo"
+        advantage = kind.split(", ")[-1] if kind.startswith("rewards") else "rloo"
         options = LossOptions(k, 0.3, 0.1, 0.2, 7.0, advantage, kl, level, mean)
         entropy = torch.rand(n)
 

@@ -16,6 +16,7 @@ from torch import nn
 from rloo_fast.memory import Holdings, Room, measure
 from rloo_fast.metrics import Metrics
 from rloo_fast.rollout.cycle import RolloutCycle
+from rloo_fast.rollout.engine import EngineState
 from rloo_fast.types import Sampling
 
 # Counting
@@ -336,6 +337,18 @@ def test_room_is_made_while_the_engine_samples_and_only_then():
     assert seen == [(True, room.plan.holdings.weights)]
     assert not room.is_made
     assert all(side.gpu.holds(p) for p in side.reference.parameters())
+
+
+def test_what_was_moved_can_stay_away_while_reward_models_score():
+    side = Side()
+    room = side.room()
+    cycle = RolloutCycle(FakeEngine(), lambda: 0, lambda: [], Metrics(), sleep_level=2, room=room)
+    sampling = Sampling(1.0, 1.0, 0, None, 1.0, max_new_tokens=3, stop_token_ids=(1,))
+    cycle.generate([[3]], sampling, [0])
+    cycle.sleep(give_back=False)
+    assert (cycle.engine.state, room.is_made) == (EngineState.ASLEEP, True)
+    cycle.sleep()
+    assert not room.is_made
 
 
 def test_no_gradients_are_held_while_completions_are_scored(tmp_path):

@@ -4,31 +4,46 @@ import re
 import pytest
 import torch
 import yaml
+from conftest import without_deepspeeds
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from rloo_kernels.advantages import BY_GROUP
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rloo_fast.model_card import model_card_text, write_model_card
+from rloo_fast import papers
+from rloo_fast.losses import LOSSES
+from rloo_fast.model_card import example_prompt, model_card_text, write_model_card
 
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Say "hi".'},
+]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
 
 
+FIELDS = {
+    "model_name": "qwen-math-rloo",
+    "base_model": "Qwen/Qwen2.5-0.5B",
+    "dataset_name": "trl-lib/tldr",
+    "tags": ["math"],
+    "is_peft": False,
+    "merged_adapter": None,
+    "prompt": "How many apples are left?",
+    "loss": "rloo",
+    "advantage": "rloo",
+    "hub_model_id": "someone/qwen-math-rloo",
+    "local_path": "runs/math",
+    "command": "rloo-fast train --config math.yaml --stop_token eos",
+    "world_size": 1,
+    "versions": {"rloo_fast": "0.1.0", "transformers": "5.23.0"},
+    "metrics": [],
+    "curves": None,
+    "tracker_urls": {},
+}
+
+
 def card(**changes):
-    fields = {
-        "model_name": "qwen-math-rloo",
-        "base_model": "Qwen/Qwen2.5-0.5B",
-        "dataset_name": "trl-lib/tldr",
-        "tags": ["math"],
-        "is_peft": False,
-        "has_chat_template": False,
-        "hub_model_id": "someone/qwen-math-rloo",
-        "local_path": "runs/math",
-        "command": "rloo-fast train --config math.yaml --stop_token eos",
-        "versions": {"rloo_fast": "0.1.0", "transformers": "5.23.0"},
-        "metrics": [],
-        "tracker_urls": {},
-    }
-    return model_card_text(**(fields | changes))
+    return model_card_text(**(FIELDS | changes))
 
 
 def front_matter(text):
@@ -53,7 +68,7 @@ def test_front_matter_of_a_full_model():
         "library_name": "transformers",
         "model_name": "qwen-math-rloo",
         "pipeline_tag": "text-generation",
-        "tags": ["rloo", "rloo_fast", "generated_from_trainer", "math"],
+        "tags": ["rloo_fast", "generated_from_trainer", "rloo", "math"],
     }
 
 
@@ -153,11 +168,12 @@ def test_the_quick_start_runs(model, tokenizer, tmp_path, capsys, is_peft, is_ch
         get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(path)
     tokenizer.chat_template = CHAT_TEMPLATE if is_chat else None
     tokenizer.save_pretrained(path)
-    text = card(hub_model_id=None, local_path=str(path), is_peft=is_peft, has_chat_template=is_chat)
+    prompt = MESSAGES if is_chat else "w1 w2"
+    text = card(hub_model_id=None, local_path=str(path), is_peft=is_peft, prompt=prompt)
     (code,) = blocks(text, "python")
     assert ("role" in code) == is_chat
     exec(code, {})
-    words = capsys.readouterr().out.split()
+    words = without_deepspeeds(capsys.readouterr().out).split()
     assert len(words) == 128  # the new words, without the prompt
     assert set(words) < set(tokenizer.get_vocab())
 
@@ -218,31 +234,130 @@ def test_versions_are_listed():
     assert "- rloo_fast: 0.1.0\n- transformers: 5.23.0\n" in card()
 
 
-def test_the_citation_is_a_balanced_bibtex_entry():
-    (entry,) = blocks(card(), "bibtex")
-    assert entry.startswith("@inproceedings{ahmadian2024back,")
-    assert "arXiv:2402.14740" in entry
-    assert (entry.count("{"), entry.count("\n  ")) == (entry.count("}"), 7)
+def test_without_a_command_there_is_no_block_for_it():
+    text = card(command=None)
+    assert blocks(text, "bash") == []
+    assert "The command" not in text
+    assert "None" not in text
+
+
+def test_the_command_says_on_how_many_processes():
+    assert "The command, on 8 processes:" in card(world_size=8)
+    assert "The command:" in card()
+
+
+def test_the_curves_are_shown_where_there_are_some():
+    assert "![Curves of the run](curves.png)" in card(curves="curves.png")
+    assert "![" not in card()
+
+
+# --- what ran
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantage", "sentence", "cited", "tags"),
+    [
+        ("rloo", "rloo", "by REINFORCE Leave-One-Out ([RLOO](", ["2402.14740"], {"rloo"}),
+        (
+            "dapo", "grpo", "the GRPO-style loss `dapo` ([DAPO](", ["2503.14476", "2402.03300"],
+            {"dapo", "grpo"},
+        ),
+        ("grpo", "grpo", "the GRPO-style loss `grpo` ([GRPO](", ["2402.03300"], {"grpo"}),
+        (
+            "dr_grpo", "dr_grpo", "on the advantage `dr_grpo` ([Dr. GRPO](", ["2503.20783"],
+            {"dr_grpo"},
+        ),
+        (
+            "reinforce_pp", "rloo", "by the loss `reinforce_pp` ([REINFORCE++](",
+            ["2501.03262", "2402.14740"], {"reinforce_pp", "rloo"},
+        ),
+    ],
+)  # fmt: skip
+def test_the_card_names_and_cites_the_method_that_ran(loss, advantage, sentence, cited, tags):
+    text = card(loss=loss, advantage=advantage)
+    assert sentence in body(text)
+    (entries,) = blocks(text, "bibtex")
+    assert re.findall(r"arXiv:(\S+?)\}", entries) == cited
+    methods = {*LOSSES, *BY_GROUP}
+    assert methods & set(front_matter(text)["tags"]) == tags
+
+
+def test_every_setting_has_its_paper():
+    assert set(papers.LOSSES) == set(LOSSES)
+    assert set(papers.ADVANTAGES) == set(BY_GROUP)
+
+
+CITED = dict.fromkeys(papers.LOSSES.values())
+
+
+@pytest.mark.parametrize("paper", CITED, ids=lambda paper: paper.name)
+def test_a_citation_is_a_balanced_bibtex_entry(paper):
+    entry = paper.bibtex
+    assert re.match(r"@(misc|inproceedings)\{[a-z0-9]+,\n", entry)
+    assert f"arXiv:{paper.arxiv}" in entry
+    assert entry.count("{") == entry.count("}")
+    assert re.findall(r"^  (\w+)", entry, re.MULTILINE)[:2] == ["title", "author"]
+
+
+# --- the quick start's prompt
+
+
+def test_the_first_short_prompt_of_the_data_is_taken():
+    assert example_prompt(["a" * 600, "b" * 400, "c"], is_chat=False) == "b" * 400
+
+
+def test_where_all_are_long_the_shortest_is_taken():
+    assert example_prompt(["a" * 700, "b" * 600, "c" * 800], is_chat=True) == "b" * 600
+
+
+def test_messages_lose_the_keys_that_only_other_rows_have():
+    prompt = [{"role": "user", "content": "x", "tool_calls": None, "name": None}]
+    assert example_prompt([prompt], is_chat=True) == [{"role": "user", "content": "x"}]
+
+
+def test_plain_prompts_of_a_chat_model_stay_plain():
+    text = card(prompt=example_prompt(["2 + 2 ="], is_chat=True))
+    (code,) = blocks(text, "python")
+    assert "prompt = '2 + 2 ='\n" in code
+    assert "role" not in code
+
+
+def test_without_data_the_prompt_is_one_of_ours():
+    assert isinstance(example_prompt([], is_chat=False), str)
+    assert example_prompt([], is_chat=True)[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("prompt", ['a "quote" and \'s', "```\ncode\n```", "\\n {x} 猫"])
+def test_any_prompt_is_code_that_says_the_same(prompt):
+    (code,) = blocks(card(prompt=prompt), "python")
+    (line,) = [line for line in code.splitlines() if line.startswith("prompt = ")]
+    assert eval(line.removeprefix("prompt = ")) == prompt
+
+
+# --- adapters over a merged adapter
+
+
+def test_an_adapter_over_a_merged_one_says_so_and_loads_both():
+    text = card(is_peft=True, merged_adapter="someone/sft-adapter")
+    merged = "[someone/sft-adapter](https://huggingface.co/someone/sft-adapter)"
+    assert f"with the adapter {merged} merged into it" in body(text)
+    assert "on top of the base model plus the adapter" in body(text)
+    (code,) = blocks(text, "python")
+    assert 'base, merged = "Qwen/Qwen2.5-0.5B", "someone/sft-adapter"\n' in code
+
+
+def test_a_whole_model_over_a_merged_adapter_loads_as_it_is():
+    text = card(merged_adapter="./sft")
+    assert "with the adapter `./sft` merged into it" in body(text)
+    assert "on top of" not in text
+    assert "PeftModel" not in text
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
 def test_write_model_card_replaces_the_file_whole(tmp_path, monkeypatch):
-    fields = {
-        "model_name": "m",
-        "base_model": None,
-        "dataset_name": None,
-        "tags": [],
-        "is_peft": False,
-        "has_chat_template": False,
-        "hub_model_id": "someone/m",
-        "local_path": None,
-        "command": "é",
-        "versions": {},
-        "metrics": [],
-        "tracker_urls": {},
-    }
+    fields = FIELDS | {"command": "é"}
     path = tmp_path / "README.md"
     path.write_text("old")
     with monkeypatch.context() as patch:
@@ -253,3 +368,34 @@ def test_write_model_card_replaces_the_file_whole(tmp_path, monkeypatch):
     write_model_card(path, **fields)
     assert path.read_text(encoding="utf-8") == model_card_text(**fields)
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- `python tests/test_model_card.py` prints a card of each kind
+
+LOGS = [
+    {"step": 10, "reward": 0.21, "kl": 0.0, "rewards/accuracy/mean": 0.21},
+    {"step": 200, "reward": 0.84, "kl": 0.018, "rewards/accuracy/mean": 0.84},
+    {"step": 200, "eval_accuracy": 0.81},
+]
+KINDS = {
+    "a full base model": {},
+    "a full chat model": {"prompt": MESSAGES, "base_model": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "LoRA adapters": {"is_peft": True, "hub_model_id": None, "local_path": "runs/lora"},
+    "LoRA adapters over a merged adapter": {
+        "is_peft": True, "merged_adapter": "someone/sft-adapter", "base_model": "./models/pythia",
+    },
+    "GRPO's loss and advantage": {"loss": "dapo", "advantage": "grpo", "world_size": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hub_accepts_a_card_of_each_kind(kind):
+    loaded = ModelCard(card(**KINDS[kind], metrics=LOGS, curves="curves.png"))
+    data = loaded.data.to_dict()
+    assert (data["pipeline_tag"], "None" in str(loaded)) == ("text-generation", False)
+    assert data["library_name"] == ("peft" if KINDS[kind].get("is_peft") else "transformers")
+
+
+if __name__ == "__main__":
+    for kind, changes in KINDS.items():
+        print(f"{'=' * 20} {kind}\n\n{card(**changes, metrics=LOGS, curves='curves.png')}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import draw_curves
 from transformers import AutoModelForCausalLM
 
 from rloo_fast import quickstart
+from rloo_fast.run_report import RunReportMixin
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunReportMixin, "draw_curves", draw_curves)
         patch.setattr(quickstart, "NUM_HELDOUT", 12)
         patch.setattr(quickstart, "NUM_RLOO", 70)
         patch.setattr(quickstart, "NUM_DEMONSTRATED", 200)
@@ -50,4 +53,4 @@ def test_heldout_words_are_not_trained_on(run):
 
 
 def test_the_curves_are_drawn(run):
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "rloo" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import without_deepspeeds
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,12 +25,14 @@ from rloo_fast import metrics_file, report
 from rloo_fast.completions import (
     MAX_CELL_CHARS,
     completions_dataframe,
+    draw_rows,
     log_completions_table,
     message_text,
-    print_completions,
+    print_table,
 )
+from rloo_fast.curves import COLORS, plot_curves, running_mean
 from rloo_fast.metrics_file import MetricsWriter, read_metrics, write_atomically
-from rloo_fast.report import COLORS, CompactProgress, plot_curves, progress_line, running_mean
+from rloo_fast.report import CompactProgress, progress_line
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
 REPLY = [{"role": "assistant", "content": "four"}]
@@ -105,6 +108,11 @@ def test_extra_column_with_a_taken_name_is_refused(name):
         completions_dataframe(**table(extra={name: ["x"] * 4}))
 
 
+def print_completions(*columns, num_samples=None, seed=0, **named):
+    frame = completions_dataframe(*columns, **named)
+    print_table(draw_rows(frame, num_samples, seed), total=len(frame))
+
+
 def cells(text):
     """The table's rows as lists of cells, a folded cell joined."""
     rows, row = [], []
@@ -151,7 +159,8 @@ def test_a_longer_text_says_how_much_is_left_out(capsys):
 def test_num_samples_draws_by_seed_and_step(capsys):
     def drawn(seed, step):
         many = [str(i) for i in range(50)]
-        print_completions(["p"] * 50, many, {"r": [0.0] * 50}, [0.0] * 50, step, 5, seed=seed)
+        columns = [["p"] * 50, many, {"r": [0.0] * 50}, [0.0] * 50, step]
+        print_completions(*columns, num_samples=5, seed=seed)
         out = capsys.readouterr().out
         assert "5 of 50 completions" in out
         return [int(row[1]) for row in cells(out)]
@@ -490,6 +499,76 @@ def test_drawing_changes_no_global_matplotlib_state(tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
+def make_seed(run_dir, values, **columns):
+    """A run of few logs, at steps 2, 4, ...; its lines are drawn as logged."""
+    writer = MetricsWriter(run_dir)
+    for number, value in enumerate(values, start=1):
+        more = {name: column[number - 1] for name, column in columns.items()}
+        writer.write(2 * number, {"reward": value} | more)
+    return Path(run_dir)
+
+
+def test_runs_of_equal_label_are_their_mean_in_a_band(tmp_path, figures):
+    values = {"a": [0.0, 0.2, 0.4], "b": [0.2, 0.6, 0.5], "c": [0.1, 0.1, 0.9], "d": [1, 1, 1]}
+    runs = [make_seed(tmp_path / name, column) for name, column in values.items()]
+    plot_curves(runs, tmp_path / "curves.png", labels=["rloo", "rloo", "rloo", "grpo"])
+    axes = panels(figures[0])["Reward"]
+    mean = axes.lines[0]
+    np.testing.assert_allclose(mean.get_xdata(), [2, 4, 6])
+    np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.3, 0.6])
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    edges = {x: corners[corners[:, 0] == x][:, 1] for x in (2, 4, 6)}
+    assert [edges[x].min() for x in (2, 4, 6)] == [0.0, 0.1, 0.4]
+    assert [edges[x].max() for x in (2, 4, 6)] == [0.2, 0.6, 0.9]
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert names == ["rloo (mean of 3 runs)", "grpo", "band: least to largest"]
+
+
+def test_a_mean_goes_as_far_as_all_its_runs_and_over_the_steps_of_each(tmp_path, figures):
+    long = make_seed(tmp_path / "long", [0.0, 0.2, 0.4, 0.6])
+    short = MetricsWriter(tmp_path / "short")
+    for step, reward in [(1, 1.0), (3, 0.8), (5, 0.6)]:
+        short.write(step, {"reward": reward})
+    plot_curves([long, tmp_path / "short"], tmp_path / "x.png", labels=["m", "m"])
+    (mean,) = panels(figures[0])["Reward"].lines
+    np.testing.assert_allclose(mean.get_xdata(), [2, 3, 4, 5])
+    np.testing.assert_allclose(mean.get_ydata(), [0.45, 0.45, 0.45, 0.45])
+
+
+def test_labels_are_one_for_each_directory(tmp_path):
+    run = make_seed(tmp_path / "run", [1.0])
+    with pytest.raises(ValueError, match=r"2 labels for 1 directories: expected one for each"):
+        plot_curves([run], tmp_path / "curves.png", labels=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("x", "places", "name"),
+    [
+        ("step", [2, 4, 6], "optimizer step"),
+        ("num_tokens", [100, 250, 300], "tokens of prompts and completions"),
+        ("time", [2, 3, 13], "time in steps, evaluations left out (minutes)"),
+    ],
+)
+def test_the_x_axis_is_what_was_asked_for(tmp_path, figures, x, places, name):
+    columns = {"num_tokens": [100, 250, 300], "step_time": [60.0, 30.0, 300.0]}
+    run = make_seed(tmp_path / "run", [0.1, 0.2, 0.3], **columns)
+    plot_curves([run], tmp_path / "curves.png", x=x)
+    axes = panels(figures[0])["Reward"]
+    assert list(axes.lines[0].get_xdata()) == places
+    assert axes.get_xlabel() == name
+
+
+@pytest.mark.parametrize("x", ["num_tokens", "time"])
+def test_an_evaluation_stands_where_the_step_before_it_does(tmp_path, figures, x):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"reward": 0.1, "num_tokens": 10 * step, "step_time": 10.0})
+    writer.write(3, {"eval_accuracy": 0.5, "eval_num_tokens": 30})
+    plot_curves([tmp_path], tmp_path / "curves.png", x=x)
+    assert list(panels(figures[0])["Accuracy, held-out prompts"].lines[0].get_xdata()) == [30]
+
+
 # --- the progress line ----------------------------------------------------------------------------
 
 LOGS = {
@@ -577,7 +656,8 @@ def test_a_trainer_with_compact_progress_prints_one_line_per_log(tmp_path, capsy
     trainer.add_callback(CompactProgress())
     trainer.train()
     printed = capsys.readouterr()
-    starts = [line.split("  ")[0] for line in printed.out.splitlines()]
+    lines = without_deepspeeds(printed.out).splitlines()
+    starts = [line.split("  ")[0] for line in lines]
     assert "it/s" not in printed.err  # no bar off a terminal
     assert starts == ["step 1/3", "step 2/3", "step 3/3", "eval 3/3", "train 3/3"]
 

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import pickle
 import sys
 import threading
 import time
@@ -16,7 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from rloo_fast.rewards import RewardError, RewardTimeout, load_reward_functions
-from rloo_fast.rewards.builtin import accuracy, completion_text, exact_match, format_think
+from rloo_fast.rewards.builtin import (
+    Format,
+    accuracy,
+    completion_text,
+    exact_match,
+    format_think,
+)
+from rloo_fast.rewards.files import files_of
 from rloo_fast.rewards.values import read_values
 
 PROMPTS = ["one plus one", "two plus one", "one plus three"]
@@ -126,8 +134,10 @@ class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_tensor_is_read_with_one_copy():
-    values = torch.rand(3, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_tensor_is_read_with_one_copy(dtype, requires_grad):
+    values = torch.rand(3, dtype=dtype, requires_grad=requires_grad)
     with CountReads() as counted:
         read_values(values, "f", PROMPTS, COMPLETIONS)
     assert (counted.num_copies, counted.num_elements_read) == (1, 0)
@@ -555,6 +565,96 @@ def test_what_is_no_reward_is_refused(value, sentence):
         load_reward_functions(value)
 
 
+# --- arguments of rewards that are named, and what runs the model's programs
+
+FILE = """
+class Scaled:
+    def __init__(self, scale=1.0):
+        self.scale = scale
+    def __call__(self, completions, **kwargs):
+        return [self.scale * len(c) for c in completions]
+
+def plus(completions, amount=0, *, offset=0, **kwargs):
+    return [amount + offset] * len(completions)
+
+class Runs(Scaled):
+    executes_model_code = True
+
+def runs(completions, **kwargs):
+    return [0.0] * len(completions)
+runs.executes_model_code = True
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "given.py").write_text(FILE)
+    return str(tmp_path / "given.py")
+
+
+def test_arguments_reach_functions_and_make_objects_of_classes(file):
+    plus, scaled = f"{file}:plus", f"{file}:Scaled"
+    kwargs = {plus: {"amount": 7, "offset": 1}, scaled: {"scale": 2}}
+    rewards = load_reward_functions([plus, scaled], reward_kwargs=kwargs)
+    assert rewards.names == ["plus", "Scaled"]
+    assert_same(rewards(PROMPTS, COMPLETIONS, IDS, {}), [[8.0, 6.0], [8.0, 10.0], [8.0, 8.0]])
+
+
+def test_a_class_without_arguments_is_made_an_object_too(file):
+    assert_same(score(f"{file}:Scaled"), [[3.0], [5.0], [4.0]])
+
+
+def test_what_has_arguments_can_go_to_worker_processes(file):
+    names = [f"{file}:plus", f"{file}:Scaled"]
+    kwargs = {names[0]: {"amount": 3}, names[1]: {"scale": 2}}
+    rewards = load_reward_functions(names, reward_kwargs=kwargs, processes=1)  # pickled by then
+    functions = [f.function for f in rewards.functions]
+    assert list(files_of(functions).values()) == [file]
+    again = pickle.loads(pickle.dumps(functions))
+    assert [f(completions=["abc"]) for f in again] == [[3], [6]]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"lenght": {}}, "reward_kwargs has 'lenght', but reward_funcs has 'length'"),
+        ({"length": 200}, "dict of dicts.*'length' has 200"),
+        ({"length": {"tagret": 2}}, r"takes no 'tagret'. It takes 'target', 'limit'\."),
+        ({"length": {"target": 5, "limit": 5}}, "0 <= target < limit is needed, got 5 and 5"),
+        ({"length": {"target": "5"}}, "'length' could not be made with reward_kwargs"),
+        ({}, "missing 1 required positional argument: 'target'"),
+    ],
+    ids=["name", "no-dict", "argument", "range", "text", "missing"],
+)
+def test_wrong_arguments_are_refused_at_load(kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_reward_functions(["length"], reward_kwargs=kwargs)
+
+
+def test_arguments_for_objects_are_refused():
+    with pytest.raises(ValueError, match=r"has no names, only objects \(use functools.partial\)"):
+        load_reward_functions(returns([]), reward_kwargs={"fixed": {}})
+
+
+def test_an_argument_that_is_a_column_as_well_is_refused(file):
+    name = f"{file}:plus"
+    with pytest.raises(ValueError, match="'plus' is given `amount` twice"):
+        score(name, {"amount": [1, 2, 3]}, reward_kwargs={name: {"amount": 3}})
+
+
+@pytest.mark.parametrize("name", ["Runs", "runs"])
+def test_a_name_that_runs_the_models_programs_needs_the_flag(name, file):
+    with pytest.raises(ValueError, match=rf"{name}' runs programs .* execute_model_code=True"):
+        load_reward_functions(f"{file}:{name}")
+    assert load_reward_functions(f"{file}:{name}", execute_model_code=True).names == [name]
+
+
+def test_an_object_that_runs_the_models_programs_is_allowed_by_being_passed():
+    function = returns([0.0] * 3)
+    function.executes_model_code = True
+    assert_same(score(function), [[0.0]] * 3)
+
+
 # --- reward models
 
 SPECIAL = ["<unk>", "</s>", "<pad>", "user", "assistant", ":"]
@@ -810,6 +910,36 @@ def test_accuracy(column, timeout_s):
     assert_same(got, [NAN if e is None else e for e in expected])
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        (r"\boxed{0.5}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{-\dfrac{3}{4}}", "-0.75", 1.0),
+        (r"\boxed{\{3, 1, 2\}}", r"\{1, 2, 3\}", 1.0),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2, 3\}", 0.0),
+        (r"\boxed{10\text{ cm}}", "10", 1.0),
+        (r"\boxed{10\,\mathrm{kg}}", "11", 0.0),
+        (r"\boxed{1,234}", 1234, 1.0),
+        (r"\boxed{1 + 2\sqrt{3}}", r"2\sqrt{3} + 1", 1.0),
+        (r"\boxed{2}", r"2\sqrt{3} + 1", 0.0),
+        (r"\boxed{(-\infty, 3]}", r"(-\infty, 3]", 1.0),
+        (r"\boxed{3}", r"(-\infty, 3]", 0.0),
+        (r"\boxed{50\%}", r"50\%", 1.0),
+        (r"\boxed{50}", r"50\%", 1.0),
+        (r"\boxed{7}", "With the (3 + 4) apples there are 7", 1.0),
+        (r"\boxed{3}", r"so $x = \frac{6}{2}$", 1.0),
+        (r"\boxed{x^2+2x+1}", "$(x+1)^2$", 1.0),
+        (r"\boxed{72}", 72.0, 1.0),
+        ("the answer is 72", 72, 0.0),
+        (r"\boxed{}", 72, 0.0),
+        (r"\boxed{7", 7, 0.0),
+    ],
+)
+def test_accuracy_of_boxed_answers(answer, gold, expected):
+    pytest.importorskip("math_verify")
+    assert accuracy([answer], answer=[gold]) == [expected]
+
+
 def test_accuracy_equals_trl():
     pytest.importorskip("math_verify")
     trl_rewards = pytest.importorskip("trl.rewards")
@@ -855,3 +985,39 @@ def test_accuracy_without_math_verify_says_what_to_install(monkeypatch):
 )
 def test_format_think(text, expected):
     assert format_think([text, [{"role": "assistant", "content": text}]]) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (r"<a>.*</a>", " <a>one\ntwo</a>\n", 1.0),
+        (r"<a>.*</a>", "<a>one</a> two", 0.0),
+        (r"Answer: \d+", "Answer: 42", 1.0),
+        (r"Answer: \d+", "So. Answer: 42", 0.0),
+        ("", "  ", 1.0),
+    ],
+)
+def test_format(pattern, text, expected):
+    chat = [{"role": "assistant", "content": text}]
+    assert Format(pattern)([text, chat]) == [expected] * 2
+
+
+def test_a_format_that_is_no_regular_expression_is_refused_at_load():
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        load_reward_functions("format", reward_kwargs={"format": {"pattern": "("}})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"target": 2}, [0.0, 0.0, -0.5, -1.0, -1.0]),
+        ({"target": 2, "limit": 6}, [0.0, 0.0, -0.25, -0.5, -1.0]),
+        ({"target": 0, "limit": 10}, [0.0, -0.2, -0.3, -0.4, -0.9]),
+    ],
+)
+def test_length(given, expected):
+    ids = [[5] * n for n in (0, 2, 3, 4, 9)]
+    rewards = load_reward_functions("length", reward_kwargs={"length": given})
+    assert rewards.names == ["length"]
+    got = rewards(["p"] * 5, ["c"] * 5, ids, {})[:, 0]
+    torch.testing.assert_close(got, torch.tensor(expected))

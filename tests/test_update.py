@@ -138,10 +138,17 @@ def test_number_of_tokens_run(layout, tmp_path):
     assert trainer.logs[0]["update/tokens_run"] == want
 
 
-def assert_same_gradient(a, b):
+def assert_same_gradient(a, b, rtol=1e-5):
     largest = max(g.norm() for g in b.values())
     for name, gradient in b.items():
-        assert (a[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+        assert (a[name] - gradient).norm() <= rtol * max(gradient.norm(), 1e-2 * largest), name
+
+
+def move_away_from_the_reference(trainer):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +175,17 @@ def padded_steps(tmp_path_factory):
         {"normalize_advantages": True},
         {"gradient_checkpointing": True},
         {"num_iterations": 2, "max_steps": 2, "epsilon": 0.05},
+        {"loss": "dapo", "advantage": "grpo", "num_iterations": 2, "max_steps": 2, "epsilon": 0.05},
     ],
-    ids=["beta 0.2", "beta 0", "token-level KL", "normalised", "checkpointing", "two iterations"],
+    ids=[
+        "beta 0.2",
+        "beta 0",
+        "token-level KL",
+        "normalised",
+        "checkpointing",
+        "two iterations",
+        "DAPO",
+    ],
 )
 @pytest.mark.parametrize("budget", [None, 60, 20], ids=["default", "a group", "groups split"])
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
@@ -370,6 +386,64 @@ def test_fp16_gradients_are_scaled_where_they_are_made(tmp_path):
         found = half.gradient[name].float() / 2**14
         assert (found - gradient).norm() <= 0.05 * gradient.norm(), name
     assert half.logs[0]["loss/policy_avg"] == pytest.approx(single.logs[0]["loss/policy_avg"])
+
+
+@pytest.mark.parametrize("loss", ["rloo", "reinforce_pp", "grpo", "dapo", "bnpo", "dr_grpo"])
+def test_with_every_loss_rloo_s_advantages_are_k_over_k_minus_one_of_the_group_mean_s(
+    loss, tmp_path
+):
+    """Where all completions are scorable; without a KL, gradients are linear in advantages."""
+    rloo, dr_grpo = (
+        train(tmp_path, loss=loss, advantage=name, beta=0.0).gradient
+        for name in ("rloo", "dr_grpo")
+    )
+    assert_same_gradient(rloo, {name: 4 / 3 * g for name, g in dr_grpo.items()})
+
+
+@pytest.mark.parametrize("loss", ["rloo", "grpo"])
+def test_advantages_are_divided_by_the_std_of_what_the_group_was_rewarded_with(loss, tmp_path):
+    """Rewards ten times as large, less a KL ten times as large where it is in them."""
+
+    def tenfold(completion_ids, **kwargs):
+        return [10 * reward for reward in first_reward(completion_ids)]
+
+    fields = {"loss": loss, "advantage": "grpo", "before": move_away_from_the_reference}
+    beta = 2.0 if loss == "rloo" else 0.2
+    assert_same_gradient(
+        train(tmp_path, reward=tenfold, **fields, beta=beta).gradient,
+        train(tmp_path, **fields).gradient,
+        rtol=2e-3,  # the 1e-4 that the std is increased by
+    )
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_a_kl_in_the_loss_moves_completions_without_an_advantage(loss, tmp_path):
+    """None is left out, and the gradient is that of the KL alone; in one forward."""
+    trainer = train(
+        tmp_path, loss=loss, reward=lambda completions, **kwargs: [1.0] * len(completions),
+        before=move_away_from_the_reference,
+    )  # fmt: skip
+    assert trainer.logs[0]["update/frac_groups_not_run"] == 0
+    assert trainer.policy_count.forwards == 1
+    assert trainer.logs[0]["kl"] != 0
+    assert max(g.norm() for g in trainer.gradient.values()) > 0
+
+
+@pytest.mark.parametrize("loss", ["reinforce_pp", "grpo", "dapo", "bnpo", "dr_grpo"])
+def test_evaluation_has_the_loss_of_a_first_step(loss, tmp_path):
+    """Of the same completions, among them some that are cut off and masked."""
+
+    def evaluated(trainer):
+        move_away_from_the_reference(trainer)
+        trainer.eval_dataset = PROMPTS.select(range(2))
+
+    fields = {"mask_truncated_completions": True, "learning_rate": 0.0, "beta": 0.5}
+    trainer = train(
+        tmp_path, loss=loss, before=evaluated, per_device_eval_batch_size=8, **fields
+    )  # fmt: skip
+    trainer.rollouts.engine.calls = 0  # as in training
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.logs[0]["loss"], rel=1e-4)
+    assert trainer.logs[0]["loss/policy_avg"] == pytest.approx(trainer.logs[0]["loss"], rel=1e-4)
 
 
 def test_a_constant_added_to_the_rewards_changes_no_gradient(tmp_path):

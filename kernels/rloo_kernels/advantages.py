@@ -2,6 +2,7 @@
 
     A_i = R_i - mean over scorable j != i of the group of R_j           (RLOO, arXiv:2402.14740)
     A_i = (R_i - mean of the group) / (std of the group + 1e-4)         (GRPO, arXiv:2402.03300)
+    A_i = R_i - mean of the group                                   (Dr. GRPO, arXiv:2503.20783)
 
 Letters: P prompts, K samples each, R = P K rows (completions), N completion tokens of all rows
 together. Row r owns tokens `cu_seqlens[r]:cu_seqlens[r + 1]` of every packed (N,) tensor. NaN marks
@@ -46,17 +47,21 @@ def segment_exclusive_cumsum(
     return torch.where(before((~finite).long()) > 0, float("nan"), total)
 
 
+def _check_groups(rewards: Tensor, what: str) -> None:
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"{what} rewards of shape (P, K) with K >= 2 samples per prompt, "
+            f"got {tuple(rewards.shape)}."
+        )
+
+
 def leave_one_out(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
     """A_i = R_i - mean over scorable j != i of R_j  (arXiv:2402.14740); NaN rewards are unscorable.
 
     Unscorable rows, and the only scorable row of a group, get advantage 0: there is nothing to
     compare with. Raises ValueError if K < 2.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            "leave-one-out needs rewards of shape (P, K) with K >= 2 samples per prompt, "
-            f"got {tuple(rewards.shape)}."
-        )
+    _check_groups(rewards, "leave-one-out needs")
     scorable = ~rewards.isnan()
     others = scorable.sum(1, keepdim=True) - 1
     total = rewards.nansum(1, keepdim=True)
@@ -64,22 +69,28 @@ def leave_one_out(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
     return torch.where(scorable & (others > 0), rewards - baseline, 0.0)
 
 
-def group_normalized(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
-    """A_i = (R_i - mean) / (std + 1e-4) of the group  (GRPO, arXiv:2402.03300); NaN: unscorable.
+def group_centered(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
+    """A_i = R_i - mean of the group  (Dr. GRPO, arXiv:2503.20783); NaN: unscorable.
 
-    Mean and unbiased std are over the scorable rows of the group; unscorable rows, and the only
-    scorable row of a group, get advantage 0. Raises ValueError if K < 2.
+    The mean is over the scorable rows of the group; unscorable rows, and the only scorable row of a
+    group, get advantage 0. Raises ValueError if K < 2.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(
-            "group-normalised advantages need rewards of shape (P, K) with K >= 2, "
-            f"got {tuple(rewards.shape)}."
-        )
+    _check_groups(rewards, "advantages of a group need")
     scorable = ~rewards.isnan()
     count = scorable.sum(1, keepdim=True)
     distance = rewards - rewards.nansum(1, keepdim=True) / count.clamp(min=1)
-    std = (distance.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(scorable & (count > 1), distance / (std + 1e-4), 0.0)
+    return torch.where(scorable & (count > 1), distance, 0.0)
+
+
+def group_normalized(rewards: Tensor) -> Tensor:  # (P, K) -> (P, K)
+    """A_i = (R_i - mean) / (std + 1e-4) of the group  (GRPO, arXiv:2402.03300); NaN: unscorable.
+
+    The unbiased std is over the scorable rows of the group; for the rest see `group_centered`.
+    """
+    distance = group_centered(rewards)  # 0 for the unscorable
+    count = (~rewards.isnan()).sum(1, keepdim=True)
+    std = (distance.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return distance / (std + 1e-4)
 
 
 def comparable_rows(rewards: Tensor, num_generations: int) -> Tensor:  # (P K,) -> (P K,) bool
@@ -103,6 +114,9 @@ def whiten(values: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(std * std + 1e-8) + mean
 
 
+BY_GROUP = {"rloo": leave_one_out, "grpo": group_normalized, "dr_grpo": group_centered}
+
+
 def rloo_advantages(
     rewards: Tensor,
     num_generations: int,
@@ -114,7 +128,7 @@ def rloo_advantages(
     """Advantages of prompt-major rewards: rows i K .. (i + 1) K are prompt i's K samples.
 
     Shapes: rewards (P K,) fp32, NaN where unscorable; returns (P K,), 0 where there is nothing to
-    compare with. `advantage`: "rloo" (`leave_one_out`) or "grpo" (`group_normalized`).
+    compare with. `advantage`: a name of BY_GROUP.
     `whiten_rewards`: rewards are first scaled to unit variance over all rows. `normalize`: the
     advantages of the scorable rows become (A - mean) / (std + 1e-4), mean and unbiased std over
     all those rows. Raises ValueError if the number of rows is no multiple of `num_generations`, or
@@ -147,8 +161,7 @@ def scaled_advantages(
     if whiten_rewards:
         scale = torch.rsqrt(nan_moments(rewards)[1] ** 2 + 1e-8)
         rewards = whiten(rewards)
-    by_group = {"rloo": leave_one_out, "grpo": group_normalized}[advantage]
-    advantages = by_group(rewards.view(-1, num_generations)).view(-1)
+    advantages = BY_GROUP[advantage](rewards.view(-1, num_generations)).view(-1)
     if normalize:
         compared = comparable_rows(rewards, num_generations)
         mean, std = nan_moments(torch.where(compared, advantages, float("nan")))

@@ -106,7 +106,7 @@ class Run:
 
     def _coefficients_known(self) -> bool:
         """Whether dloss / dlogp depends on no log-prob."""
-        on_policy = self.signal.old_logps is None and self.options.kl != "loss"
+        on_policy = self.signal.old_logps is None and not self.options.kl_in_loss
         return on_policy and (self.signal.rewards is None or self.options.beta == 0)
 
     def _known_beforehand(self) -> Gradients:

@@ -71,9 +71,11 @@ def _segments_kernel(
     HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    GROUP_NORMALIZED: tl.constexpr,
+    GROUP_MEAN: tl.constexpr,
+    GROUP_STD: tl.constexpr,
     KL_TO_GO: tl.constexpr,
     KL_LOSS: tl.constexpr,
+    KL_CORRECTED: tl.constexpr,
     TOKEN_LEVEL: tl.constexpr,
     TOKEN_MEAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,10 +137,11 @@ def _segments_kernel(
         n = tl.sum(scorable.to(tl.float32), 0) + tl.zeros([BLOCK_K], tl.float32)
         total = tl.sum(known, 0)
         compared = scorable & (n > 1)
-        if GROUP_NORMALIZED:
-            distance = tl.where(scorable, shaped - total / tl.maximum(n, 1.0), 0.0)
-            variance = tl.sum(distance * distance, 0) / tl.maximum(n - 1.0, 1.0)
-            a = distance / (tl.sqrt(variance) + 1e-4)
+        if GROUP_MEAN:
+            a = tl.where(scorable, shaped - total / tl.maximum(n, 1.0), 0.0)
+            if GROUP_STD:
+                variance = tl.sum(a * a, 0) / tl.maximum(n - 1.0, 1.0)
+                a = a / (tl.sqrt(variance) + 1e-4)
         else:
             a = shaped - (total - known) / tl.maximum(n - 1.0, 1.0)
         a = tl.where(compared, a, 0.0)
@@ -200,8 +203,13 @@ def _segments_kernel(
                 loss, slope, low, high = _clip(log_ratio, a_t, epsilon_low, epsilon_high)
                 if KL_LOSS:  # k3
                     e = _expm1(-kl)
-                    loss += beta * (e + kl)
-                    slope -= beta * e
+                    if KL_CORRECTED:
+                        ratio = tl.exp(log_ratio)
+                        loss += beta * ratio * (e + kl)
+                        slope += beta * ratio * kl
+                    else:
+                        loss += beta * (e + kl)
+                        slope -= beta * e
                 loss_sum += tl.where(valid, loss, 0.0)
                 low_sum += tl.where(valid, low, 0.0)
                 high_sum += tl.where(valid, high, 0.0)
@@ -232,7 +240,7 @@ def segments_triton(
         return coefficients, table
     group = options.num_generations if signal.rewards is not None else 1
     # without rewards nothing reads the KL for the advantages
-    kl = options.kl if signal.rewards is not None or options.kl == "loss" else "reward"
+    kl_to_go = options.kl == "reward_to_go" and signal.rewards is not None and options.beta != 0
 
     def plain(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
@@ -240,8 +248,6 @@ def segments_triton(
     mask = None if signal.mask is None else signal.mask.contiguous()
 
     rewards, advantages, token_advantages, old_logps, ref_logps = map(plain, signal[:5])
-    if kl == "loss" and ref_logps is None:
-        kl = "reward"  # beta = 0
     with on_device_of(logps):
         _segments_kernel[(num_rows // group,)](
             logps.contiguous(),
@@ -267,9 +273,11 @@ def segments_triton(
             HAS_REF=ref_logps is not None,
             HAS_MASK=mask is not None,
             HAS_ENTROPY=entropy is not None,
-            GROUP_NORMALIZED=options.advantage == "grpo",
-            KL_TO_GO=kl == "reward_to_go",
-            KL_LOSS=kl == "loss",
+            GROUP_MEAN=options.advantage in ("grpo", "dr_grpo"),
+            GROUP_STD=options.advantage == "grpo",
+            KL_TO_GO=kl_to_go,
+            KL_LOSS=options.kl_in_loss,
+            KL_CORRECTED=options.kl == "corrected_loss",
             TOKEN_LEVEL=options.level == "token",
             TOKEN_MEAN=options.token_mean,
             BLOCK_K=triton.next_power_of_2(group),

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .advantages import (
+    BY_GROUP,
     comparable_rows,
     scaled_advantages,
     segment_ids,
@@ -49,14 +50,20 @@ ROWS = (
 )
 
 
+KL_IN_LOSS = ("loss", "corrected_loss")
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """What the loss is; checked when it is made.
 
-    kl: "reward" (a sequence's KL is taken off its reward), "reward_to_go" (per token, REINFORCE++,
-    arXiv:2501.03262 eq. 1) or "loss" (k3, exp(ref - logp) - (ref - logp) - 1, added to the loss of
-    every token and differentiated, as in GRPO). level: one ratio per "sequence" (RLOO) or per
-    "token" (GRPO, PPO). token_mean: a row's token losses are averaged, not summed.
+    advantage: of a group, see `advantages.py`. kl: "reward" (a sequence's KL is taken off its
+    reward), "reward_to_go" (per token, REINFORCE++, arXiv:2501.03262 eq. 1), "loss" (k3 =
+    exp(ref - logp) - (ref - logp) - 1, added to the loss of every token and differentiated, as in
+    GRPO) or "corrected_loss" (likewise k3 times the token's ratio, differentiated through both:
+    beta rho (logp - ref) in the slope, the unbiased gradient of the reverse KL, arXiv:2512.02556).
+    level: one ratio per "sequence" (RLOO) or per "token" (GRPO, PPO). token_mean: a row's token
+    losses are averaged, not summed.
     """
 
     num_generations: int = 0  # 0: the advantages are given
@@ -72,8 +79,8 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("advantage", ("rloo", "grpo")),
-            ("kl", ("reward", "reward_to_go", "loss")),
+            ("advantage", tuple(BY_GROUP)),
+            ("kl", ("reward", "reward_to_go", *KL_IN_LOSS)),
             ("level", ("sequence", "token")),
         ):
             if getattr(self, name) not in choices:
@@ -88,6 +95,10 @@ class LossOptions:
     @property
     def high(self) -> float:
         return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.beta != 0 and self.kl in KL_IN_LOSS
 
 
 class Signal(NamedTuple):
@@ -126,7 +137,7 @@ def check_signal(signal: Signal, shape: torch.Size, num_rows: int, options: Loss
         raise ValueError("normalize=True scales advantages that are made here: give rewards.")
     if signal.token_advantages is not None and options.level == "sequence":
         raise ValueError('token_advantages need level="token".')
-    if options.beta != 0 and signal.rewards is None and options.kl != "loss":
+    if options.beta != 0 and signal.rewards is None and not options.kl_in_loss:
         raise ValueError(
             f"beta={options.beta} takes the KL off rewards, and advantages were given: leave beta "
             'out, or add the KL to the loss with kl="loss".'
@@ -184,9 +195,12 @@ def segments_torch(
     loss = -torch.where(still, torch.where(a == 0, 0.0, bound), moving)
     slope = -torch.where(still, 0.0, moving)
     low, high = low.to(logps.dtype), high.to(logps.dtype)
-    if options.kl == "loss":
+    if options.kl_in_loss:
         e = torch.expm1(-kl)
-        loss, slope = loss + options.beta * (e + kl), slope - options.beta * e
+        corrected = options.kl == "corrected_loss"  # d(rho k3) = rho (k3 + dk3) = rho (k3 - e)
+        times, k3_slope = (ratio, kl) if corrected else (1.0, -e)
+        loss = loss + options.beta * times * (e + kl)
+        slope = slope + options.beta * times * k3_slope
     if token_level:
         share = 1 / num_tokens.clamp(min=1)
         weight = share if options.token_mean else torch.ones_like(share)
@@ -224,7 +238,7 @@ def _credit(
             return torch.where(given.isnan(), 0.0, given), None, shaped
         return torch.zeros_like(row_kl), signal.token_advantages, shaped
     k = options.num_generations
-    penalty = 0.0 if options.kl == "loss" else options.beta
+    penalty = 0.0 if options.kl_in_loss else options.beta
     shaped = signal.rewards - penalty * row_kl
     by_row, scale = scaled_advantages(
         shaped,

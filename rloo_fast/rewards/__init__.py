@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from rloo_fast.rewards.arguments import bind, check_arguments, check_reward_kwargs
 from rloo_fast.rewards.builtin import BUILTINS, completion_text
 from rloo_fast.rewards.calls import RewardError, RewardTimeout
 from rloo_fast.rewards.files import load_file
@@ -29,12 +30,20 @@ __all__ = [
     "RewardTimeout",
     "Rewards",
     "Scoring",
+    "check_reward_kwargs",
     "completion_text",
     "load_reward_functions",
     "load_reward_model",
 ]
 
-RewardFunc = str | PreTrainedModel | Callable[..., Sequence[float | None]]
+RewardFunc = str | PreTrainedModel | RewardModel | Callable[..., Sequence[float | None]]
+
+MODEL_OPTIONS = ("label", "output", "position", "dtype", "batch_size", "chat_template_kwargs")
+MODEL_CODE = (
+    "The reward {0!r} runs programs that the model wrote, on this machine: in processes of their "
+    "own, with little room and no network, but no such wall is perfect. If you want that, write "
+    "execute_model_code=True (--execute_model_code true)."
+)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODULE_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
@@ -46,6 +55,9 @@ def load_reward_functions(
     processing_classes: Any = None,
     *,
     weights: list[float] | None = None,
+    reward_kwargs: dict[str, dict[str, Any]] | None = None,
+    execute_model_code: bool = False,
+    model_options: dict[str, Any] | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -56,10 +68,18 @@ def load_reward_functions(
     """Functions, models and names of either -> Rewards.
 
     A string is the name of a builtin, "package.module:function", "path/to/file.py:function", or the
-    directory or hub id ("org/name") of a reward model; in this order. `processing_classes`: the
-    reward models' tokenizers, one per entry of `reward_funcs` (None: the model's own; ignored for
-    functions). `timeout_s` limits each call of a function, not the models; `batch_size` is the
-    models'. `processes`: as many of them run the functions that are not async, 0: this one.
+    directory or hub id ("org/name") of a reward model; in this order. Of a class an object is made.
+
+    reward_kwargs: by such a string, the arguments of a function at every call, of a class or a
+        RewardModel when it is made.
+    execute_model_code: allow strings for what has `executes_model_code = True`. An object that is
+        passed has been allowed by whoever made it.
+    processing_classes: the reward models' tokenizers, one per entry of `reward_funcs` (None: the
+        model's own; ignored for functions).
+    model_options: of RewardModel, and `dtype`; not for what is a RewardModel already.
+    timeout_s: of each call of a function, not of the models; batch_size: of the models.
+    processes: as many run the functions that are not async, 0: this one.
+
     Raises ValueError for whatever cannot be loaded or does not match.
     """
     funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -72,22 +92,28 @@ def load_reward_functions(
             f"One processing class per reward function is needed (None for those that are not "
             f"models): got {len(processing_classes)} for {len(funcs)} functions."
         )
-    model_options = {"chat_template_kwargs": chat_template_kwargs, "batch_size": batch_size}
+    options = {
+        "chat_template_kwargs": chat_template_kwargs,
+        "batch_size": batch_size,
+        **(model_options or {}),
+    }
+    loading = {"model_init_kwargs": model_init_kwargs, "trust_remote_code": trust_remote_code}
+    given = reward_kwargs or {}
+    check_reward_kwargs(given, funcs)
     loaded: list[RewardFunction | RewardModel] = []
     for func, tokenizer in zip(funcs, processing_classes, strict=True):
-        found = _resolve(func) if isinstance(func, str) else func
+        found, arguments = func, {}
+        if isinstance(func, str):
+            arguments = given.get(func, {})
+            found = _named(func, arguments, execute_model_code)
         if isinstance(found, str):
-            loaded.append(
-                load_reward_model(
-                    found,
-                    tokenizer,
-                    model_init_kwargs=model_init_kwargs,
-                    trust_remote_code=trust_remote_code,
-                    **model_options,
-                )
-            )
+            own = {**options, **arguments}
+            loaded.append(load_reward_model(found, tokenizer, **loading, **own))
+        elif isinstance(found, RewardModel):
+            loaded.append(found)
         elif isinstance(found, nn.Module):
-            loaded.append(RewardModel(found, tokenizer, **model_options))
+            has_dtype = {k: v for k, v in options.items() if k != "dtype"}
+            loaded.append(RewardModel(found, tokenizer, **has_dtype))
         elif callable(found):
             loaded.append(RewardFunction(found))
         else:
@@ -96,6 +122,19 @@ def load_reward_functions(
                 f"{type(found).__name__}: {found!r:.80}."
             )
     return Rewards(loaded, weights, timeout_s, processes)
+
+
+def _named(
+    name: str, arguments: dict[str, Any], execute_model_code: bool
+) -> Callable[..., Any] | str:
+    """The function or object, with its arguments, or the string itself if it is a reward model."""
+    found = _resolve(name)
+    if isinstance(found, str):
+        check_arguments(name, MODEL_OPTIONS, arguments)
+        return found
+    if getattr(found, "executes_model_code", False) and not execute_model_code:
+        raise ValueError(MODEL_CODE.format(name))
+    return bind(name, found, arguments)
 
 
 def _resolve(text: str) -> Callable[..., Any] | str:

@@ -6,6 +6,7 @@ by its key in BUILTINS.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def accuracy(
 ) -> list[float | None]:
     r"""r_i = 1[completion_i is equivalent to gold_i for math-verify]; None if gold_i has no value.
 
-    gold is the column `solution`, or `answer` if there is no `solution`. The completion must give
+    gold is the column `solution`, or `answer` if there is no `solution`: numbers, text with a
+    number or with LaTeX in it, or bare LaTeX (2\sqrt{3}). The completion must give
     its answer in LaTeX (`\boxed{...}`, or "the final answer is $...$"), which is what TRL's
     `accuracy_reward` asks for too; anything else earns 0. With reward_processes, and in a main
     thread, math-verify's own time limits hold; elsewhere they cannot (they use SIGALRM), and
@@ -102,7 +104,7 @@ def accuracy(
         try_extract_without_anchor=False,
     )
     # Once per distinct gold: the completions of a group share it.
-    targets = {gold: parse(gold, parsing_timeout=parse_limit_s) for gold in set(golds)}
+    targets = {g: parse(_as_latex(g), parsing_timeout=parse_limit_s) for g in set(golds)}
     rewards: list[float | None] = []
     parsed_answers = []
     for completion, gold in zip(completions, golds, strict=True):
@@ -129,13 +131,65 @@ def format_think(completions: list[Completion], **kwargs: Any) -> list[float]:
     return [float(_thinks_then_answers(completion_text(c).strip())) for c in completions]
 
 
-# Name in a configuration -> the function, or where it is (imported only when it is asked for).
+class Format:
+    """r_i = 1[the regular expression `pattern` matches all of strip(completion_i)].
+
+    A dot matches line ends too. Raises ValueError for a pattern that is none.
+    """
+
+    __name__ = "format"  # of the metric
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            self.pattern = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+    def __call__(self, completions: list[Completion], **kwargs: Any) -> list[float]:
+        texts = [completion_text(completion).strip() for completion in completions]
+        return [float(self.pattern.fullmatch(text) is not None) for text in texts]
+
+
+class Length:
+    """r_i = -clip((n_i - target) / (limit - target), 0, 1), n_i the tokens of completion i.
+
+    0 up to `target` tokens, then falling to -1 at `limit` (2 * target if left out) and beyond. An
+    EOS counts as a token. Raises ValueError unless 0 <= target < limit.
+    """
+
+    __name__ = "length"  # of the metric
+
+    def __init__(self, target: int, limit: int | None = None) -> None:
+        self.target, self.limit = target, 2 * target if limit is None else limit
+        if not 0 <= self.target < self.limit:
+            raise ValueError(f"0 <= target < limit is needed, got {target} and {self.limit}.")
+
+    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        room = self.limit - self.target
+        return [-min(max((len(ids) - self.target) / room, 0.0), 1.0) for ids in completion_ids]
+
+
+# Name in a configuration -> the function or class, or where it is (imported when it is asked for).
 BUILTINS: dict[str, Callable[..., Any] | str] = {
+    "code": "rloo_fast.rewards.code:CodeReward",
     "exact_match": exact_match,
     "accuracy": accuracy,
+    "format": Format,
     "format_think": format_think,
+    "length": Length,
     "reasoning_gym": "rloo_fast.rewards.reasoning_gym:reasoning_gym_reward",
 }
+
+
+_COMMAND = re.compile(r"\\(?:text|mathrm)\{[^}]*\}|\\[a-zA-Z]+")
+
+
+def _as_latex(gold: str) -> str:
+    """Bare LaTeX between dollar signs: without them math-verify takes 2\\sqrt{3} for a 2."""
+    is_delimited = re.search(r"\$|\\boxed|\\\(|\\\[", gold)
+    has_signs = re.search(r"[\\^_{}()\[\]]", gold)
+    has_words = re.search("[a-zA-Z]{2}", _COMMAND.sub("", gold))
+    return f"${gold}$" if has_signs and not has_words and not is_delimited else gold
 
 
 def _content_text(content: Any) -> str:

@@ -65,13 +65,19 @@ class RewardFunction:
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """ValueError if the function needs a column that is not there, or cannot take one."""
+        if twice := sorted({*columns} & {*getattr(self.function, "keywords", ())}):
+            raise ValueError(
+                f"Reward function {self.name!r} is given {_code(twice)} twice, as an argument and "
+                "as a dataset column: rename the column."
+            )
         passed = {*FIXED_KEYWORDS, *columns}
         self._check_takes(passed)
         needed = [p for p in self._parameters if p.kind in _BY_KEYWORD and p.default is p.empty]
         if absent := [p.name for p in needed if p.name not in passed]:
             raise ValueError(
                 f"Reward function {self.name!r} needs {_code(absent)}, but the dataset has no such "
-                f"column; it has {_code(sorted(columns)) or 'none besides the prompt'}."
+                f"column; it has {_code(sorted(columns)) or 'none besides the prompt'}. What is no "
+                "column is given in reward_kwargs."
             )
 
     def _check_takes(self, keywords: Iterable[str]) -> None:
@@ -144,11 +150,30 @@ class Rewards:
         for holder, model in zip(holders, models, strict=True):
             holder.model = model
 
+    @property
+    def offloaded(self) -> bool:
+        """Some model takes memory of the device only while it scores."""
+        return any(isinstance(f, RewardModel) and f.parked is not None for f in self.functions)
+
     def to(self, device: torch.device | str) -> Rewards:
         """Move the reward models."""
         for model in self.models:
             model.to(device)
         return self
+
+    def place(self, device: torch.device, *, offload: bool, stop_token_ids: Sequence[int]) -> None:
+        """Put the reward models on `device`, or let them wait on the host for each scoring.
+
+        `stop_token_ids`: what a completion of the policy ends with, for models that read at EOS.
+        """
+        for function in self.functions:
+            if isinstance(function, RewardModel):
+                if function.inputs.stop_token_ids is None:
+                    function.inputs.stop_token_ids = stop_token_ids
+                if offload:
+                    function.park(device)
+        if not offload:
+            self.to(device)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """ValueError if these dataset columns do not suit the functions; before anything runs."""

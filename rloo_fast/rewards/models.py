@@ -5,7 +5,9 @@ B completions; C of them, of similar length, in one forward; T tokens in the lon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,34 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rloo_fast.rewards.builtin import describe_sample
+from rloo_fast.memory import Gpu
+from rloo_fast.parked import Parked
 from rloo_fast.rewards.calls import failed
+from rloo_fast.rewards.model_inputs import ModelInputs
 from rloo_fast.rewards.values import read_values
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 
 
 class RewardModel:
-    """r_i = logits[i, 0] of `model` on the text of prompt_i + completion_i.
+    """r_i = the logit, or the probability, of one label of `model` on prompt_i + completion_i.
 
     Standard samples: the two strings joined. Conversational ones: the reward tokenizer's own chat
-    template over all their messages. Neither gets special tokens added, so an EOS is seen only if
-    the text has it (as in TRL >= 0.22). Texts are sorted by length, padded on the right and run
-    `batch_size` at a time; the values are those of a loop over single texts, to rounding.
+    template over all their messages. `label`: number or name in the config's id2label, None: the
+    first. `output`: "logit", or "probability": softmax over the labels, sigmoid of a single one.
 
-    The model is put in eval mode, its cache is turned off, and its config's pad token becomes the
-    tokenizer's (EOS where that has none): the head reads the last token that is not padding.
+    Decoders get no special tokens added (as in TRL >= 0.22), encoders, told by their tokenizer's
+    [CLS], get theirs. `position` is where a decoder is read: "last", at the last token that is not
+    its pad token, or "eos", at an EOS that is put behind each completion whose ids end with one of
+    `stop_token_ids` (of the policy; None: the reward tokenizer's EOS), and at the last token of the
+    other texts. A text of more tokens than the model takes loses its beginning.
+
+    Texts are sorted by length, padded on the right and run at most `batch_size` at a time, fewer
+    where more than half of a batch would be padding; the values are those of a loop over single
+    texts, to rounding. The model is put in eval mode, its cache is turned off, and its config's pad
+    token becomes the tokenizer's (EOS where that has none).
     """
 
     def __init__(
@@ -37,6 +50,10 @@ class RewardModel:
         model: nn.Module,
         tokenizer: Any = None,
         *,
+        label: int | str | None = None,
+        output: str = "logit",
+        position: str = "last",
+        stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         batch_size: int | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
@@ -50,86 +67,125 @@ class RewardModel:
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"The reward models' batch_size must be >= 1, got {batch_size}.")
+        _check_choice("output", output, ("logit", "probability"))
+        _check_choice("position", position, ("last", "eos"))
         source = str(getattr(config, "_name_or_path", "") or "")
         self.name = Path(source).name or type(model).__name__
         self.model = model.eval()
         if tokenizer is None:
             tokenizer = _load_tokenizer(self.name, source, tokenizer_kwargs or {})
-        self.tokenizer = tokenizer
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.inputs = ModelInputs(
+            self.name,
+            tokenizer,
+            config,
+            position=position,
+            stop_token_ids=stop_token_ids,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
-        self._set_pad_token(config)
+        self.output, self.label = output, _label_number(label, config, self.name)
+        one_is_right = getattr(config, "problem_type", None) != "multi_label_classification"
+        self._softmax = one_is_right and len(_labels(config)) != 1
+        self.parked: Parked | None = None
         if getattr(config, "use_cache", False):
             config.use_cache = False  # keys and values of every layer, for nothing
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        """-> (B,) float32 on the CPU, in the order given; one transfer."""
-        encoded = self.tokenizer(self._texts(prompts, completions), add_special_tokens=False)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        if 0 in lengths:
-            raise ValueError(
-                f"Reward model {self.name!r} got a text without tokens: "
-                f"{describe_sample(lengths.index(0), prompts, completions)}."
-            )
-        # Longest first, so that a batch that does not fit in memory fails at once.
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        values = []
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            values.append(self._forward({k: [v[i] for i in rows] for k, v in encoded.items()}))
-        in_order = torch.empty(len(order))
-        in_order[order] = torch.cat(values).float().cpu()
+    def park(self, device: torch.device, gpu: Gpu | None = None) -> None:
+        """From now on the model waits on the host, and is on `device` only while it scores."""
+        self.parked = Parked(self.model, device, gpu)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """-> (B,) float32 on the CPU, in the order given; one transfer.
+
+        `completion_ids`, the policy's, are needed for position "eos" only.
+        """
+        rows = self.inputs.rows(prompts, completions, completion_ids)
+        batches = list(_batches([len(row) for row in rows], self.batch_size))
+        with self.parked or nullcontext():
+            values = [self._forward([rows[i] for i in batch]) for batch in batches]
+            together = torch.cat(values).cpu()
+        in_order = torch.empty(len(rows))
+        in_order[[i for batch in batches for i in batch]] = together
         return in_order
 
     @torch.inference_mode()
-    def _forward(self, rows: dict[str, list[list[int]]]) -> Tensor:  # C rows -> (C,)
-        batch = self.tokenizer.pad(rows, padding=True, padding_side="right", return_tensors="pt")
+    def _forward(self, rows: list[list[int]]) -> Tensor:  # C rows -> (C,) float32
+        pad, longest = self.inputs.pad_id(rows), max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         device = next(self.model.parameters()).device
         self.model.eval()  # a wrapper or an evaluation loop may have changed it
-        logits = getattr(self.model(**batch.to(device)), "logits", None)
-        if logits is None or logits.ndim != 2 or logits.shape[1] == 0:
+        output = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.ndim != 2 or logits.shape[1] <= self.label:
             shape = None if logits is None else tuple(logits.shape)
             raise ValueError(
-                f"Reward model {self.name!r} must return logits of shape (batch, labels >= 1), "
-                f"got {shape}. Load it with AutoModelForSequenceClassification."
+                f"Reward model {self.name!r} must return logits of shape (batch, labels >= "
+                f"{self.label + 1}), got {shape}. Load it with AutoModelForSequenceClassification."
             )
-        return logits[:, 0]
+        logits = logits.float()
+        if self.output == "probability":
+            logits = logits.softmax(dim=-1) if self._softmax else logits.sigmoid()
+        return logits[:, self.label]
 
-    def _texts(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[str]:
-        if all(isinstance(x, str) for x in (*prompts, *completions)):
-            return [p + c for p, c in zip(prompts, completions, strict=True)]
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if not (isinstance(prompt, list) and isinstance(completion, list)):
-                raise ValueError(
-                    f"Reward model {self.name!r} needs prompts and completions of one format, all "
-                    f"strings or all message lists; see {describe_sample(i, prompts, completions)}."
-                )
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"The tokenizer of reward model {self.name!r} has no chat template, but the "
-                "prompts are conversations. Pass a reward tokenizer with one, or string prompts."
+
+def _check_choice(name: str, value: str, choices: tuple[str, str]) -> None:
+    if value not in choices:
+        raise ValueError(f"A reward model's {name} is {' or '.join(choices)}, got {value!r}.")
+
+
+def _labels(config: Any) -> dict[int, str]:
+    return getattr(config, "id2label", None) or {}
+
+
+def _label_number(label: int | str | None, config: Any, name: str) -> int:
+    """Of the label that is the reward. Raises ValueError, with the labels there are."""
+    labels = _labels(config)
+    there = ", ".join(f"{number} ({text})" for number, text in labels.items()) or "no named labels"
+    if label is None:
+        if len(labels) > 1:
+            logger.warning(
+                "Reward model %r has the labels %s. The first is the reward: write "
+                "reward_model_label for another.",
+                name,
+                there,
             )
-        return [
-            self.tokenizer.apply_chat_template(p + c, tokenize=False, **self.chat_template_kwargs)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-
-    def _set_pad_token(self, config: Any) -> None:
-        if self.tokenizer.pad_token_id is None:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError(
-                    f"The tokenizer of reward model {self.name!r} has neither a pad nor an EOS "
-                    "token; set `tokenizer.pad_token` before passing it."
-                )
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        text_config.pad_token_id = self.tokenizer.pad_token_id
+        return 0
+    by_name = {text: number for number, text in labels.items()}
+    number = by_name.get(str(label), int(label) if str(label).isdecimal() else None)
+    if number is None or (labels and number not in labels):
+        raise ValueError(f"reward_model_label={label!r}: reward model {name!r} has {there}.")
+    return number
 
 
-def call_model(model: RewardModel, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+def _batches(lengths: Sequence[int], most_rows: int) -> Iterator[list[int]]:
+    """Row numbers, longest first, so that a batch that does not fit in memory fails at once."""
+    batch: list[int] = []
+    num_tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        padded = lengths[batch[0]] * (len(batch) + 1) if batch else 0
+        if len(batch) == most_rows or padded > 2 * (num_tokens + lengths[i]):
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(i)
+        num_tokens += lengths[i]
+    yield batch
+
+
+def call_model(
+    model: RewardModel,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+) -> Tensor:
     """The model's rewards (B,); what it raises names it."""
     try:
-        values = model(prompts, completions)
+        values = model(prompts, completions, completion_ids)
     except ValueError as error:
         error.add_note(f"(in the reward model {model.name!r})")
         raise
@@ -142,20 +198,23 @@ def load_reward_model(
     source: str,
     tokenizer: Any = None,
     *,
+    dtype: str | None = None,
     model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> RewardModel:
-    """A directory or hub id -> RewardModel with one label; `options` are RewardModel's.
+    """A directory or hub id -> RewardModel with the labels of its checkpoint.
 
-    Raises ValueError if it cannot be loaded, or if weights are missing from the checkpoint: with a
-    head that starts at random the rewards would be noise.
+    `dtype` stands above model_init_kwargs'; `options` are RewardModel's. Raises ValueError if it
+    cannot be loaded, or if weights are missing from the checkpoint: with a head that starts at
+    random the rewards would be noise.
     """
     kwargs = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+    if dtype is not None:
+        kwargs.pop("torch_dtype", None)  # its former name
+        kwargs["dtype"] = dtype
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, output_loading_info=True, **kwargs
-        )
+        model, info = _load(source, kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"Reward model {source!r} could not be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -167,6 +226,14 @@ def load_reward_model(
     shared = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     tokenizer_kwargs = {k: kwargs[k] for k in shared if k in kwargs}
     return RewardModel(model, tokenizer, tokenizer_kwargs=tokenizer_kwargs, **options)
+
+
+def _load(source: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    load = AutoModelForSequenceClassification.from_pretrained
+    try:
+        return load(source, output_loading_info=True, **kwargs)
+    except RuntimeError:  # two labels are a config's default; a head of one may not say so
+        return load(source, output_loading_info=True, num_labels=1, **kwargs)
 
 
 def _load_tokenizer(name: str, source: str, kwargs: dict[str, Any]) -> Any:

@@ -220,7 +220,9 @@ class Scoring:
 
     def _run_model(self, i: int) -> None:
         rows = list(range(len(self.batch.prompts)))
-        values = call_model(self._functions[i], self.batch.prompts, self.batch.completions(rows))
+        batch = self.batch
+        completions = batch.completions(rows)
+        values = call_model(self._functions[i], batch.prompts, completions, batch.completion_ids)
         self.batch.put(i, rows, values, Log())
 
     def _run_in_worker(self, i: int, rows: list[int], worker: Worker) -> None:

@@ -49,11 +49,14 @@ class RolloutCycle:
             prompt_ids, sampling, seeds, version=version, on_finished=on_finished
         )
 
-    def sleep(self) -> None:
-        """Before anything of the trainer needs the engine's memory; does nothing if it sleeps."""
+    def sleep(self, *, give_back: bool = True) -> None:
+        """Before anything of the trainer needs the engine's memory; does nothing if it sleeps.
+
+        Without `give_back` what was moved out of the engine's way stays away, until the next call.
+        """
         if self.engine.state in (EngineState.READY, EngineState.SYNCED):
             self.engine.sleep(self.sleep_level)
-        if self.engine.state is EngineState.ASLEEP:
+        if give_back and self.engine.state is EngineState.ASLEEP:
             self._give_back()
 
     def close(self) -> None:

@@ -1,0 +1,63 @@
+"""`rloo-fast eval judge`: how often a model's texts are preferred to reference texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from .cli_arguments import as_usage_errors
+from .cli_help import option_line
+from .cli_input import read_command_line
+from .cli_options import Option, UsageError, options_of
+from .judges import JudgeError
+from .judges.arguments import JudgeArguments, check
+from .judges.evaluate import evaluate
+from .judges.results import as_table, read_result
+from .rollout.engine import EngineError
+
+USAGE = """\
+usage: rloo-fast eval judge --model_name_or_path M --dataset_name D --judge J [--option value ...]
+       rloo-fast eval judge --completions FILE.jsonl --dataset_name D --judge J [...]
+       rloo-fast eval judge --table DIR ...
+
+Win rate of a model's texts against reference texts, each pair shown to the judge in random order.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `rloo-fast eval judge ...`; the win rate, or lack of one, is no matter of exit status."""
+    options = options_of(JudgeArguments)
+    if {"-h", "--help"} & {*argv} or not argv:
+        print(_help(options))
+        return 0
+    if argv[0] != "judge":
+        raise UsageError(f"eval has one kind, judge; got {argv[0]!r}.")
+    given = read_command_line(argv[1:], options, "rloo-fast eval judge --help")
+    if given.get("table"):
+        _only_table(given)
+        return 0
+    arguments = JudgeArguments(**given)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, of reading weights
+    # ImportError: vLLM, where it is asked for
+    with as_usage_errors(ValueError, ImportError, OSError, JudgeError, EngineError):
+        check(arguments)
+        result = evaluate(arguments)
+    print(as_table([result]))
+    print(f"\nEvery pair with its verdict: {arguments.output_dir}/samples.jsonl")
+    return 0
+
+
+def _help(options: Mapping[str, Option]) -> str:
+    lines = [option_line(option, None) for option in options.values()]
+    return "\n".join([USAGE, *lines])
+
+
+def _only_table(given: Mapping[str, Any]) -> None:
+    if len(given) > 1:
+        raise UsageError("--table prints results that are there: it goes with no other option.")
+    with as_usage_errors(ValueError):
+        print(as_table([read_result(folder) for folder in given["table"]]))

@@ -1,0 +1,122 @@
+"""Pairs of texts -> verdicts, with the order of every pair drawn outside the judge.
+
+A judge is any callable
+
+    judge(prompts, pairs) -> per pair: 0 or 1, the index of the better text, or None; or a Verdict
+
+called with all pairs at once. It never learns which text is whose: half of the model's texts, by a
+seed, stand at 0. A judge that prefers a position thus ends near 50 %, and `first_won` tells.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..types import PromptText
+
+Pair = tuple[str, str]
+TIE = "tie"
+
+
+class JudgeError(RuntimeError):
+    """A judge cannot judge: it is not there, refuses its key, or answered against the contract."""
+
+
+class Verdict(NamedTuple):
+    """The index of the better text, or None and why; `answer` is what the judge said."""
+
+    index: int | None
+    why: str = ""  # without an index: TIE, or a word for what was wrong with the answer
+    answer: str | None = None
+
+
+Judge = Callable[[list[PromptText], list[Pair]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One question: the model's text stood at `place` (0 or 1)."""
+
+    place: int
+    verdict: Verdict
+
+    @property
+    def score(self) -> float | None:
+        """1: the model's text is the better one, 0: it is not, None: no verdict."""
+        index = self.verdict.index
+        return None if index is None else float(index == self.place)
+
+
+def compare(
+    judge: Judge,
+    prompts: Sequence[PromptText],
+    texts: Sequence[str],
+    others: Sequence[str],
+    *,
+    seed: int = 0,
+    both_orders: bool = False,
+) -> list[list[Judgement]]:  # per prompt, one judgement or, with both_orders, two
+    """Ask for every (text, other), in an order drawn with `seed`, or in both orders.
+
+    Exactly half of the texts stand first (rounded down). Raises JudgeError for a judge that breaks
+    its contract; what it raises itself passes through.
+    """
+    places = [row % 2 for row in range(len(texts))]
+    random.Random(seed).shuffle(places)
+    rounds = [_ask(judge, prompts, texts, others, places)]
+    if both_orders:
+        rounds.append(_ask(judge, prompts, texts, others, [1 - place for place in places]))
+    return [list(judgements) for judgements in zip(*rounds, strict=True)]
+
+
+def _ask(
+    judge: Judge,
+    prompts: Sequence[PromptText],
+    texts: Sequence[str],
+    others: Sequence[str],
+    places: Sequence[int],
+) -> list[Judgement]:
+    pairs = [
+        (other, text) if place else (text, other)
+        for text, other, place in zip(texts, others, places, strict=True)
+    ]
+    verdicts = read_verdicts(judge(list(prompts), pairs), len(pairs))
+    return [Judgement(*both) for both in zip(places, verdicts, strict=True)]
+
+
+def read_verdicts(given: Any, count: int) -> list[Verdict]:
+    """What a judge returned, checked. Raises JudgeError unless it is `count` times 0, 1 or None."""
+    try:
+        values = list(given)
+    except TypeError as error:
+        raise JudgeError(
+            f"a judge returns a list of 0, 1 or None, got {type(given).__name__}."
+        ) from error
+    if len(values) != count:
+        raise JudgeError(f"a judge gives one verdict per pair: got {len(values)} for {count}.")
+    return [_verdict(value) for value in values]
+
+
+def by_score(first: float, second: float) -> Verdict:
+    """The higher score wins; equal ones are a tie."""
+    answer = f"{first:.6g} {second:.6g}"
+    return (
+        Verdict(None, TIE, answer) if first == second else Verdict(int(second > first), "", answer)
+    )
+
+
+def _verdict(value: Any) -> Verdict:
+    verdict = value if isinstance(value, Verdict) else Verdict(value)
+    if verdict.index is None:
+        return verdict if verdict.why else verdict._replace(why="none given")
+    try:
+        index = operator.index(verdict.index)  # NumPy's and torch's integers too
+    except TypeError:
+        index = -1
+    if index not in (0, 1):
+        raise JudgeError(f"a verdict is 0, 1 or None, got {verdict.index!r:.80}.")
+    return verdict._replace(index=index)

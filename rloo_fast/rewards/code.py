@@ -1,0 +1,91 @@
+"""The reward `code`: what a completion's program makes of its tests, in a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rloo_fast.rewards.builtin import Completion, completion_text
+from rloo_fast.sandbox import Sandbox, Verdict
+
+# A block that the length limit cut off ends with the text.
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.M)
+_PYTHON = ("python", "py", "python3")
+
+
+class CodeReward:
+    """r_i = 1 if all tests pass, else partial_credit x the share that does.
+
+    Columns: `test_list` (list of assert statements; None: the reward does not apply to that row),
+    `test_setup_code` (code that they need) and `test_imports` (list of lines of the same kind).
+    The program is the last Python block of a completion, else its last block, else all of it. It
+    runs in a Sandbox with `timeout_s` per program, `memory_mib` per process, and `workers` at a
+    time (default: one per core), while this process goes on. Logs a verdict for each completion.
+    """
+
+    executes_model_code = True  # so that a run must allow it
+
+    def __init__(
+        self,
+        timeout_s: float = 10.0,
+        memory_mib: int = 512,
+        workers: int | None = None,
+        partial_credit: float = 0.5,
+    ) -> None:
+        if not 0 <= partial_credit <= 1:
+            raise ValueError(f"partial_credit must be between 0 and 1, got {partial_credit}.")
+        self.__name__ = "code"  # in metrics
+        self.partial_credit = partial_credit
+        self.sandbox = Sandbox(timeout_s=timeout_s, memory_mib=memory_mib, workers=workers)
+
+    async def __call__(
+        self,
+        completions: list[Completion],
+        test_list: list[list[str] | None],
+        test_setup_code: list[str | None] | None = None,
+        test_imports: list[list[str] | None] | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        nothing = [None] * len(completions)
+        rows = zip(
+            completions,
+            test_list,
+            test_setup_code or nothing,
+            test_imports or nothing,
+            strict=True,
+        )
+        verdicts = await asyncio.gather(*(self._verdict(*row) for row in rows))
+        if log_extra is not None:
+            log_extra("verdict", ["no tests" if v is None else str(v) for v in verdicts])
+        return [None if v is None else self._reward(v) for v in verdicts]
+
+    async def _verdict(
+        self,
+        completion: Completion,
+        tests: Sequence[str] | None,
+        setup: str | None,
+        imports: Sequence[str] | None,
+    ) -> Verdict | None:
+        if not tests:
+            return None
+        program = extract_code(completion_text(completion))
+        before = "\n".join([*(imports or ()), setup or ""])
+        # Others may wait for the same program: one who stops waiting must not cancel it for all.
+        return await asyncio.shield(
+            asyncio.wrap_future(self.sandbox.submit(program, tests, before))
+        )
+
+    def _reward(self, verdict: Verdict) -> float:
+        if verdict.passed == verdict.total:
+            return 1.0
+        return self.partial_credit * verdict.passed / verdict.total
+
+
+def extract_code(text: str) -> str:
+    """The last block between fences that says Python, else the last block, else the text."""
+    blocks = [(match[1].lower(), match[2]) for match in _BLOCK.finditer(text)]
+    python = [code for language, code in blocks if language in _PYTHON]
+    return (python or [code for _, code in blocks] or [text])[-1]

@@ -1,0 +1,150 @@
+"""The reward `code`: from a completion to its program, from the program's tests to a number."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from rloo_fast.rewards import load_reward_functions
+from rloo_fast.rewards.code import CodeReward, extract_code
+
+ADD = "def add(a, b):\n    return a + b\n"
+TESTS = ["assert add(1, 2) == 3", "assert add(2, 2) == 4"]
+ONE_OF_TWO = "def add(a, b):\n    return 3\n"
+
+
+@pytest.fixture(scope="module")
+def reward():
+    made = CodeReward(timeout_s=5, workers=2)
+    yield made
+    made.sandbox.close()
+
+
+def score(reward: CodeReward, completions, tests=TESTS, **columns):
+    """Rewards, and what was logged."""
+    logged = {}
+    call = reward(completions, [tests] * len(completions), log_extra=logged.__setitem__, **columns)
+    return asyncio.run(call), logged
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("Here:\n```python\nx = 1\n```\nDone.", "x = 1\n"),
+        ("```python\nx = 1\n```\nBetter:\n```py\nx = 2\n```\n```\noutput\n```", "x = 2\n"),
+        ("```\nx = 1\n```\nor\n```text\nx = 2\n```", "x = 2\n"),
+        ("```python\nx = 1\nwhile", "x = 1\nwhile"),
+        ("  ```Python3 title\n  x = 1\n  ```", "  x = 1\n"),
+        ("Use `x`:\n```python\ns = '```'\n```", "s = '```'\n"),
+        ("```python\n```", ""),
+    ],
+    ids=["text", "block", "last", "other", "cut off", "indented", "quoted", "empty"],
+)
+def test_the_program_of_a_completion(text, code):
+    assert extract_code(text) == code
+
+
+def test_all_tests_are_worth_1_a_part_of_them_its_half_none_0(reward):
+    completions = [ADD, ONE_OF_TWO, "def add(a, b): return 0", "def add(", "while True: pass"]
+    rewards, logged = score(reward, [f"```python\n{text}\n```" for text in completions])
+    assert rewards == [1.0, 0.25, 0.0, 0.0, 0.0]
+    assert logged["verdict"] == [
+        "passed 2/2",
+        "passed 1/2: wrong answer",
+        "passed 0/2: wrong answer",
+        "passed 0/2: syntax error",
+        "passed 0/2: timeout",
+    ]
+
+
+@pytest.mark.parametrize("credit", [0.0, 1.0])
+def test_what_a_part_is_worth_can_be_chosen(credit):
+    reward = CodeReward(partial_credit=credit, workers=1)
+    rewards, _ = score(reward, [ONE_OF_TWO, ADD])
+    reward.sandbox.close()
+    assert rewards == [credit / 2, 1.0]
+
+
+def test_partial_credit_beyond_1_is_refused():
+    with pytest.raises(ValueError, match="partial_credit must be between 0 and 1, got 2"):
+        CodeReward(partial_credit=2)
+
+
+def test_a_chat_completion_is_read_as_its_text(reward):
+    rewards, _ = score(reward, [[{"role": "assistant", "content": f"Sure:\n```python\n{ADD}```"}]])
+    assert rewards == [1.0]
+
+
+def test_columns_of_mbpp(reward):
+    setup = "pair = Pair(1, 2)"
+    columns = {"test_setup_code": [setup, None], "test_imports": [["from math import floor"], None]}
+    program = "class Pair:\n    def __init__(self, *xs): self.xs = xs\n"
+    program += "def add(p): return sum(p.xs)"
+    tests = ["assert floor(add(pair)) == 3"]
+    rewards, logged = score(reward, [program, program], tests, **columns)
+    assert rewards == [1.0, 0.0]
+    assert logged["verdict"][1] == "passed 0/1: raised NameError"
+
+
+@pytest.mark.parametrize("tests", [None, []])
+def test_a_row_without_tests_has_no_reward(reward, tests):
+    assert score(reward, [ADD], tests) == ([None], {"verdict": ["no tests"]})
+
+
+def test_others_run_while_programs_do(reward):
+    """Async calls share one thread: none may block it."""
+
+    async def both():
+        sleeper = "import time\ntime.sleep(1)\ndef add(a, b): return a + b"
+        scoring = asyncio.create_task(reward([sleeper], [TESTS[:1]]))
+        ticks = 0
+        while not scoring.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks, scoring.result()
+
+    ticks, rewards = asyncio.run(both())
+    assert ticks > 5
+    assert rewards == [1.0]
+
+
+def test_who_stops_waiting_cancels_it_for_nobody_else(reward):
+    async def two():
+        slow = "import time\ntime.sleep(0.5)\ndef add(a, b): return a + b"
+        # The first ones keep both workers busy, so that `slow` still waits for one.
+        others = [asyncio.create_task(reward([f"{slow}\n# {i}"], [TESTS[:1]])) for i in range(2)]
+        impatient = asyncio.create_task(reward([slow], [TESTS[:1]]))
+        patient = asyncio.create_task(reward([slow], [TESTS[:1]]))
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        await asyncio.wait(others)
+        return await patient
+
+    assert asyncio.run(two()) == [1.0]
+
+
+def test_groups_are_scored_while_others_are_sampled():
+    named = {"code": {"timeout_s": 5, "workers": 1}}
+    rewards = load_reward_functions("code", reward_kwargs=named, execute_model_code=True)
+    assert rewards.names == ["code"]
+    texts = [ADD, ONE_OF_TWO]
+    decode = lambda rows, _: [texts[row] for row in rows]  # noqa: E731
+    with rewards.begin(
+        ["p", "q"], {"test_list": [TESTS] * 2}, [[0], [1]], decode=decode
+    ) as scoring:
+        scoring.finished(0, [1])
+        deadline = time.monotonic() + 30
+        while scoring.batch.rewards[0, 0] != 1.0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert scoring.end([[1], [2]]).tolist() == [[1.0], [0.25]]
+    rewards.close()
+
+
+def test_a_dataset_without_tests_is_an_error():
+    rewards = load_reward_functions("code", execute_model_code=True)
+    with pytest.raises(ValueError, match="'code' needs `test_list`"):
+        rewards.check_columns(["answer"])
