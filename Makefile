@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 ENGINE ?= hf
+VARIANT ?=
 BIN := $(VENV)/bin
 # torch is installed first, in its own step: a plain `torch` that other packages pull in may be a
 # CUDA build of several GB. Without a GPU, TORCH_ARGS can name pytorch.org's CPU index.
@@ -51,9 +52,9 @@ $(BIN)/.peers: $(BIN)/.dev
 	$(BIN)/pip install -qq --editable ".[peers]"
 	@touch $@
 
-# ENGINE=vllm samples with vLLM, ENGINE=hf with transformers' generate.
+# ENGINE=vllm samples with vLLM, ENGINE=hf with transformers' generate; VARIANT=grpo trains with GRPO.
 quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
-	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) --output_dir runs/quickstart
+	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) $(if $(VARIANT),--variant $(VARIANT)) --output_dir runs/quickstart
 
 test: $(BIN)/.test
 	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

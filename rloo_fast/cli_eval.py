@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     # ImportError: vLLM, where it is asked for
     with as_usage_errors(ValueError, ImportError, OSError, JudgeError, EngineError):
         check(arguments)
-        result = evaluate(arguments)
+        result = evaluate(arguments, say=print)
     print(as_table([result]))
     print(f"\nEvery pair with its verdict: {arguments.output_dir}/samples.jsonl")
     return 0

@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ METRICS = (  # what the table shows, in this order, where it was logged
     "eval_reward",
     "eval_rewards/*/mean",
 )
-MAX_PROMPT_CHARS = 500  # of the quick start's example, where the data have one as short
 # a value after hub_token, HF_TOKEN, WANDB_API_KEY, ... (not stop_token), or a bare Hub token
 SECRET = re.compile(r"(?i)((?:hub|hf)[-_]token[= ]+|api[-_]key[= ]+)\S+|\bhf_[A-Za-z0-9]{16,}")
 
@@ -145,22 +144,12 @@ def _tags(
     return list(dict.fromkeys([*ours, *tags]))
 
 
-def example_prompt(prompts: Iterable[str | Messages], is_chat: bool) -> str | Messages:
-    """The first prompt of the data that is short, else the shortest; one of ours without data."""
-    candidates = [_bare(prompt) for prompt in prompts]
-    short = (p for p in candidates if len(str(p)) <= MAX_PROMPT_CHARS)
-    if candidates:
-        return next(short, None) or min(candidates, key=lambda p: len(str(p)))
+def example_prompt(is_chat: bool) -> str | Messages:
+    """For the quick start, in the form of the training prompts; none of them, as a card is public
+    where the data may not be."""
     if is_chat:
         return [{"role": "user", "content": "What is the capital of France?"}]
     return "The capital of France is"
-
-
-def _bare(prompt: str | Messages) -> str | Messages:
-    """Messages without the keys that only others of their dataset have, which are None here."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
 
 
 def _quick_start(

@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers.integrations.integration_utils import TensorBoardCallback
 
@@ -23,6 +22,7 @@ from .curves import plot_curves
 from .metrics import gather_rows, rollout_metrics, update_metrics
 from .metrics_file import MetricsWriter
 from .model_card import example_prompt, write_model_card
+from .prompts import is_conversational
 from .types import Samples
 
 logger = logging.getLogger(__name__)
@@ -94,9 +94,7 @@ class RunReportMixin:
             columns["entropy_sum"] = entropy
         advantages = samples.advantages
         assert advantages is not None
-        if (
-            self.args.loss == "reinforce_pp"
-        ):  # shown for the first token: the sequence's own advantage
+        if self.args.loss == "reinforce_pp":  # of the first token: the sequence's own advantage
             starts = samples.cu_seqlens[:-1].clamp(max=max(len(advantages) - 1, 0))
             advantages = advantages[starts] if len(advantages) else torch.zeros(samples.num_rows)
         columns["advantage"] = advantages
@@ -234,7 +232,7 @@ class RunReportMixin:
             tags=[tags] if isinstance(tags, str) else list(tags or []),
             is_peft=is_peft,
             merged_adapter=self.args.merge_adapter,
-            prompt=self._example_prompt(),
+            prompt=example_prompt(self._has_chats()),
             loss=self.args.loss,
             advantage=self.args.advantage,
             hub_model_id=hub_id,
@@ -247,13 +245,12 @@ class RunReportMixin:
             tracker_urls=_tracker_urls(),
         )
 
-    def _example_prompt(self) -> Any:
-        """A prompt of the training data that can be looked up, for the card's quick start."""
-        data = self.train_dataset
-        some = range(min(100, len(data))) if isinstance(data, Dataset) else ()
-        prompts = data.select(some)["prompt"] if some else []
-        is_chat = bool(getattr(self.processing_class, "chat_template", None))
-        return example_prompt(prompts, is_chat)
+    def _has_chats(self) -> bool:
+        """Whether the training prompts are conversations; without any, whether the model chats."""
+        first = next(iter(self.train_dataset), None) if self.train_dataset is not None else None
+        if first is None:
+            return bool(getattr(self.processing_class, "chat_template", None))
+        return is_conversational(first["prompt"])
 
 
 def _versions(is_peft: bool) -> dict[str, str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from rloo_fast.judges import (
     summarize,
     wilson,
 )
+from rloo_fast.judges.answers import Answers
 from rloo_fast.judges.prompt import DEFAULT, fill, read_answer
 from rloo_fast.judges.texts import generate
 from rloo_fast.rewards import load_reward_model
@@ -66,7 +70,7 @@ def saved(name, model, with_tokenizer=True):
 
 
 @contextmanager
-def serving(rule):
+def serving(rule, port=0):
     """The address of a server that answers with `rule(question, headers, number of the request)`.
 
     It gives (status, answer of the model or other JSON, more headers).
@@ -91,7 +95,7 @@ def serving(rule):
         def log_message(self, format, *args):
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -583,6 +587,188 @@ def test_texts_survive_a_judge_that_is_not_there(capsys):
     assert "Connection refused" in error
     with open("out/samples.jsonl") as file:
         assert len(file.readlines()) == 12
+
+
+# --- answers outlive a judge that fails
+
+
+class Dying:
+    """`longer`, until it has answered `lives` questions; then 503."""
+
+    def __init__(self, lives=10**6):
+        self.lives = lives
+        self.answered = []
+
+    def __call__(self, body, headers, number):
+        if len(self.answered) == self.lives:
+            return 503, {"detail": "gone"}, {}
+        self.answered.append(TEXTS.findall(body["messages"][0]["content"]))
+        return longer(body, headers, number)
+
+
+def judge_by(url, *argv, status=0, texts=("--completions", "a.jsonl")):
+    run(*texts, "--judge", "openai", "--judge_base_url", url, "--judge_model", "some-judge",
+        "--judge_retries", "0", "--judge_concurrency", "1", *argv, status=status)  # fmt: skip
+
+
+def judged_in_part(rule, *argv):
+    """12 pairs in a.jsonl and rows.jsonl, of which the server judges some; its address."""
+    rows = rows_file()
+    texts_file("a.jsonl", [f"{'x' * (5 * i % 23)}{i}" for i in range(12)], rows)
+    with serving(rule) as url:
+        judge_by(url, *argv, status=2)
+    return url
+
+
+def again(url, rule, *argv, **options):
+    with serving(rule, urlsplit(url).port):
+        judge_by(url, *argv, **options)
+
+
+def test_judge_that_died_is_asked_the_rest_and_the_result_is_that_of_one_that_did_not(capsys):
+    first, second, whole = Dying(lives=17), Dying(), Dying()
+    url = judged_in_part(first, "--both_orders")
+    error = capsys.readouterr().err
+    assert "503 gone (17 of 24 answers are kept in out/answers.jsonl: the same command" in error
+    judge_by(url, "--both_orders", status=2)  # nobody listens
+    assert "give another judge_base_url. (17 of 24 answers" in capsys.readouterr().err
+    again(url, second, "--both_orders")
+    assert "out/answers.jsonl has 17 answers" in capsys.readouterr().out
+    again(url, whole, "--both_orders", "--output_dir", "whole")
+    assert len(second.answered) == 7
+    assert first.answered + second.answered == whole.answered
+    (found, samples), (expected, expected_samples) = result(), result("whole")
+    assert samples == expected_samples
+    assert found["figures"] == expected["figures"]
+    assert 0 < found["figures"]["win_rate"] < 1
+
+
+@pytest.mark.parametrize(
+    "argv", [("--judge_prompt", "p.txt"), ("--judge_kwargs", '{"max_tokens": 5}')]
+)
+def test_another_template_or_request_is_another_question(argv):
+    url = judged_in_part(Dying(lives=5))
+    Path("p.txt").write_text(DEFAULT + " So?")
+    second = Dying()
+    again(url, second, *argv)
+    assert len(second.answered) == 12
+
+
+def test_another_text_is_asked_for():
+    first, second = Dying(lives=5), Dying()
+    url = judged_in_part(first)
+    text = Path("a.jsonl").read_text()
+    Path("a.jsonl").write_text(text.replace('"xxxxx1"', '"new"'))
+    again(url, second)
+    assert len(second.answered) == 8
+    assert any("new" in pair for pair in second.answered)
+
+
+def test_answer_that_is_kept_is_read_with_the_marker_of_now():
+    url = judged_in_part(Dying(lives=11))
+    second = Dying()
+    again(url, second, "--judge_marker", "VERDICT:")
+    assert len(second.answered) == 1
+    found, _ = result()
+    assert found["figures"]["no_verdict"] == {"unreadable": 12}
+
+
+def test_cut_last_line_is_asked_for_again():
+    url = judged_in_part(Dying(lives=5))
+    kept = Path("out/answers.jsonl")
+    kept.write_bytes(kept.read_bytes()[:-3])
+    second = Dying()
+    again(url, second)
+    assert len(second.answered) == 8
+    assert Answers(kept).num_found == 12
+
+
+def test_damaged_line_is_named():
+    Path("answers.jsonl").write_text('{"question": "q", "answer": "1"}\n{"question": "q"}\n')
+    with pytest.raises(ValueError, match="line 2: expected an object with 'question' and 'answer'"):
+        Answers(Path("answers.jsonl"))
+
+
+def test_question_asked_twice_has_two_answers():
+    for answer in ("0", "1"):
+        Answers(Path("answers.jsonl")).add("q", answer)
+    answers = Answers(Path("answers.jsonl"))
+    assert [answers.take(question) for question in "pqqq"] == [None, "0", "1", None]
+
+
+def test_answer_is_that_of_one_address_and_model():
+    def answer(url, model="some-judge"):
+        judge = OpenAIJudge(url, model, answers=Answers(Path("answers.jsonl")))
+        return judge(["p"], [("a", "bb")])[0].index
+
+    with serving(longer) as url:
+        answer(url)
+    assert answer(url) == 1  # nobody listens: it is the one that is kept
+    for other in ((url, "other-judge"), (url.replace("127.0.0.1", "localhost"),)):
+        with pytest.raises(JudgeError, match="cannot be reached"):
+            answer(*other)
+
+
+def test_refused_question_does_not_stop_a_judge_that_has_answered_others():
+    class TooLong(Dying):
+        def __call__(self, body, headers, number):
+            if "w5 w2" in body["messages"][0]["content"]:
+                return 400, {"detail": "too long"}, {}
+            return super().__call__(body, headers, number)
+
+    url = judged_in_part(TooLong(lives=5))  # the sixth is not taken, the seventh finds it gone
+    again(url, TooLong())
+    found, _ = result()
+    assert found["figures"]["no_verdict"] == {"refused": 1}
+    assert found["figures"]["num_decided"] == 11
+
+
+def test_interrupt_says_what_is_kept(capsys):
+    first, second = Dying(), Dying()
+    main_thread = threading.get_ident()
+
+    def interrupting(body, headers, number):
+        if number == 5:
+            signal.pthread_kill(main_thread, signal.SIGINT)
+            time.sleep(0.3)
+            return 503, {}, {}
+        return first(body, headers, number)
+
+    texts_file("a.jsonl", [f"x{i}" for i in range(12)], rows_file())
+    with serving(interrupting) as url:
+        judge_by(url, status=130)
+    assert "5 of 12 answers are kept in out/answers.jsonl" in capsys.readouterr().out
+    again(url, second)
+    assert len(second.answered) == 7
+
+
+def test_texts_are_made_anew_only_by_another_model_or_setting(capsys):
+    model = ("--model_name_or_path", saved("model", tiny_llama()), "--max_new_tokens", "6")
+    rows_file()
+    with serving(Dying(lives=5)) as url:
+        judge_by(url, texts=model, status=2)
+    samples = Path("out/samples.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    made = [line["completion"] for line in lines]
+
+    def kept_when_run(*argv):
+        """Whether a text that no model wrote is still there."""
+        marked = [{**line, "completion": "kept"} for line in lines]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in marked))
+        judge_by(url, *argv, texts=model, status=2)
+        texts = [json.loads(line)["completion"] for line in samples.read_text().splitlines()]
+        said = capsys.readouterr().out
+        assert ("they are judged" in said) == (texts == ["kept"] * 12)
+        assert ("texts are made anew" in said) == (texts != ["kept"] * 12)
+        return texts
+
+    assert kept_when_run() == kept_when_run("--judge_marker", "So:") == ["kept"] * 12
+    assert kept_when_run("--seed", "1") == made
+    assert len(kept_when_run("--num_prompts", "3")) == 3
+    other = tiny_llama()
+    torch.nn.init.normal_(other.lm_head.weight)
+    saved("model", other)
+    assert kept_when_run() != made
 
 
 TEXTS_FROM = ("--completions", "a.jsonl")

@@ -302,29 +302,15 @@ def test_a_citation_is_a_balanced_bibtex_entry(paper):
 # --- the quick start's prompt
 
 
-def test_the_first_short_prompt_of_the_data_is_taken():
-    assert example_prompt(["a" * 600, "b" * 400, "c"], is_chat=False) == "b" * 400
-
-
-def test_where_all_are_long_the_shortest_is_taken():
-    assert example_prompt(["a" * 700, "b" * 600, "c" * 800], is_chat=True) == "b" * 600
-
-
-def test_messages_lose_the_keys_that_only_other_rows_have():
-    prompt = [{"role": "user", "content": "x", "tool_calls": None, "name": None}]
-    assert example_prompt([prompt], is_chat=True) == [{"role": "user", "content": "x"}]
-
-
 def test_plain_prompts_of_a_chat_model_stay_plain():
-    text = card(prompt=example_prompt(["2 + 2 ="], is_chat=True))
-    (code,) = blocks(text, "python")
-    assert "prompt = '2 + 2 ='\n" in code
+    (code,) = blocks(card(prompt=example_prompt(is_chat=False)), "python")
+    assert "prompt = 'The capital of France is'\n" in code
     assert "role" not in code
 
 
-def test_without_data_the_prompt_is_one_of_ours():
-    assert isinstance(example_prompt([], is_chat=False), str)
-    assert example_prompt([], is_chat=True)[0]["role"] == "user"
+def test_conversations_are_one_message():
+    (code,) = blocks(card(prompt=example_prompt(is_chat=True)), "python")
+    assert "{'role': 'user', 'content': 'What is the capital of France?'}" in code
 
 
 @pytest.mark.parametrize("prompt", ['a "quote" and \'s', "```\ncode\n```", "\\n {x} 猫"])

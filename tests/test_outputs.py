@@ -268,7 +268,8 @@ def test_a_saved_model_loads_and_is_the_trained_one(model_dir, tmp_path, capsys)
     assert not torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(model_dir)))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3")["input_ids"] == [9]
     card = (tmp_path / "out/README.md").read_text()
-    assert f"prompt = {PROMPTS[0]!r}" in card
+    assert "prompt = 'The capital of France is'" in card
+    assert not [prompt for prompt in PROMPTS if prompt in card]  # the data may be private
     assert "The command" not in card  # no command started it
     run_quick_start(tmp_path / "out/README.md", capsys)
 

@@ -35,9 +35,17 @@ def test_the_drop_in_example_names_what_exists():
     assert {"RLOOConfig", "RLOOTrainer", "Dataset"} <= names.keys()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_links_point_to_files(link):
-    assert (ROOT / link).is_file()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [
+    (page.parent, link)
+    for page in PAGES
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text())
+]
+
+
+@pytest.mark.parametrize(("folder", "link"), LINKS, ids=[link for _, link in LINKS])
+def test_links_point_to_files(folder, link):
+    assert (folder / link).is_file()
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:rloo_fast|kernels|tests)/[\w/.]*)`", README))

@@ -64,7 +64,7 @@ class JudgeArguments:
         False, "Ask for each pair in both orders; half a win if they differ."
     )
     seed: int = _field(0, "Of the order, and of texts that are drawn.")
-    output_dir: str | None = _field(None, "For result.json, result.md and samples.jsonl.")
+    output_dir: str | None = _field(None, "For the result, and what a next try goes on from.")
     table: list[str] | None = _field(None, "Print the results of these directories; nothing else.")
 
 

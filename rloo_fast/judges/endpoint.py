@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from tqdm.auto import tqdm
 
 from ..types import PromptText
+from .answers import Answers, fingerprint
 from .compare import JudgeError, Pair, Verdict
 from .prompt import DEFAULT, fill, read_answer
 
@@ -47,7 +48,8 @@ class OpenAIJudge:
     of the request; one that is None is left out. The first question goes alone, so that a wrong
     address, key or name shows at once; then `concurrency` at a time. A busy or failing server is
     asked `retries` more times, with growing pauses. Raises JudgeError when it stays so; an answer
-    that cannot be read, or a question it will not take, is no verdict.
+    that cannot be read, or a question it will not take, is no verdict. Each answer is kept in
+    `answers` as it comes, and what has one there already is not asked.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class OpenAIJudge:
         timeout_s: float = 120.0,
         pause_s: float = 1.0,
         request: Mapping[str, Any] | None = None,
+        answers: Answers | None = None,
     ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -75,24 +78,33 @@ class OpenAIJudge:
         self.concurrency, self.retries, self.timeout_s = concurrency, retries, timeout_s
         self.pause_s = pause_s
         self.request = {"temperature": 0.0, **(request or {})}
+        self.answers = Answers() if answers is None else answers
         self._key = os.environ.get(KEY, "").strip()
         self._stop = threading.Event()  # another question has failed for good
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def __call__(self, prompts: Sequence[PromptText], pairs: Sequence[Pair]) -> list[Verdict]:
-        questions = [
-            fill(self.template, *question) for question in zip(prompts, pairs, strict=True)
+        bodies = [
+            self._body(fill(self.template, *question))
+            for question in zip(prompts, pairs, strict=True)
         ]
+        kept = [self.answers.take(fingerprint(self.url, body)) for body in bodies]
+        verdicts = {
+            row: self._read_verdict(said) for row, said in enumerate(kept) if said is not None
+        }
+        rest = [row for row, answer in enumerate(kept) if answer is None]
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
-        bar = tqdm(total=len(questions), desc="judging", unit="pair", disable=None)
-        verdicts = []
+        bar = tqdm(
+            total=len(bodies), initial=len(verdicts), desc="judging", unit="pair", disable=None
+        )
         try:
-            for question in questions[:1]:
-                verdicts.append(self._first(question))
+            for row in rest[:1]:
+                verdicts[row] = self._first(bodies[row])
                 bar.update()
-            for verdict in pool.map(self._verdict, questions[1:]):
-                verdicts.append(verdict)
+            others = pool.map(self._verdict, (bodies[row] for row in rest[1:]))
+            for row, verdict in zip(rest[1:], others, strict=True):
+                verdicts[row] = verdict
                 bar.update()
         except _Refused as refused:
             raise JudgeError(f"the judge at {self.url} refused: {refused}") from refused
@@ -104,33 +116,46 @@ class OpenAIJudge:
             self._stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             bar.close()
-        return verdicts
+        return [verdicts[row] for row in range(len(bodies))]
 
-    def _first(self, question: str) -> Verdict:
+    def _body(self, question: str) -> dict[str, Any]:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            **self.request,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _first(self, body: dict[str, Any]) -> Verdict:
         """Like `_verdict`, but nobody at the address is an error at once."""
         try:
-            return self._verdict(question, strict=True)
+            return self._verdict(body, strict=True)
         except urllib.error.URLError as error:
             raise JudgeError(
                 f"the judge cannot be reached at {self.url}: {error.reason}. Start its server, or "
                 "give another judge_base_url."
             ) from error
 
-    def _verdict(self, question: str, strict: bool = False) -> Verdict:
+    def _verdict(self, body: dict[str, Any], strict: bool = False) -> Verdict:
         """`strict`: raise where a single question would pass as not understood."""
         try:
-            answer = self._ask_patiently(question, strict)
+            answer = self._ask_patiently(body, strict)
         except _Refused as refused:
-            if strict or refused.status not in (400, 413, 422):  # what may lie in this question
-                raise
-            return Verdict(None, "refused", str(refused))
+            # what may lie in this question; it does if others of the kind were answered
+            if refused.status in (400, 413, 422) and (not strict or self.answers.num_used):
+                return Verdict(None, "refused", str(refused))
+            raise
+        self.answers.add(fingerprint(self.url, body), answer)
+        return self._read_verdict(answer)
+
+    def _read_verdict(self, answer: str) -> Verdict:
         index = read_answer(answer, self.marker)
         return Verdict(index, "" if index is not None else "unreadable", answer)
 
-    def _ask_patiently(self, question: str, strict: bool) -> str:
+    def _ask_patiently(self, body: dict[str, Any], strict: bool) -> str:
         for attempt in range(self.retries + 1):
             try:
-                return self._ask(question, strict)
+                return self._ask(body, strict)
             except _Busy as busy:
                 # not all threads after the same time: they would come back as one
                 pause = self.pause_s * 2**attempt * random.uniform(0.5, 1.0)
@@ -139,17 +164,11 @@ class OpenAIJudge:
                     raise
         raise AssertionError("unreachable")
 
-    def _ask(self, question: str, strict: bool) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            **self.request,
-        }
-        data = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
+    def _ask(self, body: dict[str, Any], strict: bool) -> str:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, data, headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 return self._read(response.read())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,34 +16,47 @@ from ..data import has_one_split, load_prompts
 from ..recipe_data import load_row_function
 from ..rewards import completion_text, load_reward_model
 from ..rollout.vllm import import_vllm
+from .answers import Answers, fingerprint
 from .arguments import REFERENCE, JudgeArguments
-from .compare import compare
+from .compare import JudgeError, compare
 from .endpoint import OpenAIJudge
 from .figures import summarize
 from .local import RewardModelJudge, load_function
 from .prompt import prompt_text, read_template
-from .results import write_result, write_samples
+from .results import read_samples, write_result, write_samples
 from .rouge import RougeJudge, mean_rouge
 from .texts import check_source, generate, is_file, read_texts
 
+TEXTS_FOLLOW_FROM = (
+    "model_name_or_path", "against", "max_new_tokens", "temperature", "seed", "dtype", "use_vllm",
+)  # fmt: skip
 
-def evaluate(a: JudgeArguments) -> dict[str, Any]:
-    """Texts, verdicts, figures; what result.json holds. The judge is made before any text is."""
+
+def evaluate(a: JudgeArguments, say: Callable[[str], None]) -> dict[str, Any]:
+    """Texts, verdicts, figures; what result.json holds. The judge is made before any text is.
+
+    What an earlier try has left in output_dir is used again: texts made with the same, and answers
+    of the judge to the same questions. `say` is told so.
+    """
     source = a.completions or a.model_name_or_path
     assert source is not None
     for name in (source, *([a.against] if a.against != REFERENCE else [])):
         check_source(name)
     prompts, references = load_rows(a)
-    judge = make_judge(a, prompts, references)
     folder = Path(str(a.output_dir)).expanduser()
+    judge = make_judge(a, prompts, references, Answers(folder / "answers.jsonl"))
     folder.mkdir(parents=True, exist_ok=True)
-    texts = texts_of(source, a, prompts)
-    others = texts_of(a.against, a, prompts) if a.against != REFERENCE else references
+    samples, made_with = folder / "samples.jsonl", _made_with(a, prompts)
+    earlier = _earlier_texts(samples, made_with, a, say)
+    texts = texts_of(source, a, prompts, earlier and earlier[0])
+    others = references
+    if a.against != REFERENCE:
+        others = texts_of(a.against, a, prompts, earlier and earlier[1])
     assert others is not None
     # first without verdicts: should the judge fail, the texts are kept
-    write_samples(folder / "samples.jsonl", prompts, texts, others)
-    rows = [] if judge is None else _judged(judge, a, prompts, texts, others)
-    write_samples(folder / "samples.jsonl", prompts, texts, others, rows)
+    write_samples(samples, prompts, texts, others, made_with)
+    rows = [] if judge is None else _judged(judge, a, say, prompts, texts, others)
+    write_samples(samples, prompts, texts, others, made_with, rows)
     figures = {
         **summarize(rows),
         "rouge": mean_rouge(texts, references) if references is not None else None,
@@ -95,7 +108,9 @@ def load_rows(a: JudgeArguments) -> tuple[list[Any], list[str] | None]:
     return list(rows["prompt"]), [completion_text(text) for text in references]
 
 
-def make_judge(a: JudgeArguments, prompts: list[Any], references: list[str] | None) -> Any:
+def make_judge(
+    a: JudgeArguments, prompts: list[Any], references: list[str] | None, answers: Answers
+) -> Any:
     """The judge of `--judge`; None for ROUGE against references: nothing is to be judged."""
     if a.judge == "openai":
         assert a.judge_base_url is not None
@@ -109,6 +124,7 @@ def make_judge(a: JudgeArguments, prompts: list[Any], references: list[str] | No
             retries=a.judge_retries,
             timeout_s=a.judge_timeout_s,
             request=a.judge_kwargs,  # pyright: ignore  # its JSON is read by now
+            answers=answers,
         )
     if a.judge == "reward_model":
         assert a.judge_model is not None
@@ -134,10 +150,40 @@ def make_judge(a: JudgeArguments, prompts: list[Any], references: list[str] | No
     return RougeJudge(of_prompt)
 
 
-def texts_of(source: str, a: JudgeArguments, prompts: list[Any]) -> list[str]:
-    """From a .jsonl file, or by a model."""
+def _made_with(a: JudgeArguments, prompts: list[Any]) -> str:
+    """The fingerprint of all that a model's texts follow from; other weights are other files."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for source in (a.model_name_or_path, a.against)
+        if source is not None and Path(source).is_dir()
+        for path in sorted(Path(source).iterdir())
+        if path.is_file() and path.suffix != ".jsonl"  # logs, and our own files
+    ]
+    return fingerprint([getattr(a, name) for name in TEXTS_FOLLOW_FROM], files, prompts)
+
+
+def _earlier_texts(
+    samples: Path, made_with: str, a: JudgeArguments, say: Callable[[str], None]
+) -> tuple[list[str], list[str]] | None:
+    by_model = a.model_name_or_path or not (a.against == REFERENCE or is_file(a.against))
+    if not by_model or not samples.exists():
+        return None
+    earlier = read_samples(samples, made_with)
+    if earlier is None:
+        say(f"{samples} is of other prompts, models or settings: texts are made anew.")
+    else:
+        say(f"{samples} has these models' texts for these prompts already: they are judged.")
+    return earlier
+
+
+def texts_of(
+    source: str, a: JudgeArguments, prompts: list[Any], earlier: list[str] | None
+) -> list[str]:
+    """From a .jsonl file; else the earlier ones, or by a model."""
     if is_file(source):
         return read_texts(source, prompts)
+    if earlier is not None:
+        return earlier
     return generate(
         source,
         prompts,
@@ -151,10 +197,27 @@ def texts_of(source: str, a: JudgeArguments, prompts: list[Any]) -> list[str]:
     )
 
 
-def _judged(judge: Any, a: JudgeArguments, *pairs: Any) -> list[Any]:
+def _judged(judge: Any, a: JudgeArguments, say: Callable[[str], None], *pairs: Any) -> list[Any]:
+    """The judgements. An error, or Ctrl-C, says how many answers are kept."""
     if isinstance(judge, RewardModelJudge) and torch.cuda.is_available():
         judge.model.model.to("cuda")  # only now: generating needed the memory
-    return compare(judge, *pairs, seed=a.seed, both_orders=a.both_orders)
+    answers = judge.answers if isinstance(judge, OpenAIJudge) else Answers()
+    if answers.num_found:
+        say(f"{answers.path} has {answers.num_found} answers: the same is not asked again.")
+    try:
+        return compare(judge, *pairs, seed=a.seed, both_orders=a.both_orders)
+    except (JudgeError, OSError, KeyboardInterrupt) as error:
+        if not answers.num_used:
+            raise
+        asked_for = len(pairs[0]) * (1 + a.both_orders)
+        kept = (
+            f"{answers.num_used} of {asked_for} answers are kept in {answers.path}: the same "
+            "command goes on from there"
+        )
+        if isinstance(error, KeyboardInterrupt):
+            say(f"{kept}.")
+            raise
+        raise JudgeError(f"{error} ({kept})") from error
 
 
 def _mean_words(texts: Sequence[str]) -> float:

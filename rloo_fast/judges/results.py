@@ -22,16 +22,32 @@ def write_samples(
     prompts: Sequence[PromptText],
     texts: Sequence[str],
     others: Sequence[str],
+    made_with: str,
     rows: Sequence[Sequence[Judgement]] = (),
 ) -> None:
-    """One JSON object per prompt; such a file can be given as texts of a later evaluation."""
+    """One JSON object per prompt; such a file can be given as texts of a later evaluation.
+
+    made_with: a fingerprint of all that the texts follow from.
+    """
     lines = []
     for number, (prompt, text, other) in enumerate(zip(prompts, texts, others, strict=True)):
         sample: dict[str, Any] = {"prompt": prompt, "completion": text, "against": other}
+        sample["made_with"] = made_with
         if rows:
             sample["judgements"] = [_as_json(judgement) for judgement in rows[number]]
         lines.append(json.dumps(sample) + "\n")
     write_atomically(path, "".join(lines).encode())
+
+
+def read_samples(path: Path, made_with: str) -> tuple[list[str], list[str]] | None:
+    """(texts, others) of a file of `write_samples`; None if they were not made with the same."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if {row["made_with"] for row in rows} != {made_with}:
+            return None
+        return [row["completion"] for row in rows], [row["against"] for row in rows]
+    except (ValueError, LookupError, TypeError):  # another kind of file
+        return None
 
 
 def _as_json(judgement: Judgement) -> dict[str, Any]:
