@@ -762,13 +762,14 @@ def test_texts_are_made_anew_only_by_another_model_or_setting(capsys):
         assert ("texts are made anew" in said) == (texts != ["kept"] * 12)
         return texts
 
+    Path("model/metrics.jsonl").write_text("{}")  # a log is no weight
     assert kept_when_run() == kept_when_run("--judge_marker", "So:") == ["kept"] * 12
     assert kept_when_run("--seed", "1") == made
     assert len(kept_when_run("--num_prompts", "3")) == 3
     other = tiny_llama()
     torch.nn.init.normal_(other.lm_head.weight)
     saved("model", other)
-    assert kept_when_run() != made
+    assert made != kept_when_run() != ["kept"] * 12
 
 
 TEXTS_FROM = ("--completions", "a.jsonl")
