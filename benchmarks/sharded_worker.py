@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from benchmarks import memory, step_models
 from benchmarks.step_providers import LADDER, Settings, _head_as_on_a_gpu
-from rloo_fast.recipe_files import path_of
+from rloo_fast.cli.recipe_files import path_of
 from rloo_fast.types import Rollout
 
 

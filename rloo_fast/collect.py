@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from .config import RLOOConfig
-from .metrics import Metrics, gather_rows
 from .prompts import is_conversational
+from .reports.metrics import Metrics, gather_rows
 from .rewards import Rewards, Scoring
 from .rollout.cycle import RolloutCycle
 from .rollout.engine import step_seed

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         _no_progress_bars()
 
-    from .metrics_file import read_metrics
+    from .reports.metrics_file import read_metrics
     from .warm_start import (
         WRONG_SHARE,
         build_model,
@@ -182,7 +182,7 @@ def _tokens_per_s(run_dir: Path) -> float:
     """Completion tokens per second of RLOO steps: sampled, scored and trained on; median."""
     from statistics import median
 
-    from .metrics_file import read_metrics
+    from .reports.metrics_file import read_metrics
 
     key = "throughput/completion_tokens_per_s"
     return round(median(row[key] for row in read_metrics(run_dir) if key in row), 1)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .config import RLOOConfig
 from .losses import Loss
-from .metrics import gather_rows
 from .models import reference_weights
 from .parallel import Parallel
 from .planner import Planner, Step
 from .policy import Policy
+from .reports.metrics import gather_rows
 from .truth import importance_ratios
 from .types import Samples
 

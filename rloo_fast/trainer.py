@@ -35,18 +35,18 @@ from .config import RLOOConfig, trainer_args
 from .dataset_checks import check_datasets, check_prompts, check_reward_columns
 from .evaluation import EvaluationMixin
 from .exchange import balance_rows
-from .metrics import Metrics
 from .names_2024 import refuses_arguments_2024
 from .parallel import check_launch, make_parallel
 from .planner import Planner
 from .policy import Policy, router_coef
 from .probe import choose_layout
 from .prompt_lengths import drop_long_prompts
+from .reports.metrics import Metrics
+from .reports.run_report import RunReportMixin
 from .rewards import RewardFunc, load_reward_functions
 from .rollout.build import compute_dtype, make_engine, make_room
 from .rollout.cycle import RolloutCycle
 from .rollout.engine import sampling_of, step_seed
-from .run_report import RunReportMixin
 from .run_state import RunStateMixin
 from .scorer import Scorer
 from .truth import TruthCheck

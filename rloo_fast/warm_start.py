@@ -107,7 +107,7 @@ def warm_start(
     from transformers import Trainer, TrainingArguments, default_data_collator
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from .report import CompactProgress
+    from .reports.progress import CompactProgress
 
     arguments = TrainingArguments(
         output_dir=str(output_dir),

@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from rloo_fast.reports.run_report import RunReportMixin
 from rloo_fast.rollout import RolloutEngine
-from rloo_fast.run_report import RunReportMixin
 
 draw_curves = RunReportMixin.draw_curves
 RunReportMixin.draw_curves = lambda self: None  # half a second in each of some hundred runs

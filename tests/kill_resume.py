@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.checkpoint_files import INCOMPLETE, checkpoints, step_of
-from rloo_fast.metrics import is_timing
+from rloo_fast.reports.metrics import is_timing
 
 HERE = str(Path(__file__).parent)
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}"[: 5 + i % 7], "n": i} for i in range(20)]

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from rloo_fast.metrics import Metrics
 from rloo_fast.models import base_causal_lm
+from rloo_fast.reports.metrics import Metrics
 from rloo_fast.rollout.cycle import RolloutCycle
 from rloo_fast.weight_sync import weight_buckets
 

@@ -14,10 +14,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rloo_fast import cli, cli_train
-from rloo_fast.cli_arguments import TrainArguments, build, gather
-from rloo_fast.cli_help import SECTIONS
-from rloo_fast.cli_options import UsageError, convert, options_of
+from rloo_fast import cli
+from rloo_fast.cli import train as cli_train
+from rloo_fast.cli.arguments import TrainArguments, build, gather
+from rloo_fast.cli.help import SECTIONS
+from rloo_fast.cli.options import UsageError, convert, options_of
 from rloo_fast.config import RLOOConfig
 
 OPTIONS = options_of(TrainArguments, RLOOConfig)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.names_2024 import RENAMED, Names2024
-from rloo_fast.run_report import RunReportMixin
+from rloo_fast.reports.run_report import RunReportMixin
 from rloo_fast.types import Rollout
 
 EOS, STOP = 1, 31

@@ -13,9 +13,9 @@ import pytest
 from test_reward_models import encoder_tokenizer, make_decoder, make_encoder, saved
 
 from rloo_fast import RLOOConfig
-from rloo_fast.cli_arguments import TrainArguments, build
-from rloo_fast.cli_input import read_yaml
-from rloo_fast.cli_options import options_of
+from rloo_fast.cli.arguments import TrainArguments, build
+from rloo_fast.cli.input import read_yaml
+from rloo_fast.cli.options import options_of
 from rloo_fast.rewards import BUILTINS, load_reward_functions
 
 PAGE = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()

@@ -14,7 +14,7 @@ from pretend_gpu import OPTIMIZERS, Side, snapshot
 from torch import nn
 
 from rloo_fast.memory import Holdings, Room, measure
-from rloo_fast.metrics import Metrics
+from rloo_fast.reports.metrics import Metrics
 from rloo_fast.rollout.cycle import RolloutCycle
 from rloo_fast.rollout.engine import EngineState
 from rloo_fast.types import Sampling

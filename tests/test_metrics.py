@@ -7,7 +7,13 @@ import torch
 from accelerate import Accelerator
 from rloo_kernels.rloo import rloo_objective
 
-from rloo_fast.metrics import Metrics, gather_rows, is_timing, rollout_metrics, update_metrics
+from rloo_fast.reports.metrics import (
+    Metrics,
+    gather_rows,
+    is_timing,
+    rollout_metrics,
+    update_metrics,
+)
 
 NAN = math.nan
 

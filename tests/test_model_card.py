@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from rloo_kernels.advantages import BY_GROUP
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rloo_fast import papers
 from rloo_fast.losses import LOSSES
-from rloo_fast.model_card import example_prompt, model_card_text, write_model_card
+from rloo_fast.reports import papers
+from rloo_fast.reports.model_card import example_prompt, model_card_text, write_model_card
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

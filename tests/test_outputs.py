@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from rloo_fast import RLOOConfig, RLOOTrainer, cli
-from rloo_fast.completions import completions_dataframe, markdown_table
-from rloo_fast.completions_file import CompletionsWriter
-from rloo_fast.run_report import RunReportMixin
+from rloo_fast.reports.completions import completions_dataframe, markdown_table
+from rloo_fast.reports.completions_file import CompletionsWriter
+from rloo_fast.reports.run_report import RunReportMixin
 
 NASTY = ['say "hi", ok', "two\nlines\r\n", "猫 é 🙂", "a;b\tc,d", '",\n"', "' \\ \" \x00end", ""]
 

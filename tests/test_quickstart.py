@@ -9,7 +9,7 @@ from conftest import draw_curves
 from transformers import AutoModelForCausalLM
 
 from rloo_fast import quickstart
-from rloo_fast.run_report import RunReportMixin
+from rloo_fast.reports.run_report import RunReportMixin
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainingArguments
 
 from rloo_fast import RLOOConfig, cli
-from rloo_fast.cli_arguments import TrainArguments, build, gather
-from rloo_fast.cli_input import ELSEWHERE
-from rloo_fast.cli_options import UsageError, options_of
+from rloo_fast.cli.arguments import TrainArguments, build, gather
+from rloo_fast.cli.input import ELSEWHERE
+from rloo_fast.cli.options import UsageError, options_of
 
 OPTIONS = options_of(TrainArguments, RLOOConfig)
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rloo_fast import cli
 from rloo_fast.merge import merge_adapter
-from rloo_fast.metrics_file import read_metrics
+from rloo_fast.reports.metrics_file import read_metrics
 
 SMALL = "--use_cpu --report_to none --disable_tqdm --logging_steps 1 --seed 1 --save_strategy no"
 SENTIMENT = (

@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rloo_fast import RLOOConfig, cli
-from rloo_fast.cli_arguments import TrainArguments, build, gather
-from rloo_fast.cli_options import UsageError, options_of
-from rloo_fast.recipe_files import FOLDER, path_of, recipes
+from rloo_fast.cli.arguments import TrainArguments, build, gather
+from rloo_fast.cli.options import UsageError, options_of
+from rloo_fast.cli.recipe_files import FOLDER, path_of, recipes
 
 HERE = Path(__file__).parent
 OPTIONS = options_of(TrainArguments, RLOOConfig)

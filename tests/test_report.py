@@ -21,8 +21,9 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from rloo_fast import metrics_file, report
-from rloo_fast.completions import (
+from rloo_fast.reports import metrics_file
+from rloo_fast.reports import progress as report
+from rloo_fast.reports.completions import (
     MAX_CELL_CHARS,
     completions_dataframe,
     draw_rows,
@@ -30,9 +31,9 @@ from rloo_fast.completions import (
     message_text,
     print_table,
 )
-from rloo_fast.curves import COLORS, plot_curves, running_mean
-from rloo_fast.metrics_file import MetricsWriter, read_metrics, write_atomically
-from rloo_fast.report import CompactProgress, progress_line
+from rloo_fast.reports.curves import COLORS, plot_curves, running_mean
+from rloo_fast.reports.metrics_file import MetricsWriter, read_metrics, write_atomically
+from rloo_fast.reports.progress import CompactProgress, progress_line
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
 REPLY = [{"role": "assistant", "content": "four"}]

@@ -16,7 +16,7 @@ from transformers import TrainerState
 import rloo_fast.collect
 from rloo_fast.collect import Collector, PeerFailed
 from rloo_fast.config import RLOOConfig
-from rloo_fast.metrics import Metrics
+from rloo_fast.reports.metrics import Metrics
 from rloo_fast.rewards import RewardError, RewardTimeout, load_reward_functions
 from rloo_fast.rollout.cycle import RolloutCycle
 from rloo_fast.rollout.engine import EngineError, RolloutEngine, sampling_of, step_seed

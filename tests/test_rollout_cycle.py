@@ -9,7 +9,7 @@ import pytest
 import torch
 from fake_engine import FakeEngine
 
-from rloo_fast.metrics import Metrics
+from rloo_fast.reports.metrics import Metrics
 from rloo_fast.rollout.cycle import RolloutCycle
 from rloo_fast.rollout.engine import EngineError, EngineState, StaleWeights
 from rloo_fast.types import Sampling

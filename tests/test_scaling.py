@@ -22,7 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from rloo_fast import cli, cli_plan, memory, scaling
+from rloo_fast import cli, memory, scaling
+from rloo_fast.cli import plan as cli_plan
 from rloo_fast.model_shapes import SHAPES, find_shape
 from rloo_fast.scaling import GIB, Setup, held, in_backward
 from rloo_fast.scaling_traffic import NETWORK, NVLINK, traffic, transfer

@@ -20,7 +20,7 @@ from conftest import make_model
 from cpu_engines import ENGINES, require_deepspeed
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rloo_fast.metrics import is_timing
+from rloo_fast.reports.metrics import is_timing
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from conftest import make_model
 from test_update import constant_for_first_prompt, train
 
 from rloo_fast import RLOOConfig
-from rloo_fast.metrics import sampling_metrics
+from rloo_fast.reports.metrics import sampling_metrics
 from rloo_fast.rollout import HFEngine
 from rloo_fast.truth import SamplerMismatch, TruthCheck
 from rloo_fast.types import Samples, Sampling

@@ -13,8 +13,8 @@ from packaging.version import Version
 from test_trl_parity import MAX_NEW, Injected, Recorder, first_reward
 
 from rloo_fast import RLOOConfig, RLOOTrainer, models
-from rloo_fast.metrics import is_timing
 from rloo_fast.probe import choose_layout
+from rloo_fast.reports.metrics import is_timing
 from rloo_fast.types import Rollout
 
 PROMPTS = Dataset.from_dict(

@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
-from ..metrics_file import RunFile, write_atomically
+from ..reports.metrics_file import RunFile, write_atomically
 
 
 def fingerprint(*values: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..metrics_file import write_atomically
+from ..reports.metrics_file import write_atomically
 from ..types import PromptText
 from .compare import Judgement
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from ..memory import Room
-from ..metrics import Metrics
+from ..reports.metrics import Metrics
 from ..types import Rollout, Sampling
 from .engine import Bucket, EngineState, OnFinished, RolloutEngine
 

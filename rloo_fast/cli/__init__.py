@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rloo-fast {version('rloo-fast')}")
         return 0
 
-    from .cli_options import UsageError
+    from .options import UsageError
 
     try:
         return _run(argv[0], argv[1:])
@@ -62,17 +62,17 @@ def _run(command: str, argv: list[str]) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # `--reward_funcs my_rewards:score` is a module beside you
     if command == "train":
-        from .cli_train import main as run
+        from .train import main as run
     elif command == "eval":
-        from .cli_eval import main as run
+        from .eval import main as run
     elif command == "plot":
-        from .cli_plot import main as run
+        from .plot import main as run
     elif command == "quickstart":
-        from .quickstart import main as run
+        from ..quickstart import main as run
     elif command == "doctor":
-        from .doctor import main as run
+        from ..doctor import main as run
     elif command == "plan":
-        from .cli_plan import main as run
+        from .plan import main as run
     elif command == "recipe":
         from .recipe_files import main as run
     else:
@@ -83,7 +83,7 @@ def _run(command: str, argv: list[str]) -> int:
 def _unknown(command: str) -> Exception:
     import difflib
 
-    from .cli_options import UsageError
+    from .options import UsageError
 
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     meant = f" Did you mean {close[0]}?" if close else ""

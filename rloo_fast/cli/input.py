@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from .cli_options import PATH_OR_TRUE, Option, UsageError, convert
-from .names_2024 import SCRIPT_OPTIONS
+from ..names_2024 import SCRIPT_OPTIONS
+from .options import PATH_OR_TRUE, Option, UsageError, convert
 from .recipe_files import resolve
 
 HELP_COMMAND = "rloo-fast train --help all"

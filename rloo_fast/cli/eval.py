@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from .cli_arguments import as_usage_errors
-from .cli_help import option_line
-from .cli_input import read_command_line
-from .cli_options import Option, UsageError, options_of
-from .judges import JudgeError
-from .judges.arguments import JudgeArguments, check
-from .judges.evaluate import evaluate
-from .judges.results import as_table, read_result
-from .rollout.engine import EngineError
+from ..judges import JudgeError
+from ..judges.arguments import JudgeArguments, check
+from ..judges.evaluate import evaluate
+from ..judges.results import as_table, read_result
+from ..rollout.engine import EngineError
+from .arguments import as_usage_errors
+from .help import option_line
+from .input import read_command_line
+from .options import Option, UsageError, options_of
 
 USAGE = """\
 usage: rloo-fast eval judge --model_name_or_path M --dataset_name D --judge J [--option value ...]

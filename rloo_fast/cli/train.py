@@ -16,22 +16,22 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoint_files import check_output_dir, checkpoints, find_checkpoint, put_back
-from .cli_arguments import TrainArguments, as_usage_errors, build, gather
-from .cli_help import full_help, short_help
-from .cli_options import options_of
-from .config import RLOOConfig, as_dict
-from .data import TASK, has_one_split, load_prompts
-from .models import check_model_path
-from .recipe_data import load_row_function
-from .report import CompactProgress
-from .rewards import (
+from ..checkpoint_files import check_output_dir, checkpoints, find_checkpoint, put_back
+from ..config import RLOOConfig, as_dict
+from ..data import TASK, has_one_split, load_prompts
+from ..models import check_model_path
+from ..recipe_data import load_row_function
+from ..reports.progress import CompactProgress
+from ..rewards import (
     BUILTINS,
     RewardFunc,
     Rewards,
     check_reward_kwargs,
     load_reward_functions,
 )
+from .arguments import TrainArguments, as_usage_errors, build, gather
+from .help import full_help, short_help
+from .options import options_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
             rewards.check_columns(train_set.column_names)
         peft_config = lora_config(script)
 
-    from .trainer import RLOOTrainer
+    from ..trainer import RLOOTrainer
 
     # ImportError: flash-attn, bitsandbytes and the like, where they are asked for
     with as_usage_errors(ValueError, ImportError):
@@ -254,7 +254,7 @@ def _show_log_lines(config: RLOOConfig) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, of reading and writing weights
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("rloo_fast")
     logger.setLevel(logging.INFO if config.process_index == 0 else logging.ERROR)
     if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
         logger.addHandler(_ToStderr())

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from . import completions, models
+from .. import models
+from ..prompts import is_conversational
+from ..types import Samples
+from . import completions
 from .completions_file import CompletionsWriter
 from .curves import plot_curves
 from .metrics import gather_rows, rollout_metrics, update_metrics
 from .metrics_file import MetricsWriter
 from .model_card import example_prompt, write_model_card
-from .prompts import is_conversational
-from .types import Samples
 
 logger = logging.getLogger(__name__)
 CURVES = "curves.png"

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from . import scaling
-from .cli_options import UsageError
-from .memory_plan import Holdings, plan
-from .model_shapes import SHAPES, find_shape
-from .scaling import GIB, Setup
-from .scaling_traffic import NETWORK, NVLINK, traffic
+from .. import scaling
+from ..memory_plan import Holdings, plan
+from ..model_shapes import SHAPES, find_shape
+from ..scaling import GIB, Setup
+from ..scaling_traffic import NETWORK, NVLINK, traffic
+from .options import UsageError
 
 TP = (1, 2, 4, 8)
 LEAST_CACHE = 8192  # tokens, without which an engine is of no use

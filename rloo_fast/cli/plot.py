@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli_options import UsageError
-from .curves import X_AXES, plot_curves
+from ..reports.curves import X_AXES, plot_curves
+from .options import UsageError
 
 EPILOG = """\
 One run:              rloo-fast plot runs/first

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cli_input import read_command_line, read_yaml
-from .cli_options import Option, UsageError
-from .config import RLOOConfig
-from .names_2024 import RENAMED
+from ..config import RLOOConfig
+from ..names_2024 import RENAMED
+from .input import read_command_line, read_yaml
+from .options import Option, UsageError
+from .recipe_files import FOLDER
 
 REQUIRED = {
     "model_name_or_path": "DIR_OR_HUB_ID",
@@ -149,10 +150,9 @@ def _recipe_path(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    folder = Path(__file__).parent / "recipes"
-    if (folder / f"{name}.yaml").is_file():
-        return folder / f"{name}.yaml"
-    builtin = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml")))
+    if (FOLDER / f"{name}.yaml").is_file():
+        return FOLDER / f"{name}.yaml"
+    builtin = ", ".join(sorted(recipe.stem for recipe in FOLDER.glob("*.yaml")))
     hint = f" (built-in recipes: {builtin})" if builtin else ""
     raise UsageError(f"there is no file {name}{hint}.")
 

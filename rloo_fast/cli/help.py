@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from .cli_options import Option
+from .options import Option
 
 WIDTH = 100
 USAGE = """\
