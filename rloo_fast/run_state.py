@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint_files import load_launch, load_state
-from .models import REF_ADAPTER
+from .checkpoint_weights import load_weights
 from .truth import SamplerMismatch
 
 
@@ -105,13 +105,20 @@ class RunStateMixin:
 
     # Where transformers' resumed run would differ from the uninterrupted one
 
+    # transformers loads the files' names, which may be others than the model's, and only logs what
+    # it finds no place for
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
-        # transformers 5.16 leaves out the trained adapter where the reference's lies beside it
-        if not self.parallel.splits_weights and REF_ADAPTER in getattr(
-            self.model, "peft_config", {}
-        ):
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        if self.parallel.loads_checkpoints:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.parallel.loads_checkpoints:
+            super()._load_best_model()  # pyright: ignore
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
 
     def _evaluate(
         self, *args: Any, skip_scheduler: bool = False, **kwargs: Any

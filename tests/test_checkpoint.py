@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,14 @@ import torch
 from conftest import make_model
 from datasets import IterableDataset
 from kill_resume import ROWS, make_trainer, metrics_of, without_times
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 from rloo_fast import checkpoint
 from rloo_fast.callbacks import StepCallback
@@ -101,16 +109,58 @@ def stream() -> IterableDataset:
     return IterableDataset.from_generator(lambda: iter(ROWS[:7]))
 
 
-def lora() -> Any:
+def lora(modules: Sequence[str] = ("q_proj", "v_proj")) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    return LoraConfig(r=4, target_modules=list(modules), lora_dropout=0.1)
+
+
+def half_rounded() -> Any:
+    model = make_model().bfloat16()
+    model.lm_head.float()
+    return model
 
 
 def adapted_model() -> Any:
     from peft import get_peft_model
 
     return get_peft_model(make_model(), lora())  # pyright: ignore
+
+
+# whose saved weights have other names, or are cut otherwise, than those in memory
+def renamed_head(**overrides: Any) -> Any:
+    return make_other(GPTNeoXForCausalLM, GPTNeoXConfig, intermediate_size=64, **overrides)
+
+
+def experts() -> Any:
+    return make_other(
+        MixtralForCausalLM,
+        MixtralConfig,
+        intermediate_size=16,
+        num_key_value_heads=1,
+        num_local_experts=3,
+    )
+
+
+def make_other(model: Any, config: Any, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": None, "eos_token_id": 1}
+    return model(config(**sizes, **ids, initializer_range=0.2, **fields))
+
+
+def lora_and_head() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["query_key_value"], modules_to_save=["lm_head"])
+
+
+def lora_of_experts() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+    )
 
 
 # what is interrupted: (last step with a checkpoint, settings, what is made anew for every run);
@@ -161,6 +211,12 @@ INTERRUPTED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"disable_dropout": False, "gradient_checkpointing": True},
         {"model": lambda: make_model(attention_dropout=0.1)},
     ),
+    "renamed-head": (3, {}, {"model": renamed_head}),
+    "renamed-head-lora": (3, {}, {"model": renamed_head, "peft_config": lora_and_head}),
+    "experts": (3, {}, {"model": experts}),
+    "experts-lora": (3, {}, {"model": experts, "peft_config": lora_of_experts}),
+    "lora-of-the-head": (3, {}, {"peft_config": lambda: lora(["q_proj", "lm_head"])}),
+    "bf16-and-float32": (3, {}, {"model": half_rounded}),
 }
 
 

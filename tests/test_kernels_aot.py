@@ -1,8 +1,8 @@
 """The Triton kernels compiled for GPUs that are not here: sm_80, sm_90, sm_100 and gfx942.
 
 For sm_90 the configurations hold every pair of a kernel's main options, for the others the
-heaviest. All are compiled under the installed Triton, and under the oldest one where it is at
-hand. As a script, it prints what came out: python tests/test_kernels_aot.py
+heaviest. All are compiled under the installed Triton; under the oldest one, where it is at hand,
+the heaviest for sm_90. As a script, it prints what came out: python tests/test_kernels_aot.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from triton_process import run_worker
 pytestmark = pytest.mark.slow
 
 TARGETS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
-CUDA = [target for target in TARGETS if target.startswith("sm")]
+RELEASES = {"installed": list(TARGETS), "3.6": ["sm_90"]}  # of Triton: what it compiles for
+ALL = [(release, target) for release, targets in RELEASES.items() for target in targets]
+CUDA = [(release, target) for release, target in ALL if target.startswith("sm")]
 KERNELS = {
     "_forward_kernel",
     "_backward_kernel",
@@ -199,9 +201,10 @@ def work() -> dict[str, Any]:
     from aot import compile_for
 
     rows = []
-    for target in TARGETS:
+    oldest = "RLOO_TRITON_PATH" in os.environ
+    for target in RELEASES["3.6" if oldest else "installed"]:
         # every pair of options once is enough: not under the oldest Triton again
-        strength = 2 if target == "sm_90" and "RLOO_TRITON_PATH" not in os.environ else 1
+        strength = 2 if target == "sm_90" and not oldest else 1
         vocabularies = (ALIGNED, UNALIGNED, SMALL) if target == "sm_90" else (ALIGNED,)
         groups = {
             **{f"V={v}": row_launches(v, strength) for v in vocabularies},
@@ -232,7 +235,7 @@ def compiled(path: str | None) -> dict[str, Any]:
         return run_worker(Path(__file__), "--worker", interpret=False, timeout_s=600)
 
 
-@pytest.fixture(params=["installed", "3.6"])
+@pytest.fixture(params=RELEASES)
 def seen(request):
     pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
     if request.param == "installed":
@@ -253,38 +256,44 @@ def rows_of(seen, target, *kernels, group=None):
     return rows
 
 
-@pytest.mark.parametrize("target", TARGETS)
+def on(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("seen", "target"), pairs, indirect=["seen"])
+
+
+@on(ALL)
 def test_every_kernel_is_compiled(seen, target):
     assert {row["kernel"] for row in rows_of(seen, target)} == KERNELS
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@on(ALL)
 def test_every_configuration_fits_shared_memory(seen, target):
     assert all(row["fits"] for row in rows_of(seen, target))
 
 
+EVERYWHERE = ("lm_head", "segments", f"V={ALIGNED}", f"lm_head, V={UNALIGNED}")
+ON_SM_90 = (f"V={UNALIGNED}", f"V={SMALL}", "lm_head, D=1001")
 GROUPS = [
-    *((target, name) for target in TARGETS for name in ("lm_head", "segments", f"V={ALIGNED}")),
-    *((target, f"lm_head, V={UNALIGNED}") for target in TARGETS),
-    *(("sm_90", name) for name in (f"V={UNALIGNED}", f"V={SMALL}", "lm_head, D=1001")),
+    (release, target, group)
+    for release, target in ALL
+    for group in (*EVERYWHERE, *(ON_SM_90 if target == "sm_90" else ()))
 ]
 
 
-@pytest.mark.parametrize(("target", "group"), GROUPS)
+@pytest.mark.parametrize(("seen", "target", "group"), GROUPS, indirect=["seen"])
 def test_registers_do_not_spill_more_than_the_bound(seen, target, group):
     bound = SPILL_BOUND.get(seen["triton"][:3], SPILL_BOUND["later"])
     over = [row for row in rows_of(seen, target, group=group) if row["spill_bytes"] > bound]
     assert not over, [(row["kernel"], row["config"], row["spill_bytes"]) for row in over]
 
 
-@pytest.mark.parametrize(("target", "instruction"), TARGETS.items())
-def test_the_matrix_kernel_uses_the_matrix_unit(seen, target, instruction):
+@on(ALL)
+def test_the_matrix_kernel_uses_the_matrix_unit(seen, target):
     for row in rows_of(seen, target):
-        expected = [instruction] if row["kernel"] == "_head_kernel" else []
+        expected = [TARGETS[target]] if row["kernel"] == "_head_kernel" else []
         assert list(row["mma"]) == expected, (row["kernel"], row["config"])
 
 
-@pytest.mark.parametrize("target", CUDA)
+@on(CUDA)
 def test_aligned_rows_are_loaded_and_stored_in_128_bits(seen, target):
     group = f"V={ALIGNED}"
     scalars = {"_forward_kernel": 3, "_backward_kernel": 9}
@@ -295,7 +304,7 @@ def test_aligned_rows_are_loaded_and_stored_in_128_bits(seen, target):
         assert row["stores_128"] == row["stores"] > 0, row["config"]
 
 
-@pytest.mark.parametrize("target", CUDA)
+@on(CUDA)
 def test_the_matrix_kernel_loads_its_tiles_in_128_bits_and_stores_them_so(seen, target):
     even = [row for row in rows_of(seen, target, "_head_kernel") if row["config"]["EVEN_D"]]
     assert all(row["loads_128"] > 0 for row in even)

@@ -29,6 +29,8 @@ class Parallel:
     can_retry = True
     # a checkpoint can only be resumed by as many processes as have saved it
     checkpoints_are_tied = False
+    # reads the weights of a checkpoint from its own files, under the model's own names
+    loads_checkpoints = False
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

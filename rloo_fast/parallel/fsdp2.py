@@ -37,6 +37,7 @@ class FSDP2(Parallel):
     name = "FSDP2"
     splits_weights = True
     can_retry = False
+    loads_checkpoints = True
 
     def is_set_up(self, model: nn.Module) -> bool:
         return isinstance(model, FSDPModule)

@@ -28,6 +28,7 @@ class Zero(Parallel):
 
     can_retry = False
     checkpoints_are_tied = True
+    loads_checkpoints = True
 
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
