@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rloo_kernels import (
@@ -187,6 +188,7 @@ def vendor_free() -> Iterator[None]:
         segments.use_triton = kept
 
 
+TOKENS: dict[str, Any] = {"off_policy": True, "level": "token"}
 CASES: dict[tuple[str, str], Callable[[Inputs, bool], Numbers]] = {
     ("selective_log_softmax", "temperature 1"): lambda x, ours: case_logits(x, ours, 1.0),
     ("selective_log_softmax", "temperature 0.1"): lambda x, ours: case_logits(x, ours, 0.1),
@@ -200,8 +202,11 @@ CASES: dict[tuple[str, str], Callable[[Inputs, bool], Numbers]] = {
         x, ours, None, off_policy=True
     ),
     ("fused_linear_rloo_loss", "no KL"): lambda x, ours: case_fused(x, ours, None, beta=0.0),
-    ("fused_linear_rloo_loss", "GRPO, token ratios"): lambda x, ours: case_fused(
-        x, ours, None, off_policy=True, level="token", advantage="grpo", kl="loss", token_mean=True
+    ("fused_linear_rloo_loss", "GRPO"): lambda x, ours: case_fused(
+        x, ours, None, **TOKENS, advantage="grpo", kl="corrected_loss", token_mean=True
+    ),
+    ("fused_linear_rloo_loss", "Dr. GRPO, plain k3"): lambda x, ours: case_fused(
+        x, ours, None, **TOKENS, advantage="dr_grpo", kl="loss"
     ),
 }
 
