@@ -25,7 +25,8 @@ from .checkpoint_files import (
     state_file,
     sync_tree,
 )
-from .models import base_causal_lm
+from .merge import record_merged
+from .models import base_causal_lm, is_peft_model
 from .parallel.gathering import own_class
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,14 @@ class CheckpointMixin:
         elif self.args.should_save:
             with own_class(base_causal_lm(self.model)):
                 self._save(output_dir, state_dict=state)  # pyright: ignore
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # pyright: ignore
+        self._record_merged(output_dir or self.args.output_dir)
+
+    def _record_merged(self, directory: str) -> None:
+        """An adapter alone does not tell that it belongs on a sum; whole weights are that sum."""
+        record_merged(directory, self.args.merge_adapter if is_peft_model(self.model) else None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save = super()._save_optimizer_and_scheduler  # pyright: ignore
@@ -172,6 +181,8 @@ class CheckpointMixin:
         if self._saving_root is not None:  # not before the checkpoint is in its place
             self._push_requested = True
         else:
+            if self.args.should_save:
+                self._record_merged(self.args.output_dir)  # where super copies the adapter to
             super()._push_from_checkpoint(checkpoint_folder)  # pyright: ignore
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:

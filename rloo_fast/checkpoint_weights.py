@@ -6,39 +6,47 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .models import is_peft_model
+
+Shapes = dict[str, list[int]]  # by the name of the weight
 
 
 def load_weights(model: nn.Module, checkpoint: str) -> None:
     """Every weight that save_pretrained wrote of `model` (of one with adapters, these).
 
-    Raises ValueError, and leaves a model without adapters as it is, unless the names and shapes of
-    the checkpoint are those of the model.
+    Raises ValueError unless names and shapes in the checkpoint are those of the model.
     """
     (_load_adapters if is_peft_model(model) else _load_model)(model, Path(checkpoint))
+
+
+def trained_shapes(model: nn.Module) -> Shapes:
+    """Of the whole weights, however an engine splits them."""
+    return _shapes({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def check_trained(model: nn.Module, saved: Shapes, checkpoint: str) -> None:
+    """Raise ValueError unless the checkpoint's trained_shapes() are the model's.
+
+    Engines load what they find: FSDP2 leaves out other weights, DeepSpeed those of adapters.
+    """
+    _compare(Path(checkpoint), trained_shapes(model), saved)
 
 
 def _load_model(model: Any, checkpoint: Path) -> None:
     if not (checkpoint / "config.json").is_file():
         raise _mismatch(checkpoint, "It holds adapters, and the run trains the whole model.")
     weights = model.state_dict()
+    dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
     # not from the files: of many architectures (GPT-NeoX's head, experts) their names and tensors
     # are others than the model's, and only from_pretrained turns them back
     loaded, found = type(model).from_pretrained(
-        checkpoint,
-        dtype=max((w.dtype for w in weights.values() if w.is_floating_point()), key=_size),
-        output_loading_info=True,
+        checkpoint, dtype=max(dtypes, key=lambda dtype: dtype.itemsize), output_loading_info=True
     )
+    _refuse(checkpoint, found["missing_keys"], found["unexpected_keys"])
     saved = loaded.state_dict()
-    shared = weights.keys() & saved.keys()
-    _check(
-        checkpoint,
-        missing=(weights.keys() - shared) | set(found["missing_keys"]),
-        unexpected=(saved.keys() - shared) | set(found["unexpected_keys"]),
-        reshaped={name for name in shared if weights[name].shape != saved[name].shape},
-    )
+    _compare(checkpoint, _shapes(weights), _shapes(saved))
     model.load_state_dict(saved)
 
 
@@ -49,20 +57,30 @@ def _load_adapters(model: Any, checkpoint: Path) -> None:
             raise _mismatch(checkpoint, f"The run trains adapters, and it holds none {name!r}.")
         # is_trainable only keeps the model in training mode: the adapter is there
         found = model.load_adapter(str(folder), name, is_trainable=True)
-        _check(checkpoint, missing=found.missing_keys, unexpected=found.unexpected_keys)
+        _refuse(checkpoint, found.missing_keys, found.unexpected_keys)
 
 
-def _size(dtype: Any) -> int:
-    return dtype.itemsize
+def _shapes(weights: dict[str, Tensor]) -> Shapes:
+    return {name: list(getattr(w, "ds_shape", w.shape)) for name, w in weights.items()}
 
 
-def _check(checkpoint: Path, **differing: Collection[str]) -> None:
-    what = {
-        "missing": "not in the checkpoint",
-        "unexpected": "not in the model",
-        "reshaped": "of another shape",
+def _compare(checkpoint: Path, model: Shapes, saved: Shapes) -> None:
+    reshaped = [name for name in model.keys() & saved.keys() if model[name] != saved[name]]
+    _refuse(checkpoint, model.keys() - saved.keys(), saved.keys() - model.keys(), reshaped)
+
+
+def _refuse(
+    checkpoint: Path,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    reshaped: Collection[str] = (),
+) -> None:
+    found = {
+        "not in the checkpoint": missing,
+        "not in the model": unexpected,
+        "of another shape": reshaped,
     }
-    lists = [f"{what[kind]}: {_some(names)}" for kind, names in differing.items() if names]
+    lists = [f"{what}: {_some(names)}" for what, names in found.items() if names]
     if lists:
         raise _mismatch(checkpoint, f"Weights {'; '.join(lists)}.")
 

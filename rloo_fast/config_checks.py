@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rloo_kernels.advantages import BY_GROUP
@@ -144,8 +145,18 @@ def check_ranges(args: RLOOConfig) -> None:
             "sync_ref_model=True needs a reference model, which beta=0 does not keep: set beta > 0 "
             "or sync_ref_model=False."
         )
+    _merge_adapter(args)
     _loss(args)
     _generation_kwargs(args)
+
+
+def _merge_adapter(args: RLOOConfig) -> None:
+    merged = args.merge_adapter
+    if merged is not None and Path(merged).resolve() == Path(str(args.output_dir)).resolve():
+        raise ValueError(
+            f"merge_adapter={merged!r} is output_dir too, where what is trained would take its "
+            "place: choose another output_dir."
+        )
 
 
 def _loss(args: RLOOConfig) -> None:

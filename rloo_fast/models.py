@@ -81,7 +81,15 @@ def _load(model: str | PreTrainedModel, args: RLOOConfig, quantization_config: A
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if args.world_size > 1:
         kwargs["device_map"] = None
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        # its weights are frozen, and new adapters would take the place of these without a word
+        raise ValueError(
+            f"model {model!r} is an adapter: give the model it was trained on "
+            f"({loaded.config._name_or_path!r}), with merge_adapter={model!r} to train on their "
+            "sum; or pass PeftModel.from_pretrained(..., is_trainable=True) to go on training it."
+        )
+    return loaded
 
 
 def check_model_path(name: str) -> None:

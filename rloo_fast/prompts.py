@@ -121,11 +121,13 @@ def tokenize(
     chat_template_kwargs: dict[str, Any],
     max_prompt_tokens: int | None,
     keep_columns: bool = True,
+    length_option: str = "max_completion_length",
 ) -> list[Prompt]:
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
 
     Raises ValueError for a prompt that is empty, of a wrong type, or leaves no room for the
-    completion in the model's context, and for rows of both kinds.
+    completion in the model's context, and for rows of both kinds. `length_option`: the setting of
+    the longest completion, as the caller's user knows it.
     """
     if len({is_conversational(row.get("prompt")) for row in rows}) > 1:
         raise ValueError(
@@ -146,8 +148,8 @@ def tokenize(
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             raise ValueError(
                 f"a prompt has {len(ids)} tokens, but only {max_prompt_tokens} fit into the "
-                "model's context beside max_completion_length: shorten or drop it, or lower "
-                f"max_completion_length. The prompt begins {_shown(text)}."
+                f"model's context beside {length_option}: shorten or drop it, or lower "
+                f"{length_option}. The prompt begins {_shown(text)}."
             )
         columns = {
             k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")

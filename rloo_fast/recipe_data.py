@@ -71,27 +71,44 @@ def _module(source: str) -> Any:
 
 
 def map_rows(rows: Any, function: RowFunction, name: str) -> Any:
-    """What `function` makes of the rows of dataset `name`, a stream as it is read.
+    """What `function` makes of the rows of dataset `name`; a stream is mapped as it is read.
 
-    Raises ValueError, with the row, for a function that fails, and if it leaves no row.
+    Columns are those of all new rows, None where a row lacks one; a stream's rows keep their own.
+    Raises ValueError, with the row, for a function that fails or returns neither dict nor None;
+    and, where the rows are no stream, if none is left.
     """
     from datasets import Dataset, IterableDataset
 
     if isinstance(rows, IterableDataset):
         columns = rows.column_names or [*next(iter(rows), {})]
-        kept = rows.filter(lambda row: function(row) is not None)
-        return kept.map(function, remove_columns=columns)
-    made = []
-    for number, row in enumerate(rows):
-        try:
-            new = function(row)
-        except Exception as error:  # the user's code
-            raise ValueError(
-                f"dataset {name!r}, row {number} (counted from 0): dataset_map fails with "
-                f"{type(error).__name__}: {error}; the row has {sorted(row)}."
-            ) from error
-        if new is not None:
-            made.append(new)
-    if not made:
+
+        def of_one(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            """Batches of one row: unlike a map by rows, it may leave the row out."""
+            row = {column: values[0] for column, values in batch.items()}
+            new = _new_row(row, numbers[0], function, name)
+            return {} if new is None else {column: [value] for column, value in new.items()}
+
+        options: dict[str, Any] = {"batched": True, "batch_size": 1, "with_indices": True}
+        return rows.map(of_one, remove_columns=columns, **options)
+    made = [_new_row(row, number, function, name) for number, row in enumerate(rows)]
+    kept = [row for row in made if row is not None]
+    if not kept:
         raise ValueError(f"dataset {name!r}: dataset_map left none of its {len(rows)} rows.")
-    return Dataset.from_list(made)
+    columns = dict.fromkeys(column for row in kept for column in row)
+    return Dataset.from_dict({column: [row.get(column) for row in kept] for column in columns})
+
+
+def _new_row(row: Row, number: int, function: RowFunction, name: str) -> Row | None:
+    where = f"dataset {name!r}, row {number} (counted from 0): dataset_map"
+    try:
+        new = function(row)
+    except Exception as error:  # the user's code
+        raise ValueError(
+            f"{where} fails with {type(error).__name__}: {error}; the row has {sorted(row)}."
+        ) from error
+    if new is not None and not isinstance(new, dict):
+        raise ValueError(
+            f"{where} returns the new row as a dict, or None to leave it out; got "
+            f"{type(new).__name__}."
+        )
+    return new

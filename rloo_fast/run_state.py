@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint_files import load_launch, load_state
-from .checkpoint_weights import load_weights
+from .checkpoint_weights import check_trained, load_weights, trained_shapes
 from .truth import SamplerMismatch
 
 
@@ -50,6 +50,7 @@ class RunStateMixin:
             "num_skipped_steps": self.num_skipped_steps,
             "num_nonfinite_steps": self.num_nonfinite_steps,
             "planner": self.planner.state_dict(),
+            "trained": trained_shapes(self.model),
         }
 
     @contextmanager
@@ -80,6 +81,7 @@ class RunStateMixin:
         if self._resume_from is None:
             return
         state = self._saved_state(self._resume_from)
+        check_trained(self.model, state["trained"], self._resume_from)
         if self.args.sync_ref_model and self.reference is not None:
             self.parallel.load_reference(self.reference.model, self._resume_from)
         self._load_rng_state(self._resume_from)  # transformers waits until a step is taken
@@ -105,9 +107,8 @@ class RunStateMixin:
 
     # Where transformers' resumed run would differ from the uninterrupted one
 
-    # transformers loads the files' names, which may be others than the model's, and only logs what
-    # it finds no place for
-
+    # it loads the files' names, which may be others than the model's, and only logs what has no
+    # place there
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.parallel.loads_checkpoints:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore

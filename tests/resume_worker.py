@@ -59,17 +59,18 @@ def make_trainer(
     output_dir: Path,
     engine: str,
     lora: bool | str = False,
-    tied: bool = False,
+    policy: str = "qwen2",
     reward: Any = random_reward,
     **settings: Any,
 ) -> RLOOTrainer:
     """`random_reward` draws from random numbers, which a resumed run must go on with.
 
     `lora`: new adapters, or "passed in": a PeftModel, whose adapter is the reference too.
+    `policy`: a directory two levels above `output_dir`.
     """
     fields = {**SETTINGS, **({"disable_dropout": False} if lora else {}), **settings}
     args = RLOOConfig(str(output_dir), **fields, **engine_fields(engine))
-    model: Any = str(output_dir.parent.parent / f"model{'-tied' * tied}")
+    model: Any = str(output_dir.parent.parent / policy)
     adapters = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
     if lora == "passed in":
         torch.manual_seed(1)

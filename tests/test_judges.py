@@ -201,6 +201,15 @@ def test_judge_that_breaks_its_contract_is_an_error(returned, sentence):
         compare(lambda prompts, pairs: returned, ["p"] * 2, ["a"] * 2, ["b"] * 2)
 
 
+def test_judge_that_raises_is_named_with_its_line():
+    def careless(prompts, pairs):
+        raise OSError("no tape")
+
+    sentence = r"the judge careless raised OSError: no tape \(test_judges.py, line \d+\)"
+    with pytest.raises(JudgeError, match=sentence):
+        compare(careless, ["p"], ["a"], ["b"])
+
+
 def test_verdicts_may_be_tensor_items_and_none():
     verdicts = torch.tensor([1, 0])
     rows = compare(lambda *_: [*verdicts, None], ["p"] * 3, ["a"] * 3, ["b"] * 3)
@@ -587,6 +596,27 @@ def test_texts_survive_a_judge_that_is_not_there(capsys):
     assert "Connection refused" in error
     with open("out/samples.jsonl") as file:
         assert len(file.readlines()) == 12
+
+
+def test_function_that_raises_is_one_sentence_and_the_texts_are_kept(folder, capsys):
+    (folder / "mine.py").write_text("def f(prompts, pairs):\n    return [1 // 0]\n")
+    texts_file("a.jsonl", ["x"] * 12, rows_file())
+    run("--completions", "a.jsonl", "--judge", "mine.py:f", status=2)
+    error = capsys.readouterr().err
+    assert "the judge f raised ZeroDivisionError: " in error
+    assert "(mine.py, line 2) (the texts are kept in out/samples.jsonl: the same comm" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("length", ["125", "5000"], ids=["for one prompt", "for any"])
+def test_texts_that_do_not_fit_are_told_with_the_option_of_the_command(capsys, length):
+    saved("model", tiny_llama(max_position_embeddings=128))
+    with open("rows.jsonl", "w") as file:
+        file.write(json.dumps({"prompt": "w1 w2 w3 w4 w5", "completion": "x"}) + "\n")
+    run("--model_name_or_path", "model", "--judge", "rouge", "--max_new_tokens", length, status=2)
+    error = capsys.readouterr().err
+    assert "max_new_tokens" in error
+    assert "max_completion_length" not in error
 
 
 # --- answers outlive a judge that fails

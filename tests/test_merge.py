@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from rloo_fast import RLOOConfig, RLOOTrainer
-from rloo_fast.merge import merge_adapter
+from rloo_fast.merge import merge_adapter, merged_before, record_merged
 
 TARGETS = ["q_proj", "down_proj"]
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -47,6 +47,38 @@ def test_the_weights_become_the_sum_and_the_others_stay(adapter):
     torch.testing.assert_close(after[WEIGHT].double(), float64_sum(adapter), atol=1e-6, rtol=0)
     changed = {name for name in after if not after[name].equal(before[name])}
     assert {name.split(".")[-2] for name in changed} == set(TARGETS)
+
+
+def test_an_adapter_of_a_sum_brings_the_first_one_along(adapter, tmp_path):
+    second = save_adapter(tmp_path / "second", merge_adapter(make_model(), adapter))
+    by_hand = merge_adapter(merge_adapter(make_model(), adapter), second)
+    record_merged(second, adapter)
+    at_once = merge_adapter(make_model(), second)
+    assert at_once.get_parameter(WEIGHT).equal(by_hand.get_parameter(WEIGHT))
+
+
+def test_a_run_without_a_first_adapter_takes_the_record_of_an_earlier_one_away(tmp_path):
+    record_merged(tmp_path, "first")
+    assert merged_before(str(tmp_path)) == "first"
+    record_merged(tmp_path, None)
+    assert merged_before(str(tmp_path)) is None
+
+
+def test_a_first_adapter_that_is_gone_is_told_with_its_record(adapter):
+    record_merged(adapter, "./gone")
+    with pytest.raises(ValueError, match=r"sum with the adapter './gone' \(rloo_adapter.json\): "):
+        merge_adapter(make_model(), adapter)
+
+
+def test_a_damaged_record(adapter, tmp_path):
+    (tmp_path / "adapter/rloo_adapter.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected an object with 'merged_adapter'"):
+        merge_adapter(make_model(), adapter)
+
+
+def test_the_merged_adapter_is_not_overwritten(tmp_path):
+    with pytest.raises(ValueError, match=r"is output_dir too, .* choose another output_dir"):
+        RLOOConfig(str(tmp_path), merge_adapter=f"{tmp_path}/", use_cpu=True)
 
 
 def test_bfloat16_weights_are_rounded_once(adapter):

@@ -81,6 +81,13 @@ def test_kl_is_not_logged_without_a_reference():
     assert "kl" not in rollout_metrics(ROLLOUT, ["first", "second"], 2, beta=0.0)
 
 
+def test_no_kl_is_logged_where_no_token_counts():
+    masked = {**ROLLOUT, **columns(tokens=[0] * 4, truncated=[1] * 4, kl=[0] * 4)}
+    found = rollout_metrics(masked, [], 2, beta=0.5)
+    of_kl = ("kl", "objective/kl", "objective/non_score_reward", "objective/rlhf_reward")
+    assert all(math.isnan(found[name]) for name in of_kl)
+
+
 def test_terminated_lengths_are_zero_where_none_terminated():
     rows = {**ROLLOUT, "truncated": torch.ones(4)}
     found = rollout_metrics(rows, ["first", "second"], 2, beta=0.5)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import draw_curves, make_tokenizer
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from rloo_fast import RLOOConfig, RLOOTrainer, cli
+from rloo_fast.judges.texts import load
 from rloo_fast.reports.completions import completions_dataframe, markdown_table
 from rloo_fast.reports.completions_file import CompletionsWriter
 from rloo_fast.reports.run_report import RunReportMixin
@@ -351,6 +352,30 @@ def test_the_quick_start_over_a_merged_adapter_is_the_trained_model(model_dir, t
     assert not torch.allclose(logits(alone), logits(trainer.model), atol=1e-2)
 
 
+def test_what_loads_an_adapter_finds_the_one_merged_before_it(model_dir, tmp_path):
+    first = tmp_path / "first"
+    adapted = make_trainer(model_dir, first, LoraConfig(task_type="CAUSAL_LM", r=4))
+    adapted.train()
+    adapted.save_model()
+    trainer = make_trainer(
+        model_dir, tmp_path / "out", LoraConfig(task_type="CAUSAL_LM", r=2),
+        merge_adapter=str(first), save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    for folder in ("out", "out/checkpoint-2"):
+        model, _ = load(str(tmp_path / folder), "auto", False)
+        assert torch.allclose(logits(model), logits(trainer.model), atol=1e-5)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(task_type="CAUSAL_LM")])
+def test_an_adapter_is_no_model_to_train(model_dir, tmp_path, peft_config):
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"is an adapter: give .*{model_dir}.*with merge_adapter="):
+        make_trainer(tmp_path / "adapter", tmp_path / "out", peft_config)
+
+
 # --- rloo-fast plot
 
 
@@ -368,6 +393,12 @@ def test_plot_writes_into_the_directory_of_a_single_run(tmp_path, capsys):
     assert capsys.readouterr().out == f"The curves are in {Path(run, 'curves.png')}.\n"
 
 
+def test_plot_takes_the_metrics_file_for_its_directory(tmp_path):
+    run = metrics_of(tmp_path / "run", [0.1, 0.2])
+    assert cli.main(["plot", f"{run}/metrics.jsonl"]) == 0
+    assert Path(run, "curves.png").exists()
+
+
 def test_plot_of_several_runs_goes_to_the_working_directory(tmp_path, monkeypatch):
     runs = [metrics_of(tmp_path / name, [0.1, 0.2]) for name in ("a", "b")]
     (tmp_path / "here").mkdir()
@@ -382,6 +413,8 @@ def test_plot_of_several_runs_goes_to_the_working_directory(tmp_path, monkeypatc
         (["--keys", "rewrad"], "No values of ['rewrad']; logged are ['reward']."),
         (["--labels", "a,b"], "2 labels for 1 directories"),
         (["--output", "/dev/null/curves.png"], "/dev/null"),
+        (["--output", "curves.svg"], "output curves.svg: curves are written as a PNG"),
+        (["--output", "/"], "output / is a directory: write /curves.png"),
     ],
 )
 def test_plot_says_what_is_wrong_in_a_line(tmp_path, capsys, options, sentence):

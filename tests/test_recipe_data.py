@@ -19,18 +19,47 @@ def number(row):
 ROWS = Dataset.from_dict({"n": [0, 1, 2, 3], "other": ["x"] * 4})
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
-def test_the_new_rows_have_their_own_columns_only(streamed):
-    rows = ROWS.to_iterable_dataset() if streamed else ROWS
+FORMS = pytest.mark.parametrize("rows", [ROWS, ROWS.to_iterable_dataset()], ids=["whole", "stream"])
+FAILED = ".*fails with ZeroDivisionError: .*'n', 'other'"
+
+
+@FORMS
+def test_the_new_rows_have_their_own_columns_only(rows):
     assert [*map_rows(rows, number, "numbers")] == [{"prompt": "0 is?"}, {"prompt": "2 is?"}]
 
 
-def test_a_function_that_fails_is_told_with_its_row():
+@FORMS
+def test_a_function_that_fails_is_told_with_its_row(rows):
     def bad(row):
         return {"prompt": 1 // (1 - row["n"])}
 
-    with pytest.raises(ValueError, match=r"row 1 .*fails with ZeroDivisionError: .*'n', 'other'"):
-        map_rows(ROWS, bad, "numbers")
+    with pytest.raises(ValueError, match=f"'numbers', row 1 {FAILED}"):
+        [*map_rows(rows, bad, "numbers")]
+
+
+@FORMS
+def test_a_function_that_returns_no_row(rows):
+    with pytest.raises(ValueError, match=r"'numbers', row 0 .* as a dict, or None .* got str\.$"):
+        [*map_rows(rows, lambda row: "a prompt", "numbers")]
+
+
+def test_columns_are_those_of_all_rows():
+    rows = map_rows(ROWS, lambda row: {"prompt": "p", **({"more": 1} if row["n"] else {})}, "n")
+    assert rows["more"][:] == [None, 1, 1, 1]
+
+
+def test_a_stream_asks_once_per_row_and_as_it_is_read():
+    asked = []
+
+    def noting(row):
+        asked.append(row["n"])
+        return number(row)
+
+    rows = iter(map_rows(ROWS.to_iterable_dataset(), noting, "numbers"))
+    assert asked == []
+    assert next(rows) == {"prompt": "0 is?"}
+    assert next(rows) == {"prompt": "2 is?"}
+    assert asked == [0, 1, 2]
 
 
 def test_a_function_that_leaves_nothing():

@@ -492,6 +492,24 @@ def test_a_directory_without_metrics_is_refused(tmp_path, content):
     assert not (tmp_path / "curves.png").exists()
 
 
+def test_a_run_of_nothing_but_nan_is_refused(tmp_path):
+    MetricsWriter(tmp_path / "nan").write(1, {"reward": math.nan, "epoch": 0.5})
+    with pytest.raises(ValueError, match=r"nan has nothing to draw: all its metrics are NaN"):
+        plot_curves([make_run(tmp_path / "run"), tmp_path / "nan"], tmp_path / "curves.png")
+
+
+def test_a_metric_that_is_only_nan_is_told_from_one_that_is_not_logged(tmp_path):
+    MetricsWriter(tmp_path / "run").write(1, {"reward": math.nan, "step_time": 0.5})
+    with pytest.raises(ValueError, match=r"logged are \['step_time'\]. Only NaN .*: \['reward'\]"):
+        plot_curves([tmp_path / "run"], tmp_path / "curves.png")
+
+
+def test_a_run_given_twice_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"given more than once: .*run, .*run; give each once"):
+        plot_curves([run, tmp_path / "x/../run"], tmp_path / "curves.png")
+
+
 def test_drawing_changes_no_global_matplotlib_state(tmp_path):
     before = dict(rcParams)
     had_pyplot = "matplotlib.pyplot" in sys.modules

@@ -37,11 +37,18 @@ def score(reward: CodeReward, completions, tests=TESTS, **columns):
         ("```python\nx = 1\n```\nBetter:\n```py\nx = 2\n```\n```\noutput\n```", "x = 2\n"),
         ("```\nx = 1\n```\nor\n```text\nx = 2\n```", "x = 2\n"),
         ("```python\nx = 1\nwhile", "x = 1\nwhile"),
-        ("  ```Python3 title\n  x = 1\n  ```", "  x = 1\n"),
+        ("1. So:\n  ```Python3 title\n  if 1:\n    x = 1\n  ```", "if 1:\n  x = 1\n"),
+        ("~~~python\nx = '```'\n~~~", "x = '```'\n"),
+        ("```python\ndef f(): 1\n```\nUse:\n```python\nprint(f())\n```", "def f(): 1\n"),
+        ("```python\nclass A: 1\n```\n```python\nasync def f(): 2\n```", "async def f(): 2\n"),
+        ("```python\ndef f(): 1\n```\n```python\ndef f(: 2", "def f(: 2"),
         ("Use `x`:\n```python\ns = '```'\n```", "s = '```'\n"),
         ("```python\n```", ""),
     ],
-    ids=["text", "block", "last", "other", "cut off", "indented", "quoted", "empty"],
+    ids=[
+        *("text", "block", "last", "other", "cut off", "indented", "tildes"),
+        *("usage", "last that defines", "broken", "quoted", "empty"),
+    ],
 )
 def test_the_program_of_a_completion(text, code):
     assert extract_code(text) == code
@@ -148,3 +155,28 @@ def test_a_dataset_without_tests_is_an_error():
     rewards = load_reward_functions("code", execute_model_code=True)
     with pytest.raises(ValueError, match="'code' needs `test_list`"):
         rewards.check_columns(["answer"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "came"),
+    [
+        ("test_list", "assert f()", "'assert f.*type str"),
+        ("test_list", [1], r"\[1\]"),
+        ("test_imports", "import math", "'import math'"),
+    ],
+)
+def test_a_column_that_holds_no_lists_is_refused(reward, column, value, came):
+    columns = {"test_list": [TESTS] * 2} | {column: [None, value]}
+    with pytest.raises(ValueError, match=f"`{column}` must hold lists .* sample 1 .* has {came}"):
+        asyncio.run(reward([ADD] * 2, **columns))
+
+
+def test_the_first_unaskable_test_is_warned_of(caplog):
+    reward = CodeReward(workers=1)
+    test = "assert add(lambda: 1, 2)"
+    rewards, logged = score(reward, [ADD, ADD + "# again"], [test])
+    reward.sandbox.close()
+    assert rewards == [0.0, 0.0]
+    assert logged["verdict"][1].startswith("passed 0/1: unaskable test: an argument of type func")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert test in caplog.text

@@ -38,6 +38,36 @@ HONEST: dict[str, tuple[str, str, list[str], list[str]]] = {
         ["assert longest([Pair(1, 2), Pair(3, 9)]) == 6", "assert Pair(1, 2).a == 1"],
         ["assert Pair(1, 2) == Pair(1, 2)", "assert longest(3)"],
     ),
+    "what its objects are to each other": (
+        "import dataclasses, enum\n@dataclasses.dataclass(order=True)\nclass V:\n    x: int\n"
+        "    def __add__(self, other): return V(self.x + getattr(other, 'x', other))\n"
+        "    def __repr__(self): return 'V!'\nE = enum.Enum('E', 'ONE')\ndef one(): return E.ONE",
+        "",
+        [
+            "assert V(1) + V(2) == V(3) and V(1) < V(2) and V(1) != V(2)",
+            "assert [v.x for v in sorted([V(2), V(1)])] == [1, 2] and V(1) in [V(1)]",
+            "assert isinstance(V(1), V) and not isinstance(3, V) and repr(V(1)) == 'V!'",
+            "assert one() is E.ONE",
+        ],
+        ["assert V(1) + 2 == V(3)", "assert V(1) > V(2)", "assert isinstance(one(), V)"],
+    ),
+    "what plain Python makes of annotations": (
+        "import inspect\ndef f(x: int): return x\n"
+        "def g(): return inspect.signature(f).parameters['x'].annotation is int",
+        "",
+        ["assert g()"],
+        ["assert f(1) == 2"],
+    ),
+    "functions of the library as arguments": (
+        "def f(g, x): return g(x)\ndef len(x): return -1",
+        "import math, operator\ndef twice(x): return 2 * x",
+        [
+            "assert f(math.sqrt, 4) == 2 and f(operator.neg, 4) == -4 and f(int, '3') == 3",
+            "assert f(str.upper, 'a') == 'A' and f(max, [1, 2]) == 2 and f(twice, 2) == 4",
+            "import statistics\nassert f(statistics.mean, [1, 3]) == 2",
+        ],
+        ["assert f(math.sqrt, 4) == 3"],
+    ),
     "setup with its classes": (
         NODE + SUM,
         "head = Node(1)\nhead.next = Node(2)",
@@ -88,7 +118,11 @@ HONEST: dict[str, tuple[str, str, list[str], list[str]]] = {
         "def pair(): return collections.namedtuple('P', 'a b')(1, 2)\n"
         "def one(): return enum.IntEnum('E', 'ONE').ONE",
         "",
-        ["assert count('aab') == {'a': 2, 'b': 1}", "assert pair() == (1, 2)", "assert one() == 1"],
+        [
+            "assert count('aab') == {'a': 2, 'b': 1} and count('aab').most_common(1) == [('a', 2)]",
+            "assert pair() == (1, 2)",
+            "assert one() == 1",
+        ],
         ["assert type(one()) is not int"],
     ),
     "files, a demonstration, the library": (
@@ -110,29 +144,50 @@ def test_an_honest_program_passes_the_tests_that_it_meets_and_no_other(sandbox, 
         assert sandbox.check(program, [test], setup).passed == 0, test
 
 
-VALUES = [
-    None,
-    True,
-    0,
-    -(10**3000),
-    2**63,
-    0.1,
-    float("inf"),
-    1 + 2j,
-    "ä\0\ud800\n",
-    b"\xff",
-    [],
-    (),
-]
-VALUES += [(1, [2, (3,)]), {1, "a"}, frozenset({(1, 2)}), {"a": {1: None}, (1, 2): [1.0]}, [[]] * 3]
+YES = (  # classes that say so to everything
+    "import collections, decimal\nclass Yes:\n    def __eq__(self, other): return True\n"
+    "    __lt__ = __sub__ = __contains__ = __eq__\nclass D(Yes, decimal.Decimal): pass\n"
+    "class C(Yes, collections.Counter): pass\n"
+    "class M(type):\n    def __instancecheck__(self, other): return True\n"
+)
 
 
-def test_plain_data_arrives_as_it_was_sent(sandbox):
-    tests = ["for x in values: assert same(x) == x and type(same(x)) is type(x) and check(x)"]
-    program = f"inf = float('inf')\nvalues = {VALUES!r}\ndef same(x): return x\n"
-    program += "def check(x): return any(x == y and type(x) is type(y) for y in values)"
-    setup = f"inf = float('inf')\nvalues = {VALUES!r}"
-    assert str(sandbox.check(program, tests, setup)) == "passed 1/1"
+@pytest.mark.parametrize(
+    ("test", "setup", "why"),
+    [
+        ("assert f(lambda: 1)", "", "an argument of type function cannot be sent"),
+        ("def g(): pass\nassert f(g)", "", "an argument of type function cannot be sent"),
+        ("assert f(iter([1]))", "", "an argument of type list_iterator cannot be sent"),
+        ("assert f(Slots())", "class Slots: __slots__ = ()", "an argument of type Slots cannot be"),
+        ("x = []\nx.append(x)\nassert f(x)", "", "nested deeper than 50 levels"),
+        ("assert f('x' * 2**22)", "", "bytes, more than 4194304"),
+        ("try:\n    f(lambda: 1)\nexcept Exception:\n    pass", "", "an argument of type function"),
+        ("try:\n    fail()\nexcept Own:\n    pass", "", "own class cannot be caught: Own"),
+        ("assert f(", "", "SyntaxError in the test"),
+        ("assert f(1)", "x =", "SyntaxError in the setup"),
+        ("import numpy\nassert f(1)", "", "there is no module numpy here"),
+    ],
+)
+def test_a_test_that_cannot_be_asked_is_not_the_programs_fault(sandbox, test, setup, why):
+    program = "class Own(Exception): pass\ndef f(x): return True\ndef fail(): raise Own"
+    verdict = sandbox.check(program, [test, "assert f(1)  # good"], setup)
+    assert verdict.why.startswith("unaskable test: ")
+    assert why in verdict.why
+    assert verdict.passed == (0 if setup.endswith("=") else 1)
+
+
+def test_what_the_program_itself_does_is_its_fault(sandbox):
+    for program, why in [
+        ("def f(): eval('1 +')", "raised SyntaxError"),
+        ("def f(): import numpy", "raised ModuleNotFoundError"),
+        ("def f(x: Undefined): return 3", "raised NameError"),
+    ]:
+        assert sandbox.check(program, [TEST]).why == why
+
+
+def test_one_string_is_no_list_of_tests(sandbox):
+    with pytest.raises(ValueError, match="got one string: 'assert f"):
+        sandbox.check("def f(): return 3", TEST)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +200,30 @@ def test_plain_data_arrives_as_it_was_sent(sandbox):
             "assert math.isclose(f(), 3)",
         ),
         ("def f(): return 4\ndef check(*_): return True", "assert check(f())"),
+        (YES + "def f(): return Yes()", "assert f() == Decimal(3)"),
+        (YES + "def f(): return [Yes()]", "assert f() == [3]"),
+        (YES + "def f(): return Yes()", "assert f() == mine"),
+        (YES + "def f(): return D(4)", "assert f() == Decimal(3)"),
+        (YES + "def f(): return C('b')", "assert f() == Counter('aa')"),
+        (YES + "class T(metaclass=M): pass\ndef f(): return 4", "assert isinstance(f(), T)"),
         ("def f(): return 4\ndef abs(x): return 0", "assert abs(answer() - 3) < 1e-6"),
         ("def f(): return 4\nclass math: isclose = lambda *_: True", "assert close()"),
     ],
-    ids=["abs", "isinstance", "math", "setup", "abs in a setup", "math in a setup"],
+    ids=[
+        *("abs", "isinstance", "math", "setup", "yes", "yes in a list", "yes to an object"),
+        *(
+            "yes of a Decimal",
+            "yes of a Counter",
+            "yes of a type",
+            "abs in a setup",
+            "math in a setup",
+        ),
+    ],
 )
 def test_what_judges_an_answer_is_not_the_candidates(sandbox, program, test):
     setup = "def check(x): return x == 3\ndef answer(): return f()\n"
-    setup += "def close(): return math.isclose(f(), 3)"
+    setup += "def close(): return math.isclose(f(), 3)\nclass Mine: pass\nmine = Mine()\n"
+    setup += "from decimal import Decimal\nfrom collections import Counter"
     assert str(sandbox.check(program, [test], setup)) == "passed 0/1: wrong answer"
 
 

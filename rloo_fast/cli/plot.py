@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output_dir of a run")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=_run_dir, metavar="RUN_DIR", help="output_dir of a run"
+    )
     parser.add_argument(
         "--output", help="the PNG [RUN_DIR/curves.png; ./curves.png for several runs]"
     )
@@ -40,13 +42,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--x", choices=list(X_AXES), default="step", help="the x axis [step]")
     options = parser.parse_args(argv)
     several = len(options.run_dirs) > 1
-    output = options.output or Path("." if several else options.run_dirs[0]) / "curves.png"
+    output = options.output or (Path() if several else options.run_dirs[0]) / "curves.png"
     try:
         plot_curves(options.run_dirs, output, options.keys, options.labels, options.x)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     print(f"The curves are in {output}.")
     return 0
+
+
+def _run_dir(text: str) -> Path:
+    """Its metrics.jsonl stands for the directory."""
+    path = Path(text)
+    return path.parent if path.name == "metrics.jsonl" and path.is_file() else path
 
 
 def _names(text: str) -> list[str]:

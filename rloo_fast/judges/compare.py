@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import operator
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..types import PromptText
@@ -63,7 +65,7 @@ def compare(
     """Ask for every (text, other), in an order drawn with `seed`, or in both orders.
 
     Exactly half of the texts stand first (rounded down). Raises JudgeError for a judge that breaks
-    its contract; what it raises itself passes through.
+    its contract or raises, with its name.
     """
     places = [row % 2 for row in range(len(texts))]
     random.Random(seed).shuffle(places)
@@ -84,7 +86,18 @@ def _ask(
         (other, text) if place else (text, other)
         for text, other, place in zip(texts, others, places, strict=True)
     ]
-    verdicts = read_verdicts(judge(list(prompts), pairs), len(pairs))
+    try:
+        given = judge(list(prompts), pairs)
+    except JudgeError:
+        raise
+    except Exception as error:  # the user's code
+        name = getattr(judge, "__name__", type(judge).__name__)
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise JudgeError(
+            f"the judge {name} raised {type(error).__name__}: {error} "
+            f"({Path(at.filename).name}, line {at.lineno})"
+        ) from error
+    verdicts = read_verdicts(given, len(pairs))
     return [Judgement(*both) for both in zip(places, verdicts, strict=True)]
 
 

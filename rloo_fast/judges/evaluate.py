@@ -55,7 +55,7 @@ def evaluate(a: JudgeArguments, say: Callable[[str], None]) -> dict[str, Any]:
     assert others is not None
     # first without verdicts: should the judge fail, the texts are kept
     write_samples(samples, prompts, texts, others, made_with)
-    rows = [] if judge is None else _judged(judge, a, say, prompts, texts, others)
+    rows = [] if judge is None else _judged(judge, a, say, samples, prompts, texts, others)
     write_samples(samples, prompts, texts, others, made_with, rows)
     figures = {
         **summarize(rows),
@@ -197,8 +197,11 @@ def texts_of(
     )
 
 
-def _judged(judge: Any, a: JudgeArguments, say: Callable[[str], None], *pairs: Any) -> list[Any]:
-    """The judgements. An error, or Ctrl-C, says how many answers are kept."""
+def _judged(
+    judge: Any, a: JudgeArguments, say: Callable[[str], None], samples: Path, *pairs: Any
+) -> list[Any]:
+    """The judgements. An error, or Ctrl-C, says how many answers are kept; without any, that the
+    texts are."""
     if isinstance(judge, RewardModelJudge) and torch.cuda.is_available():
         judge.model.model.to("cuda")  # only now: generating needed the memory
     answers = judge.answers if isinstance(judge, OpenAIJudge) else Answers()
@@ -206,14 +209,12 @@ def _judged(judge: Any, a: JudgeArguments, say: Callable[[str], None], *pairs: A
         say(f"{answers.path} has {answers.num_found} answers: the same is not asked again.")
     try:
         return compare(judge, *pairs, seed=a.seed, both_orders=a.both_orders)
-    except (JudgeError, OSError, KeyboardInterrupt) as error:
-        if not answers.num_used:
-            raise
-        asked_for = len(pairs[0]) * (1 + a.both_orders)
-        kept = (
-            f"{answers.num_used} of {asked_for} answers are kept in {answers.path}: the same "
-            "command goes on from there"
-        )
+    except (JudgeError, KeyboardInterrupt) as error:
+        kept = f"the texts are kept in {samples}"
+        if answers.num_used:
+            asked_for = len(pairs[0]) * (1 + a.both_orders)
+            kept = f"{answers.num_used} of {asked_for} answers are kept in {answers.path}"
+        kept += ": the same command goes on from there"
         if isinstance(error, KeyboardInterrupt):
             say(f"{kept}.")
             raise

@@ -48,11 +48,17 @@ def generate(
     if torch.cuda.is_available() and not use_vllm:
         model.to("cuda")
     context = context_length(model)
+    if context is not None and max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context "
+            f"of {context} tokens: lower it."
+        )
     rows = tokenize(
         [{"prompt": prompt} for prompt in prompts],
         tokenizer,
         chat_template_kwargs={},
         max_prompt_tokens=None if context is None else context - max_new_tokens,
+        length_option="max_new_tokens",
     )
     sampling = Sampling(
         # a temperature of 0 is vLLM's word for a greedy search
@@ -92,7 +98,9 @@ def check_source(source: str) -> None:
 
 
 def load(source: str, dtype: str, trust_remote_code: bool) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer; adapters are merged into the model that they were trained on."""
+    """Model and tokenizer; adapters are merged into the model that they were trained on, with what
+    their run had merged into it.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
         is_adapter = find_adapter_config_file(source) is not None

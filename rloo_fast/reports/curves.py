@@ -54,7 +54,8 @@ def plot_curves(
     lines, in a band from the least to the largest, as far as all of them go.
 
     keys: the metrics, in order; default: `PANELS`, where present. labels: one per run; default: the
-    directories' names. ValueError if a directory has no metrics, or no run a value of a metric.
+    directories' names. ValueError if a directory has no metrics, none but NaN, or comes twice, if
+    no run has a value of a metric, and for an output that is no .png file.
     """
     # here, not above: a trainer that draws nothing need not load matplotlib on every rank
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,13 +63,16 @@ def plot_curves(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     paths = [Path(run_dir) for run_dir in run_dirs]
+    _check_output(Path(output))
     runs = _read_runs(paths, _names(paths) if labels is None else labels, x)
     every_row = [row for group in runs.values() for rows in group for row in rows]
-    present = {key for row in every_row for key in row if _is_value(row[key])} - {"step", "x"}
+    present = _present(every_row)
     wanted = list(keys or (key for key in PANELS if key in present))
     missing = [key for key in keys or PANELS if key not in present]
     if not wanted or (keys and missing):
-        raise ValueError(f"No values of {missing}; logged are {sorted(present)}.")
+        nan = sorted({key for row in every_row for key in row} - present - {"step", "x"})
+        only = f" Only NaN or infinite: {nan}." if nan else ""
+        raise ValueError(f"No values of {missing}; logged are {sorted(present)}.{only}")
 
     num_columns = {1: 1, 2: 2, 4: 2}.get(len(wanted), 3)
     num_rows = math.ceil(len(wanted) / num_columns)
@@ -93,6 +97,13 @@ def plot_curves(
     write_atomically(Path(output), png.getvalue())
 
 
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise ValueError(f"output {output} is a directory: write {output / 'curves.png'}.")
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"output {output}: curves are written as a PNG, so end its name in .png.")
+
+
 def _names(run_dirs: list[Path]) -> list[str]:
     """The directories' names, with those above them if two are equal."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
@@ -111,6 +122,10 @@ def _read_runs(run_dirs: list[Path], labels: Sequence[str], x: str) -> dict[str,
             f"{len(labels)} labels for {len(run_dirs)} directories: expected one for each; equal "
             f"labels make one line of several runs. Got {list(labels)}."
         )
+    resolved = [run_dir.resolve() for run_dir in run_dirs]
+    twice = [str(run_dir) for run_dir in run_dirs if resolved.count(run_dir.resolve()) > 1]
+    if twice:
+        raise ValueError(f"One run is given more than once: {', '.join(twice)}; give each once.")
     runs: dict[str, list[Rows]] = {}
     for label, run_dir in zip(labels, run_dirs, strict=True):
         rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
@@ -118,6 +133,8 @@ def _read_runs(run_dirs: list[Path], labels: Sequence[str], x: str) -> dict[str,
             raise ValueError(
                 f"No metrics in {run_dir}: expected a metrics.jsonl with a line or more."
             )
+        if not _present(rows) - {"epoch"}:
+            raise ValueError(f"{run_dir} has nothing to draw: all its metrics are NaN or infinite.")
         _place(rows, x)
         runs.setdefault(label, []).append(rows)
     return runs
@@ -149,6 +166,11 @@ def _scale_x(rows: Rows, x: str) -> str:
     for row in rows:
         row["x"] /= seconds
     return f"{X_AXES[x]} ({unit})"
+
+
+def _present(rows: Rows) -> set[str]:
+    """The metrics with a value somewhere."""
+    return {key for row in rows for key in row if _is_value(row[key])} - {"step", "x"}
 
 
 def _is_value(value: Any) -> bool:

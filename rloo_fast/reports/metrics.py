@@ -103,11 +103,14 @@ def rollout_metrics(
     reward_0.. (NaN: not applicable), reward (weighted sum), score (after penalty, normalisation
     and clip), kl (sum over tokens of logp - ref, whatever the loss), shaped (what advantages are
     made of: score - beta kl, or the score where the KL is in the loss), surprisal (sum of -logp;
-    NaN where no pass over the batch was needed before the update).
+    NaN where no pass over the batch was needed before the update). Where no token counts, as under
+    mask_truncated_completions, there is no KL: what is made of it is NaN.
     """
     length, truncated = rows["length"], rows["truncated"].bool()
     ended = length[~truncated]
     ended = ended if len(ended) else length.new_zeros(1)
+    num_tokens = rows["tokens"].sum()
+    kl = rows["kl"] if num_tokens else torch.full_like(rows["kl"], float("nan"))
     shaped = rows["shaped"].view(-1, num_generations)
     if num_generations > 1:
         spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(())
@@ -129,9 +132,9 @@ def rollout_metrics(
         .mean()
         .item(),
         "objective/scores": _mean(rows["score"]),
-        "objective/kl": rows["kl"].mean().item(),
-        "objective/non_score_reward": -beta * rows["kl"].mean().item(),
-        "objective/rlhf_reward": _mean(rows["score"] - beta * rows["kl"]),
+        "objective/kl": kl.mean().item(),
+        "objective/non_score_reward": -beta * kl.mean().item(),
+        "objective/rlhf_reward": _mean(rows["score"] - beta * kl),
         "objective/entropy": _mean(rows["surprisal"]),
         "val/num_eos_tokens": rows["num_eos"].sum().item(),
     }
@@ -139,7 +142,7 @@ def rollout_metrics(
         out[f"rewards/{name}/mean"] = _mean(rows[f"reward_{i}"])
         out[f"rewards/{name}/std"] = _std(rows[f"reward_{i}"])
     if beta != 0:
-        out["kl"] = (rows["kl"].sum() / rows["tokens"].sum().clamp(min=1)).item()
+        out["kl"] = (kl.sum() / num_tokens).item()
     return out | sampling_metrics(rows)
 
 

@@ -86,6 +86,8 @@ class Sandbox:
 
     def submit(self, program: str, tests: Sequence[str], setup: str = "") -> Future[Verdict]:
         """The same in the background. The same question again gets the same future."""
+        if isinstance(tests, str):
+            raise ValueError(f"The tests are a list of strings, got one string: {tests!r:.80}.")
         if not tests:
             raise ValueError("A program is checked by at least one test, got none.")
         if not self._end.alive:

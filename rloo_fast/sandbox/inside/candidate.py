@@ -5,7 +5,7 @@ Nothing here needs to be believed: the program may change all of it, and then an
 
 from __future__ import annotations
 
-import builtins
+import importlib
 import operator
 import sys
 from contextlib import suppress
@@ -22,7 +22,7 @@ def run(job: dict[str, str], requests: int, answers: int) -> None:
     module = sys.modules[MODULE] = ModuleType(MODULE)
     candidate = Candidate(vars(module))
     with suppress(BaseException):  # it may need names of the program: then it is the tests' alone
-        exec(compile(job["setup"], "setup", "exec"), candidate.names)
+        exec(compile(job["setup"], "setup", "exec", dont_inherit=True), candidate.names)
     wire.send(answers, candidate.outcome("execute", [job["program"]]))
     with suppress(EOFError, BrokenPipeError):
         while True:
@@ -38,13 +38,18 @@ class Candidate:
         self._objects: list[Any] = []
         self._numbers: dict[int, int] = {}  # id of an object -> its place
         self._operations = {
-            "execute": lambda program: exec(compile(program, MODULE, "exec"), names),
+            "execute": self._execute,
             "name": names.__getitem__,
             "call": lambda function, args, kwargs: function(*args, **kwargs),
             **{"getattr": getattr, "setattr": setattr, "getitem": operator.getitem},
             **{"setitem": operator.setitem, "len": len, "bool": bool, "str": str},
-            **{"iter": iter, "next": next},
+            **{"iter": iter, "next": next, "repr": repr, "isinstance": isinstance},
+            **{name: getattr(operator, name) for name in wire.OPERATORS},
         }
+
+    def _execute(self, program: str) -> None:
+        # Not with this file's own `from __future__ import annotations`.
+        exec(compile(program, MODULE, "exec", dont_inherit=True), self.names)
 
     def outcome(self, operation: str, arguments: list[Any]) -> list[Any]:
         """["value", it] or ["raised", the names of the exception's classes, its text]."""
@@ -62,13 +67,15 @@ class Candidate:
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self._objects)
             self._objects.append(value)
-        return ["handle", self._numbers[id(value)], type(value).__name__]
+        return ["handle", self._numbers[id(value)]]
 
     def _object(self, tag: str, rest: list[Any]) -> Any:
         if tag == "handle":
             return self._objects[rest[0]]
         if tag == "name":
-            return self.names[rest[0]] if rest[0] in self.names else getattr(builtins, rest[0])
+            return self.names[rest[0]]
+        if tag == "library":
+            return operator.attrgetter(rest[1])(importlib.import_module(rest[0]))
         kind, attributes = self.names[rest[0]], wire.decode(rest[1], self._object)
         copy = object.__new__(kind)
         vars(copy).update(attributes)

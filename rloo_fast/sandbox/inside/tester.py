@@ -10,15 +10,18 @@ import ast
 import builtins
 import importlib
 import json
+import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 from . import wire
 
 MODULE = "tests"
-RECORD_BYTES = 1024
+RECORD_BYTES = 4096
+MAX_WHY = 200  # characters, of at most 12 bytes each
 
 
 def run(job: dict[str, str], result: int, requests: int, answers: int) -> None:
@@ -29,13 +32,28 @@ def run(job: dict[str, str], result: int, requests: int, answers: int) -> None:
         remote.receive()  # of the program
         record["loaded"] = True
         _write(result, record)
+        setup, test = _code(job["setup"], "setup"), _code(job["test"], "test")
         names = Names(remote, job["setup"], job["test"])
-        exec(compile(job["setup"], "setup", "exec"), names)
-        exec(compile(job["test"], "test", "exec"), names)
+        remote.setup = names
+        exec(setup, names)
+        remote.setup = dict(names)  # without what the test adds
+        exec(test, names)
         record["passed"] = True
     except BaseException as error:
         record["why"] = _why(error, record["loaded"])
     _write(result, record)
+
+
+class Unaskable(BaseException):
+    """A test cannot be asked here, whatever the program. `except Exception` does not catch it."""
+
+
+def _code(text: str, name: str) -> CodeType:
+    try:
+        # Not with this file's own `from __future__ import annotations`.
+        return compile(text, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise Unaskable(f"{type(error).__name__} in the {name}: {error}") from error
 
 
 def _write(result: int, record: dict[str, Any]) -> None:
@@ -51,6 +69,10 @@ def _why(error: BaseException, loaded: bool) -> str:
         return "ended"
     if isinstance(error, wire.Garbled):
         return "garbled answer"
+    if isinstance(error, Unaskable):
+        return f"unaskable test: {error}"[:MAX_WHY]
+    if isinstance(error, ModuleNotFoundError) and error.name:  # else it came from the program
+        return f"unaskable test: there is no module {error.name} here"[:MAX_WHY]
     return "memory" if isinstance(error, MemoryError) else f"raised {type(error).__name__:.80}"
 
 
@@ -59,10 +81,15 @@ class Remote:
 
     def __init__(self, requests: int, answers: int) -> None:
         self._requests, self._answers = requests, answers
+        self._handles: dict[int, Handle] = {}
+        self.setup: dict[str, Any] = {}  # its names: the candidate's process has them, too
 
     def ask(self, operation: str, *arguments: Any) -> Any:
-        encoded = [wire.encode(argument, _reference) for argument in arguments]
-        wire.send(self._requests, [operation, encoded])
+        try:
+            encoded = [wire.encode(argument, self._reference) for argument in arguments]
+            wire.send(self._requests, [operation, encoded])
+        except (RecursionError, ValueError) as error:
+            raise Unaskable(f"an argument cannot be sent: {error}") from error
         try:
             return self.receive()
         except StopIteration as error:
@@ -93,26 +120,65 @@ class Remote:
     def _handle(self, tag: str, rest: list[Any]) -> Handle:
         if tag != "handle" or not isinstance(rest[0], int):
             raise wire.Garbled(f"tag {tag!r}")
-        return Handle(self, rest[0], str(rest[1]))
+        # One for each object, so that `is` holds, too.
+        return self._handles.setdefault(rest[0], Handle(self, rest[0]))
+
+    def _reference(self, value: Any) -> list[Any]:
+        """What stands for a handle, and for what the candidate's process has too: functions and
+        classes of the standard library and of the setup, and instances of the latter's (of which
+        the attributes are copied)."""
+        if isinstance(value, Handle):
+            return ["handle", value._number]
+        if path := _path_in_library(value):
+            return ["library", *path]
+        name, kind = getattr(value, "__name__", None), type(value)
+        if name in self.setup and self.setup[name] is value:
+            return ["name", name]
+        if self.setup.get(kind.__name__) is kind and hasattr(value, "__dict__"):
+            return ["copy", kind.__name__, wire.encode(vars(value), self._reference)]
+        raise Unaskable(f"an argument of type {kind.__name__} cannot be sent to a program")
+
+
+def _path_in_library(value: Any) -> tuple[str, str] | None:
+    """("builtins", "str.upper") of a function, a method or a class that is found by it."""
+    module = getattr(getattr(value, "__objclass__", value), "__module__", None)
+    path = getattr(value, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(path, str):
+        return None
+    if module.split(".")[0] not in sys.stdlib_module_names:
+        return None
+    try:
+        found = operator.attrgetter(path)(importlib.import_module(module))
+    except (AttributeError, ImportError):
+        return None
+    return (module, path) if found == value else None
 
 
 class Handle:
-    """An object of the candidate's. It equals itself only, whatever its class says of others."""
+    """An object of the candidate's. It equals nothing of the test's, whatever its class says.
 
-    __slots__ = ("_kind", "_number", "_remote")
+    What two of them are to each other (see wire.OPERATORS), the candidate says: it made both.
+    """
 
-    def __init__(self, remote: Remote, number: int, kind: str) -> None:
-        for name, value in (("_remote", remote), ("_number", number), ("_kind", kind)):
+    __slots__ = ("_number", "_remote")
+
+    def __init__(self, remote: Remote, number: int) -> None:
+        for name, value in (("_remote", remote), ("_number", number)):
             object.__setattr__(self, name, value)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Handle) and other._number == self._number
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, Handle):
+            return NotImplemented
+        return other._number == self._number or self._remote.ask("eq", self, other)
 
     def __hash__(self) -> int:
         return hash(self._number)
 
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Handle) and self._remote.ask("isinstance", value, self) is True
+
     def __repr__(self) -> str:
-        return f"<{self._kind} of the candidate>"
+        return self._remote.ask("repr", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._remote.ask("call", self, list(args), kwargs)
@@ -152,21 +218,15 @@ class Handle:
         return self._remote.ask("next", self)
 
 
-def _reference(value: Any) -> list[Any]:
-    """What stands for a handle, and for what the candidate's process has too: built-in functions,
-    and the setup's functions, classes and their instances (of which the attributes are copied)."""
-    if isinstance(value, Handle):
-        return ["handle", value._number]
-    name = getattr(value, "__name__", "")
-    if getattr(builtins, name, None) is value or (name.isidentifier() and _in_setup(value)):
-        return ["name", name]
-    if _in_setup(type(value)):
-        return ["copy", type(value).__name__, wire.encode(vars(value), _reference)]
-    raise TypeError(f"a test cannot pass a {type(value).__name__} to a candidate: {value!r:.80}")
+def _between_handles(name: str) -> Callable[[Handle, object], Any]:
+    def method(self: Handle, other: object) -> Any:
+        return self._remote.ask(name, self, other) if isinstance(other, Handle) else NotImplemented
+
+    return method
 
 
-def _in_setup(value: Any) -> bool:
-    return getattr(value, "__module__", None) == MODULE
+for _name in set(wire.OPERATORS) - {"eq"}:
+    setattr(Handle, f"__{_name.strip('_')}__", _between_handles(_name))
 
 
 class Names(dict):
@@ -180,18 +240,24 @@ class Names(dict):
     def __init__(self, remote: Remote, setup: str, test: str) -> None:
         super().__init__(__name__=MODULE)
         self._remote = remote
-        bases = [n.value for n in _nodes(setup) + _nodes(test) if isinstance(n, ast.Attribute)]
+        nodes = _nodes(setup) + _nodes(test)
+        bases = [node.value for node in nodes if isinstance(node, ast.Attribute)]
         self._modules = {n.id for n in bases if isinstance(n, ast.Name)} & sys.stdlib_module_names
         names = [node for node in _nodes(test) if isinstance(node, ast.Name)]
         stored = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
         free = {name.id for name in names} - stored
         self._tested = free if len(free) == 1 else set()
+        handlers = [node.type for node in nodes if isinstance(node, ast.ExceptHandler)]
+        caught = [node for kind in handlers if kind for node in ast.walk(kind)]
+        self._caught = {node.id for node in caught if isinstance(node, ast.Name)}
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__") or (hasattr(builtins, name) and name not in self._tested):
             raise KeyError(name)
         if name in self._modules:
             return importlib.import_module(name)
+        if name in self._caught:
+            raise Unaskable(f"an exception of the program's own class cannot be caught: {name}")
         return self._remote.ask("name", name)
 
 

@@ -8,13 +8,70 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from typing import Any
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from itertools import chain
+from typing import Any, NamedTuple
 
 MAX_BYTES = 4 * 2**20  # of a message
 MAX_DEPTH = 50
+# Binary ones that a program answers, if both sides are its objects: names of module operator.
+OPERATORS = ("eq", "lt", "le", "gt", "ge", "add", "sub", "mul", "matmul", "truediv", "floordiv")
+OPERATORS += ("mod", "pow", "and_", "or_", "xor", "lshift", "rshift")
 
-SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+class Kind(NamedTuple):
+    """A type of plain data: an object's parts, plain data again, and an object made of them."""
+
+    type: type
+    parts: Callable[[Any], Iterable]
+    make: Callable[..., Any]
+
+
+def _flat(items: Iterable[tuple]) -> Iterable:
+    return chain.from_iterable(items)
+
+
+def _dict(*parts: Any) -> dict:
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+KINDS: dict[str, Kind] = {  # a type after those derived from it
+    "list": Kind(list, list.__iter__, lambda *items: list(items)),
+    "tuple": Kind(tuple, tuple.__iter__, lambda *items: items),
+    "set": Kind(set, set.__iter__, lambda *items: set(items)),
+    "frozenset": Kind(frozenset, frozenset.__iter__, lambda *items: frozenset(items)),
+    "Counter": Kind(Counter, lambda x: _flat(dict.items(x)), lambda *p: Counter(_dict(*p))),
+    "OrderedDict": Kind(
+        OrderedDict, lambda x: _flat(OrderedDict.items(x)), lambda *p: OrderedDict(_dict(*p))
+    ),
+    "defaultdict": Kind(
+        defaultdict,
+        lambda x: [x.default_factory, *_flat(dict.items(x))],
+        lambda factory, *p: defaultdict(factory, _dict(*p)),
+    ),
+    "dict": Kind(dict, lambda x: _flat(dict.items(x)), _dict),
+    "keys": Kind(type({}.keys()), iter, lambda *keys: dict.fromkeys(keys).keys()),
+    "values": Kind(type({}.values()), iter, lambda *values: dict(enumerate(values)).values()),
+    "items": Kind(type({}.items()), _flat, lambda *p: _dict(*p).items()),
+    "deque": Kind(deque, lambda x: [x.maxlen, *x], lambda maxlen, *items: deque(items, maxlen)),
+    "range": Kind(range, lambda x: [x.start, x.stop, x.step], range),
+    "bytes": Kind(bytes, lambda x: [x.hex()], bytes.fromhex),
+    "bytearray": Kind(bytearray, lambda x: [x.hex()], lambda x: bytearray(bytes.fromhex(x))),
+    "complex": Kind(complex, lambda x: [x.real, x.imag], complex),
+    "Decimal": Kind(Decimal, lambda x: [Decimal.__str__(x)], Decimal),
+    "Fraction": Kind(
+        Fraction, lambda x: [x.numerator, x.denominator], lambda over, under: Fraction(over, under)
+    ),
+    # A time zone arrives as its offset at that moment.
+    "datetime": Kind(datetime, lambda x: [datetime.isoformat(x)], datetime.fromisoformat),
+    "date": Kind(date, lambda x: [date.isoformat(x)], date.fromisoformat),
+    "time": Kind(time, lambda x: [time.isoformat(x)], time.fromisoformat),
+    "timedelta": Kind(timedelta, lambda x: [x.days, x.seconds, x.microseconds], timedelta),
+}
 
 
 class Garbled(Exception):
@@ -37,16 +94,9 @@ def encode(value: Any, other: Callable[[Any], list], depth: int = MAX_DEPTH) -> 
         return float.__float__(value)
     if isinstance(value, str):
         return str.__str__(value)
-    if isinstance(value, complex):
-        return ["complex", value.real, value.imag]
-    if isinstance(value, bytes | bytearray):
-        return ["bytes", value.hex()]
-    if isinstance(value, dict):
-        items = dict.items(value)
-        return ["dict", *([encode(x, other, depth - 1) for x in item] for item in items)]
-    for tag, kind in SEQUENCES.items():
-        if isinstance(value, kind):
-            return [tag, *(encode(x, other, depth - 1) for x in kind.__iter__(value))]
+    for tag, kind in KINDS.items():
+        if isinstance(value, kind.type):
+            return [tag, *(encode(part, other, depth - 1) for part in kind.parts(value))]
     return other(value)
 
 
@@ -65,17 +115,10 @@ def decode(data: Any, other: Callable[[str, list], Any], depth: int = MAX_DEPTH)
         tag, rest = data[0], data[1:]
         if tag == "int":
             return int(rest[0], 16)
-        if tag == "complex":
-            return complex(*rest)
-        if tag == "bytes":
-            return bytes.fromhex(*rest)
-        if tag == "dict":
-            pairs = ([decode(x, other, depth - 1) for x in item] for item in rest)
-            return {key: value for key, value in pairs}
-        if tag in SEQUENCES:
-            return SEQUENCES[tag](decode(x, other, depth - 1) for x in rest)
+        if tag in KINDS:
+            return KINDS[tag].make(*(decode(part, other, depth - 1) for part in rest))
         return other(tag, rest)
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise Garbled(f"{type(error).__name__}: {error}") from error
 
 
