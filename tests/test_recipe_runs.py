@@ -25,6 +25,8 @@ from rloo_fast import cli
 from rloo_fast.merge import merge_adapter
 from rloo_fast.reports.metrics_file import read_metrics
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--use_cpu --report_to none --disable_tqdm --logging_steps 1 --seed 1 --save_strategy no"
 SENTIMENT = (
     "--model_name_or_path {base} --merge_adapter {adapter} --reward_funcs {reward} "

@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 
 from rloo_fast.checkpoint_files import checkpoints
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {
     "num_iterations": 2,
     "logging_steps": 2,

@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.types import Rollout
 
+pytestmark = pytest.mark.slow
+
 MAX_NEW = 9
 EOS = 1
 TOLERANCE = 1e-5

@@ -17,6 +17,8 @@ from rloo_fast.probe import choose_layout
 from rloo_fast.reports.metrics import is_timing
 from rloo_fast.types import Rollout
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = Dataset.from_dict(
     {"prompt": [" ".join(f"w{(i * 7 + j) % 26}" for j in range(4 + i % 9)) for i in range(16)]}
 )
