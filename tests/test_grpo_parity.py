@@ -6,6 +6,8 @@ loss, the gradients, their norm and the weights over the steps that were run.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import tempfile
 from pathlib import Path
@@ -114,7 +116,8 @@ def main() -> None:
     names = ("loss", "gradients", "grad norm", "weights")
     print(f"{'case':52}", *(f"{name:>9}" for name in names))
     for title, case in CASES.items():
-        with tempfile.TemporaryDirectory() as tmp:
+        # both trainers print their logs
+        with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()):
             found = differences(case, Path(tmp))
         print(f"{title:52}", *(f"{found[name]:9.1e}" for name in names), flush=True)
 
