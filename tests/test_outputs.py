@@ -329,18 +329,24 @@ def test_adapters_saved_by_the_command_load_and_are_the_trained_ones(
     run_quick_start(out / "README.md", capsys)
 
 
-def test_the_quick_start_over_a_merged_adapter_is_the_trained_model(model_dir, tmp_path, capsys):
-    """Base + first adapter + ours: what the card's code builds must compute what was trained."""
+def train_over_a_merged_adapter(model_dir, tmp_path, **settings):
+    """(the first adapter's directory, the trainer of ours, saved in out/)."""
     first = tmp_path / "first"
     adapted = make_trainer(model_dir, first, LoraConfig(task_type="CAUSAL_LM", r=4))
     adapted.train()
     adapted.save_model()
     trainer = make_trainer(
         model_dir, tmp_path / "out", LoraConfig(task_type="CAUSAL_LM", r=2),
-        merge_adapter=str(first),
+        merge_adapter=str(first), **settings,
     )  # fmt: skip
     trainer.train()
     trainer.save_model()
+    return first, trainer
+
+
+def test_the_quick_start_over_a_merged_adapter_is_the_trained_model(model_dir, tmp_path, capsys):
+    """Base + first adapter + ours: what the card's code builds must compute what was trained."""
+    first, trainer = train_over_a_merged_adapter(model_dir, tmp_path)
     trainer.create_model_card()
     card = tmp_path / "out/README.md"
     assert f"with the adapter `{first}` merged into it" in card.read_text()
@@ -353,16 +359,9 @@ def test_the_quick_start_over_a_merged_adapter_is_the_trained_model(model_dir, t
 
 
 def test_what_loads_an_adapter_finds_the_one_merged_before_it(model_dir, tmp_path):
-    first = tmp_path / "first"
-    adapted = make_trainer(model_dir, first, LoraConfig(task_type="CAUSAL_LM", r=4))
-    adapted.train()
-    adapted.save_model()
-    trainer = make_trainer(
-        model_dir, tmp_path / "out", LoraConfig(task_type="CAUSAL_LM", r=2),
-        merge_adapter=str(first), save_strategy="steps", save_steps=2,
-    )  # fmt: skip
-    trainer.train()
-    trainer.save_model()
+    _, trainer = train_over_a_merged_adapter(
+        model_dir, tmp_path, save_strategy="steps", save_steps=2
+    )
     for folder in ("out", "out/checkpoint-2"):
         model, _ = load(str(tmp_path / folder), "auto", False)
         assert torch.allclose(logits(model), logits(trainer.model), atol=1e-5)
