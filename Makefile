@@ -1,4 +1,4 @@
-# make quickstart | make test | make lint | make bench | make gpu-check | make clean
+# make quickstart | test-fast | test | coverage | lint | bench | gpu-check | gpu-smoke | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TORCH_ARGS ?=
 
-.PHONY: quickstart test lint bench gpu-check clean
+.PHONY: quickstart test-fast test coverage lint bench gpu-check gpu-smoke clean
 
 $(BIN)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rloo_fast needs Python 3.11 or newer")'
@@ -56,12 +56,26 @@ $(BIN)/.peers: $(BIN)/.dev
 quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
 	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) $(if $(VARIANT),--variant $(VARIANT)) --output_dir runs/quickstart
 
-test: $(BIN)/.test
-	RLOO_TRITON_36=$(abspath $(VENV)/triton36) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(BIN)/.dev
+test: $(BIN)/.test
+	RLOO_TRITON_36=$(abspath $(VENV)/triton36) $(PYTEST)
+
+# Unit tests alone: neither vLLM nor the trainers that are patched are installed for them.
+test-fast: $(BIN)/.dev
+	$(PYTEST) -m unit
+
+# What unit tests and tests of the kernels run, of each folder; fails below a folder's floor.
+coverage: $(BIN)/.dev
+	@mkdir -p runs
+	$(PYTEST) -m "(unit or kernels) and not slow" --cov --cov-report=json:runs/coverage.json
+	$(BIN)/python -m tests.house.coverage runs/coverage.json
+
+# With what tests need installed: pyright finds other types where vLLM is not there to be read.
+lint: $(BIN)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # On a CPU: every provider on the two vocabularies, fp32 and bf16 (about 40 minutes).
@@ -74,6 +88,11 @@ bench: $(BIN)/.peers
 OUT ?= runs/gpu-check
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check --out $(OUT)
+
+# Whether a run works on this GPU, with vLLM if it is installed: within 20 minutes.
+SMOKE_OUT ?= runs/gpu-smoke
+gpu-smoke:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_smoke --out $(SMOKE_OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,10 +1,11 @@
 """rloo_fast: a kernel-optimized, high-throughput RLOO trainer for language models."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's, which imports much
 if TYPE_CHECKING:
+    from typing import Any
+
     from rloo_kernels import (
         LossOptions,
         Objective,
@@ -18,13 +19,8 @@ if TYPE_CHECKING:
         token_level_advantages,
     )
 
-    from .config import RLOOConfig
+    from .config.rloo_config import RLOOConfig
     from .trainer import RLOOTrainer
-
-try:
-    __version__ = version("rloo-fast")
-except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "LossOptions",
@@ -42,12 +38,24 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # loaded when first used: the command line's --help needs neither torch nor transformers
+def __getattr__(name: str) -> "Any":
+    # loaded when first used: the command line's --help needs neither torch nor transformers, and
+    # `python -m rloo_fast` takes the working directory from the path of modules after this file
+    if name == "__version__":
+        return _version()
     if name == "RLOOConfig":
-        return import_module(".config", __name__).RLOOConfig
+        return import_module(".config.rloo_config", __name__).RLOOConfig
     if name == "RLOOTrainer":
         return import_module(".trainer", __name__).RLOOTrainer
     if name in __all__:
         return getattr(import_module("rloo_kernels"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rloo-fast")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+        return "0+unknown"

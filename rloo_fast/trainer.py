@@ -1,6 +1,6 @@
 """RLOOTrainer: TRL's RLOOTrainer on transformers' Trainer, with a step of our own.
 
-    prompts -> rollout -> rewards -> [reference] -> policy forward, loss, backward -> update
+    prompts -> completions -> rewards -> [reference] -> policy forward, loss, backward -> update
 
 One step of the Trainer is one optimizer step over the whole effective batch; the micro-batches in
 it are ours, so transformers runs with gradient_accumulation_steps = 1.
@@ -9,50 +9,47 @@ it are ours, so transformers runs with gradient_accumulation_steps = 1.
 from __future__ import annotations
 
 import logging
-import time
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from . import models, prompts
-from .buffer import RolloutBuffer
-from .callbacks import StepCallback, SyncReference, Termination
-from .checkpoint import CheckpointMixin
-from .checkpoint_files import check_output_dir, find_checkpoint
-from .collect import Collector
-from .config import RLOOConfig, trainer_args
-from .dataset_checks import check_datasets, check_prompts, check_reward_columns
-from .evaluation import EvaluationMixin
-from .exchange import balance_rows
-from .names_2024 import refuses_arguments_2024
-from .parallel import check_launch, make_parallel
-from .planner import Planner
-from .policy import Policy, router_coef
-from .probe import choose_layout
-from .prompt_lengths import drop_long_prompts
+from .checkpoint.lock import locked
+from .checkpoint.resume import checkpoint_to_resume
+from .checkpoint.run_state import RunState
+from .checkpoint.writer import CheckpointWriter
+from .config.changes import FixedFields
+from .config.names_2024 import refuses_arguments_2024
+from .config.rloo_config import RLOOConfig, trainer_args
+from .data import loader
+from .data.seeds import step_seed
+from .distributed import check_launch, make_training_engine
+from .policy.layout_probe import choose_layout
+from .records import GenerationBatch, MicroBatchInputs, MicroBatchResult, PreparedBatch
 from .reports.metrics import Metrics
-from .reports.run_report import RunReportMixin
-from .rewards import RewardFunc, load_reward_functions
-from .rollout.build import compute_dtype, make_engine, make_room
-from .rollout.cycle import RolloutCycle
-from .rollout.engine import sampling_of, step_seed
-from .run_state import RunStateMixin
-from .scorer import Scorer
-from .truth import TruthCheck
-from .types import Prompt, Samples
-from .update import Updater
-from .weight_sync import weight_buckets
+from .reports.progress import show_lines
+from .reports.recorder import Recorder
+from .reports.run_card import RunCard, has_chats
+from .rewards import RewardFunc, RewardSources
+from .rollout.settings import EngineSettings, sampling_of
+from .step import build
+from .step.callbacks import StepCallback, SyncReference
+from .step.clock import StepClock
+from .step.evaluation import Evaluator
+from .step.failures import SaveOnFailure
+from .step.load import Loaded, load_run
+from .step.nonfinite import NonfiniteSteps
+from .step.policy_version import PolicyVersion
+from .step.retries import update_with_retries
+from .step.rows import rollout_rows
+from .step.termination import Termination
+from .transformers_hooks import LossSinceLog, TransformersHooks
+from .trl_names import TRLNames
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -62,28 +59,32 @@ logger = logging.getLogger(__name__)
 EvalDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 
-class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixin, Trainer):
+class RLOOTrainer(TransformersHooks, TRLNames):
     """REINFORCE Leave-One-Out (arXiv:2402.14740) for causal language models.
 
     Arguments are those of TRL 1.16's RLOOTrainer:
     model: a directory or hub id, a PreTrainedModel, or a PeftModel.
     reward_funcs: one or several of: a function f(prompts, completions, completion_ids, **columns)
         that returns a float or None per completion (async too), a builtin name, "module:function",
-        a sequence-classification model as object, directory or hub id, a RewardModel.
+        a sequence-classification model as object, directory or hub id, a RewardModel. Or the
+        RewardSources that were found of them before.
     args: RLOOConfig. train_dataset: rows with a `prompt` (string or messages); other columns go to
     the reward functions. eval_dataset: the same, or a dict of them. processing_class: tokenizer.
 
+    command, dataset_name: for the model card, where a command started the run.
     Bad input raises ValueError or TypeError with what to write, before training starts.
     """
 
     loss_is_scaled_for_ga = False
-    _tag_names = ("rloo", "rloo_fast")
+    _tag_names = ("rloo_fast",)  # and those of the model card
+    command: str | None = None
+    dataset_name: str | None = None
 
     @refuses_arguments_2024
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | RewardSources,
         args: RLOOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
@@ -95,159 +96,42 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
         peft_config: PeftConfig | None = None,
     ):
         args = trainer_args(args, model)
-        check_output_dir(args.output_dir)  # pyright: ignore
-        check_datasets(train_dataset, eval_dataset, args)
-        if isinstance(model, str):
-            models.check_model_path(model)
-        models.check_peft_config(peft_config, args)
-        self.rewards = load_reward_functions(
+        check_launch(args)
+        loaded = load_run(
+            model,
             reward_funcs,
-            reward_processing_classes,
-            weights=args.reward_weights,
-            reward_kwargs=args.reward_kwargs,  # pyright: ignore
-            execute_model_code=args.execute_model_code,
-            model_options={
-                "label": args.reward_model_label,
-                "output": args.reward_model_output,
-                "position": args.reward_model_position,
-                "dtype": args.reward_model_dtype,
-            },
-            model_init_kwargs=args.model_init_kwargs,  # pyright: ignore
-            trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.chat_template_kwargs,  # pyright: ignore
-            timeout_s=args.reward_timeout_s,
-            batch_size=args.rollout_forward_batch_size,
-            processes=args.reward_processes,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
         )
-        check_reward_columns(self.rewards, train_dataset, eval_dataset, args)
-        set_seed(args.seed)  # new adapters are drawn at random
-        policy_model = models.load_policy(model, args, quantization_config)  # pyright: ignore
-        tokenizer = models.load_tokenizer(processing_class, policy_model, args)
-        stop_ids = models.stop_token_ids(policy_model, tokenizer, args.stop_token_id)
-        longest = [models.context_length(policy_model), args.vllm_max_model_length]
-        context = min((length for length in longest if length), default=None)
-        self._tokenize = prompts.RowTokenizer(tokenizer, context, args)
-        train_dataset, eval_dataset = drop_long_prompts(
-            train_dataset, eval_dataset, self._tokenize, args
-        )
-        check_prompts(train_dataset, eval_dataset, self._tokenize)
-        policy_model = models.add_adapters(policy_model, peft_config, args)
-        if args.disable_dropout:
-            models.disable_dropout(policy_model)
-        reference = models.make_reference(policy_model, args)
+        self.rewards, self.skipping = loaded.rewards, loaded.skipping
         super().__init__(
-            model=policy_model,
+            model=loaded.policy,
             args=args,
-            data_collator=lambda rows: rows,  # pyright: ignore
-            train_dataset=train_dataset,  # pyright: ignore
-            eval_dataset=eval_dataset,  # pyright: ignore
-            processing_class=tokenizer,
+            data_collator=_unchanged,
+            train_dataset=loaded.train_dataset,
+            eval_dataset=loaded.eval_dataset,
+            processing_class=loaded.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_launch(self.accelerator, self.args.n_gpu)
-        self.parallel = make_parallel(self.accelerator)
-        self.metrics = Metrics()
-        self.termination = Termination()
-        self.last_grad_norm = 0.0
-        self.policy_version = 0  # of the weights; never falls, so that an older one is told apart
+        self.parallel = make_training_engine(self.accelerator)
+        self.metrics, self.clock = Metrics(), StepClock(self.accelerator.device)
+        self.policy_version = PolicyVersion()
+        self.nonfinite = NonfiniteSteps(args.max_nonfinite_steps)
+        self.termination = Termination(self.accelerator)
         self._said: set[str] = set()
-        self._wire(reference, stop_ids)
-
-    def _wire(self, reference: nn.Module | None, stop_ids: tuple[int, ...]) -> None:
-        """The stages, each with the values it needs."""
-        args, parallel = self.args, self.parallel
-        coef = router_coef(self.model, args.router_aux_loss_coef)
-        pad_id = self.processing_class.pad_token_id  # pyright: ignore
-        common: dict[str, Any] = {
-            "temperature": args.temperature,
-            "compile_options": args.compile_options,
-            "with_head": parallel.with_head,
-        }
-        self.policy = Policy(self.model, **common)
-        self.reference = None
-        if reference is not None:
-            wrapped = parallel.reference(reference)
-            self.reference = Policy(reference, wrapped=wrapped, **common)
-            if args.sync_ref_model:
-                self.add_callback(SyncReference(self, reference))
-        self.rewards.place(
-            self.accelerator.device, offload=args.reward_model_offload, stop_token_ids=stop_ids
-        )
-        room = None
-        if args.vllm_enable_sleep_mode and args.vllm_mode == "colocate":
-            room = make_room(self, reference)
-            room.make()
-        self.rollouts = RolloutCycle(
-            make_engine(self.model, self.processing_class, args, parallel),
-            version=lambda: self.policy_version,
-            weights=lambda: weight_buckets(
-                self.model, args.weight_sync_bucket_mib * 2**20, compute_dtype(self.model, args)
-            ),
-            metrics=self.metrics,
-            sleep_level=2 if args.vllm_enable_sleep_mode else 0,
-            room=room,
-        )
-        self.rollouts.sleep()
-        sampling = sampling_of(args, stop_ids)
-        self.truth = TruthCheck(
-            args,
-            sampling,
-            self.accelerator,
-            compute_dtype(self.model, args),
-            has_dropout=models.has_dropout(self.model),
-        )
-        self.collector = Collector(
-            self.rollouts,
-            self.processing_class,  # pyright: ignore
-            self.rewards,
-            sampling,
-            args,
-            self.accelerator,
-            self.metrics,
-        )
-        self.planner = Planner(
-            self.accelerator,
-            rows=args.per_device_train_batch_size,
-            max_tokens=args.max_tokens_per_micro_batch,
-            pad_token_id=pad_id,
-            multiple_of=args.pad_to_multiple_of,  # pyright: ignore
-            every_token=coef != 0,
-            few_sizes=args.torch_compile,
-            can_retry=parallel.can_retry,
-        )
-        self.scorer = Scorer(
-            self.policy,
-            self.reference,
-            self.planner,
-            args,
-            parallel,
-            has_dropout=models.has_dropout(self.model),
-        )
-        self.updater = Updater(
-            self.policy, self.scorer, self.planner, args, parallel, aux_loss_coef=coef
-        )
-        self.buffer = RolloutBuffer(
-            args.per_device_train_batch_size,
-            int(args.steps_per_generation),  # pyright: ignore
-            args.num_iterations,
-            args.seed,
-        )
-        self.add_callback(StepCallback(self))
-
-    # Stage 1: prompts
-
-    def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        return prompts.train_loader(
-            self.train_dataset,
-            prompts_per_batch=args.prompts_per_generation,
-            micro_steps_per_batch=args.steps_per_generation * args.num_iterations,
-            micro_steps_per_update=args.micro_steps_per_update,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
-            num_workers=args.dataloader_num_workers,
-        )
+        self._fixed = FixedFields(args)
+        self._newest_result: MicroBatchResult | None = None  # of compute_loss
+        self._build_step(loaded)
+        self._build_records(loaded.tokenizer)
+        if args.log_format == "line":
+            show_lines(self)
+        self._build_checkpoints(loaded.reference)
 
     # The step
 
@@ -258,101 +142,213 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
 
         If it fails, a checkpoint of the step before is saved first.
         """
-        with self.saved_if_it_fails(model):
+        with self._saved_if_it_fails(model):
             return self._training_step(model, inputs)
 
-    def _training_step(self, model: nn.Module, inputs: Any) -> Tensor:
+    def _training_step(self, model: nn.Module, inputs: list[loader.Row]) -> Tensor:
+        self._fixed.check()
         self._choose_layout(model)
-        self._step_start = time.perf_counter()
-        self.metrics.stages.clear()
+        self.clock.begin_step()
         model.train()
-        size = self.args.prompts_per_generation
-        for start in range(0, len(inputs), size):
-            self.buffer.add(self._collect_train(inputs[start : start + size], model))
-        pieces = self.buffer.take(self.args.micro_steps_per_update)
-        with self.metrics.stage("policy", self.accelerator.device):
-            loss, rows, counts = self.updater.backward(pieces, model, self.compute_loss)
-        self.buffer.mark_off_policy()
-        self._step_loss = self.accelerator.gather(loss).mean().item()  # pyright: ignore
-        self._record_update(rows, counts)
-        for samples in {id(s): s for s, _ in pieces}.values():
-            self._record_rollout(samples, "train")
-        return loss
-
-    def _choose_layout(self, model: nn.Module) -> None:
-        if self.planner.layout:
-            return
-        asked = self.args.layout
-        self.planner.layout, why = choose_layout(asked, self.policy, model, self.accelerator)
-        self._say_once(f"Micro-batches: {why}.")
-
-    def _collect_train(self, rows: list[prompts.Row], model: nn.Module) -> Samples:
-        seed = step_seed(self.args.seed, self.buffer.num_added)
-        samples = self._collect(self._tokenize(rows), seed, "train", model)
-        with self.metrics.stage("reference", self.accelerator.device):
-            self.scorer.score_reference(samples, model)
-        waiting = self.buffer.pending_micro_steps()
-        covered = waiting + self.args.steps_per_generation <= self.args.micro_steps_per_update
-        reason = self.scorer.first_pass_reason(samples, covered)
-        if reason is not None:
-            self._say_once(f"A policy pass without gradients runs before the update: {reason}.")
-            with self.metrics.stage("old_logps", self.accelerator.device):
-                self.scorer.first_pass(samples, model)
-        elif not self.scorer.loss.kl_in_reward:
-            self.scorer.credit_all(samples)
-        return samples
-
-    def _collect(self, batch: list[Prompt], seed: int, mode: str, model: nn.Module) -> Samples:
-        k = self._num_generations(mode)
-        samples = self.collector(batch, k, seed, mode, self.state)
-        self.rollouts.sleep()
-        lengths = samples.stats["length"] + torch.tensor([len(p) for p in samples.prompt_ids])
-        if mode == "train":
-            hidden = models.base_causal_lm(self.model).config.get_text_config().hidden_size
-            samples = balance_rows(
-                samples, self.accelerator, layout=self.planner.layout, tokens_per_pair=6 * hidden
-            )
-            total = lengths.sum().reshape(1).to(self.accelerator.device)
-            self.state.num_input_tokens_seen += int(self.accelerator.gather(total).sum())  # pyright: ignore
-        self.planner.survey(samples)
-        return samples
+        micro_steps = self.args.micro_steps_per_update
+        for rows in loader.generation_batches(inputs, self.args.prompts_per_generation):
+            # prompts -> completions -> rewards -> what must be known before the update
+            batch = self._collect(rows, step_seed(self.args.seed, self.buffer.num_added), "train")
+            covered = self.buffer.ends_within(micro_steps)
+            self.buffer.add(self.update.preparer(batch, model, covered_by_first_update=covered))
+        pieces = self.buffer.take(micro_steps)
+        with self.clock.stage("policy"):
+            result = update_with_retries(pieces, model, self._loss_and_result, self.update)
+        self.recorder.record_update(result)
+        for batch in result.first_used:
+            rows = self._record_rollout(batch, "train")
+            # safety gates, ahead of the optimizer: the policy sampled, and starts as the reference
+            self.sampler_check.judge(rows, self._where("train", batch), trains=True)
+            self.update.reference_check.judge(rows, self.state.global_step)
+        self.buffer.replace(result.pieces)
+        self.buffer.mark_off_policy()  # the weights change now
+        return result.loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: MicroBatchInputs,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """The RLOO loss of one micro-batch, as a share of the step's (see Updater.loss).
+    ) -> Any:
+        """The RLOO loss of one micro-batch, as a share of the step's: the step's loss is the sum
+        over its micro-batches. With `return_outputs`: (loss, MicroBatchResult).
 
-        The step's loss is the sum over its micro-batches.
+        The step calls it without, so that a subclass may return another loss made of this one.
         """
-        if return_outputs:
-            raise ValueError(
-                "RLOOTrainer has no outputs to return: call with return_outputs=False."
+        loss, result = self.update.updater.loss(model, inputs)
+        self._newest_result = result
+        return (loss, result) if return_outputs else loss
+
+    def _loss_and_result(
+        self, model: nn.Module, inputs: MicroBatchInputs
+    ) -> tuple[Tensor, MicroBatchResult]:
+        self._newest_result = None
+        loss = self.compute_loss(model, inputs)
+        result, self._newest_result = self._newest_result, None
+        if not isinstance(loss, Tensor) or result is None:
+            raise TypeError(
+                "compute_loss must call super().compute_loss(model, inputs) and return a loss made "
+                f"of its loss, got {type(loss).__name__}."
             )
-        return self.updater.loss(model, inputs)
+        return loss, result
+
+    def _choose_layout(self, model: nn.Module) -> None:
+        planner = self.update.planner
+        if not planner.layout_name:
+            planner.layout_name, why = choose_layout(
+                self.args.layout, self.policy, model, self.accelerator
+            )
+            self._say_once(f"Micro-batches: {why}.")
+
+    def _collect(self, rows: list[loader.Row], seed: int, mode: str) -> GenerationBatch:
+        """Completions of these prompts, scored: this process' share."""
+        k = self.args.completions_per_prompt(mode)
+        collected = self.collector(rows, k, seed, mode, self.state)
+        step = self.state.global_step
+        self.recorder.record_collected(mode, collected.logged, collected.texts, step)
+        if self.skipping is not None:
+            self.metrics.set_last(mode, "rows_skipped", self.skipping.num_skipped[mode])
+        if mode == "train":
+            self.state.num_input_tokens_seen += collected.num_tokens
+        return collected.batch
+
+    def _record_rollout(
+        self, batch: PreparedBatch, mode: str, num_real: int | None = None
+    ) -> dict[str, Tensor]:
+        """Metrics of a generation batch; its rows of all processes. `num_real`: rows that are not
+        repeats."""
+        rows = rollout_rows(
+            batch,
+            self.sampler_check,
+            self.accelerator,
+            advantages_per_token=self.update.settings.advantages_per_token,
+            num_real=num_real,
+        )
+        k, seen = batch.generation.num_generations, self.state.num_input_tokens_seen
+        self.recorder.record_rollout(rows, mode, k, seen)
+        return rows
+
+    def _record_evaluated(self, batch: PreparedBatch, num_real: int) -> None:
+        rows = self._record_rollout(batch, "eval", num_real)
+        self.sampler_check.judge(rows, self._where("eval", batch))
+
+    def _where(self, mode: str, batch: PreparedBatch) -> str:
+        step, version = self.state.global_step, batch.generation.weights_version
+        return f"{mode}, after step {step}, weights version {version}"
+
+    def _saved_if_it_fails(self, model: nn.Module) -> AbstractContextManager[None]:
+        save = partial(self._save_checkpoint, model, None)
+        save = partial(self.checkpoints.save_at_the_end, self.state, save)
+        return self._save_on_failure.around(model, self.state.global_step, save)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        return loader.train_loader(
+            self.train_dataset,
+            prompts_per_batch=args.prompts_per_generation,
+            micro_steps_per_batch=self.buffer.micro_steps_per_pass * args.num_iterations,
+            micro_steps_per_update=args.micro_steps_per_update,
+            shuffle=bool(args.shuffle_dataset),
+            seed=args.seed,
+            num_workers=args.dataloader_num_workers,
+            skipping=self.skipping,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        sets: Any = self.eval_dataset
+        dataset = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        dataset = sets if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("evaluation requires an eval_dataset: pass one to the trainer.")
+        rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        return loader.eval_loader(
+            dataset,
+            prompts_per_batch=max(1, rows // self.args.completions_per_prompt("eval")),
+            num_workers=self.args.dataloader_num_workers,
+            skipping=self.skipping,
+        )
+
+    # What transformers' Trainer offers
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; True resumes from the newest checkpoint of output_dir, a string from that one.
 
         SIGTERM: the step is finished, a checkpoint saved, and the process exits with status 0.
         """
-        output_dir = str(self.args.output_dir)
-        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir, self.parallel)
-        self._resume_from = checkpoint
-        self.policy_version += 1  # as the weights that are there now, or loaded from a checkpoint
-        self.truth.announce()
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, self.parallel)
+        self.run_state.resume_from = checkpoint
+        self.policy_version.advance()  # as the weights there are now, or those of a checkpoint
+        self.sampler_check.announce()
+        whole_batch = self.args.accumulating_by_ourselves()
         try:
-            with self.termination:
+            with locked(self.args, self.accelerator), self.termination, whole_batch:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
             self.rewards.close()
-        self.exit_if_terminated()
-        self.draw_curves()
-        # transformers' mean covers this call of train() only, ours every step (see log)
+        self.termination.exit_if_requested(self.state.global_step, self.checkpoints.last_saved_step)
+        self.recorder.draw_curves(self.state.log_history)
+        # transformers' mean covers this call of train() only, ours every step (see Recorder)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not self.parallel.is_set_up(self.model):
+            raise ValueError(
+                f"evaluate() before train() is not offered with {self.parallel.name}, which splits "
+                "the model together with its optimizer: set eval_on_start=True."
+            )
+        self.evaluator.begin()
+        if not self.is_in_train:
+            self.policy_version.advance()  # its weights may have been changed by hand
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Samples, scores, and returns the loss, with ratio 1: nothing was updated."""
+        with self._saved_if_it_fails(model) if self.is_in_train else nullcontext():
+            self._choose_layout(model)
+            loss = self.evaluator(inputs, model, self.state.global_step)
+            return loss.to(self.accelerator.device), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step = self.state.global_step
+        self.recorder.complete(logs, step)
+        seen = dict(logs)  # a callback's changes are its own: train(), evaluate() return `logs`
+        super().log(seen, start_time)
+        kept = seen | self.state.log_history[-1]  # what a callback adds is written
+        self.recorder.write(kept, step, interrupted=self.termination.agreed)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """README.md with base model, data, command, versions, curves and the newest metrics."""
+        if self.accelerator.is_main_process:
+            self.card.write(
+                output_dir,
+                model_name=model_name,
+                dataset_name=dataset_name or self.dataset_name,
+                tags=[*([tags] if isinstance(tags, str) else tags or ()), *self._tag_names],
+                hub_model_id=self.hub_model_id or self.args.hub_model_id,
+                command=self.command,
+                log_history=self.state.log_history,
+            )
 
     def end(self) -> None:
         """Close the rollout engine, trackers and process groups, in this order."""
@@ -360,40 +356,119 @@ class RLOOTrainer(CheckpointMixin, RunStateMixin, RunReportMixin, EvaluationMixi
         # transformers < 5.18 has no such method
         getattr(super(), "end", self.accelerator.end_training)()
 
-    # transformers' own, adapted
+    # What the step is made of, each part with the values it needs
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        built = super()._build_accelerator_args(**kwargs)
-        # not the whole model is compiled, but its backbone, in the update only (see Policy)
-        built["dynamo_plugin"] = TorchDynamoPlugin(backend=DynamoBackend.NO)
-        return built
+    def _build_step(self, loaded: Loaded) -> None:
+        """The stages, from prompts to gradients."""
+        args, parallel, device = self.args, self.parallel, self.accelerator.device
+        reference, tokenizer = loaded.reference, loaded.tokenizer
+        models = build.build_policies(self.model, reference, args, parallel)
+        self.policy, self.reference, _ = models
+        self.rewards.place(device, offload=args.reward_model_offload)
+        engine = EngineSettings.from_config(args, self.model, tokenizer, parallel, loaded.longest)
+        self.rollouts = build.build_rollouts(
+            loaded.engine_class,
+            engine,
+            reference,
+            self.rewards,
+            args,
+            device,
+            memory=parallel.memory(lambda: self.model_wrapped),
+            optimizer=lambda: self.optimizer,
+            version=self.policy_version.current,
+            on_sync=self.metrics.add_sync,
+        )
+        sampling = sampling_of(args, loaded.stop_ids)
+        self.sampler_check = build.build_sampler_check(args, sampling, models, engine, parallel)
+        self.update = build.build_update(
+            models, tokenizer, args, parallel, self.clock, self._say_once
+        )
+        self.collector = build.build_collector(
+            self.rollouts,
+            loaded.tokenize,
+            self.rewards,
+            sampling,
+            self.update.planner,
+            self.model,
+            args,
+            self.accelerator,
+            self.clock,
+        )
+        self.buffer = build.build_buffer(args)
+        self.evaluator = Evaluator(
+            self._collect,
+            self._record_evaluated,
+            self.update.preparer,
+            self.update.advantages,
+            self.update.settings,
+            num_processes=self.accelerator.num_processes,
+            num_generations=args.completions_per_prompt("eval"),
+            seed=args.seed,
+        )
 
-    def get_total_train_batch_size(self, args: Any) -> int:
-        return super().get_total_train_batch_size(args) * self.args.micro_steps_per_update
+    def _build_records(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Logs, samples, curves and the model card."""
+        self.recorder = Recorder.from_config(
+            self.args,
+            self.accelerator,
+            self.metrics,
+            self.callback_handler.callbacks,
+            reward_names=self.rewards.names,
+        )
+        self.card = RunCard.from_config(
+            self.args,
+            self.model,
+            has_chats=lambda: has_chats(self.train_dataset, tokenizer),
+            world_size=self.accelerator.num_processes,
+        )
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        self.parallel.adopt_optimizer(self.optimizer)
-        return super().create_scheduler(*args, **kwargs)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = self.parallel.grad_norm()
-        if norm is None:
-            norm = super()._get_grad_norm(model, grad_norm)
-        self.last_grad_norm = float(norm)  # pyright: ignore
-        return norm
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt"]
-
-    def _num_generations(self, mode: str) -> int:
-        args = self.args
-        return (
-            args.num_generations
-            if mode == "train"
-            else (args.num_generations_eval or args.num_generations)
+    def _build_checkpoints(self, reference: nn.Module | None) -> None:
+        """What is saved and restored, and what happens around a step."""
+        args, parallel = self.args, self.parallel
+        moving = reference if args.sync_ref_model else None
+        self.run_state = RunState(
+            self.model,
+            moving,
+            parallel,
+            {"buffer": self.buffer, "metrics": self.metrics, "planner": self.update.planner.budget},
+            [self.nonfinite, self.recorder, self.sampler_check.limits, LossSinceLog(self)],
+            load_rng_state=self._load_rng_state,
+        )
+        self.checkpoints = CheckpointWriter.from_config(
+            args,
+            self.model,
+            moving,
+            parallel,
+            self.run_state,
+            completions_wait=lambda: bool(self.buffer.queue),
+            write_card=lambda directory: self.create_model_card(output_dir=directory),
+        )
+        undone = [self.buffer, self.metrics, self.sampler_check.limits]  # of a step that fails
+        self._save_on_failure = SaveOnFailure(undone, self.collector, parallel, self.checkpoints)
+        if moving is not None:
+            self.add_callback(SyncReference(parallel, self.model, moving))
+        self.add_callback(
+            StepCallback(
+                run_state=self.run_state,
+                writer=self.checkpoints,
+                recorder=self.recorder,
+                clock=self.clock,
+                version=self.policy_version,
+                nonfinite=self.nonfinite,
+                termination=self.termination,
+                rollouts=self.rollouts,
+                buffer=self.buffer,
+                parallel=parallel,
+                wrapped=lambda: self.model_wrapped,
+            )
         )
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said and self.accelerator.is_main_process:
             self._said.add(sentence)
             logger.info(sentence)
+
+
+def _unchanged(rows: Any) -> Any:
+    """The rows of a step as they are: a reward function may need any column."""
+    return rows

@@ -1,11 +1,12 @@
 """The RLOO loss as importable ops: needs torch alone, and Triton on a GPU."""
 
-from .advantages import leave_one_out, rloo_advantages, token_level_advantages
-from .linear_logprob import linear_logprob
-from .linear_rloo import fused_linear_rloo_loss
-from .logprob import selective_log_softmax
-from .rloo import Objective, rloo_loss, rloo_objective
-from .segments import LossOptions
+from .lm_head.fused_linear_rloo_loss import fused_linear_rloo_loss
+from .lm_head.linear_logprob import linear_logprob
+from .logprob.selective_log_softmax import selective_log_softmax
+from .loss.advantages import leave_one_out, rloo_advantages, token_level_advantages
+from .loss.rloo_loss import rloo_loss
+from .loss.rloo_objective import rloo_objective
+from .loss.types import LossOptions, Objective
 
 __all__ = [
     "LossOptions",

@@ -4,6 +4,8 @@ With TRITON_INTERPRET=1 the kernels run on CPU tensors as well, in Triton's inte
 tests, and slow.
 """
 
+# pyright: strict, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import functools
@@ -45,6 +47,14 @@ def use_triton(x: Tensor) -> bool:
 def log_once(message: str, level: int = logging.WARNING) -> None:
     """One line per message and process."""
     logger.log(level, message)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """What runs in it keeps the dtypes it is given; some devices (meta) have no autocast."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import RLOOConfig
-from ..names_2024 import RENAMED
+from ..config.names_2024 import RENAMED
+from ..config.paths import user_path
+from ..data.row_functions import ROW_FUNCTIONS
 from .input import read_command_line, read_yaml
-from .options import Option, UsageError
+from .options import Option, UsageError, options_named, options_of
 from .recipe_files import FOLDER
+
+if TYPE_CHECKING:
+    from ..config.rloo_config import RLOOConfig
+
+CONFIG = "rloo_fast.config.rloo_config:RLOOConfig"
 
 REQUIRED = {
     "model_name_or_path": "DIR_OR_HUB_ID",
@@ -27,6 +35,16 @@ SAME = (  # written in either way
     ("sft_model_path", "model_name_or_path"),
     ("reward_model_path", "reward_funcs"),
 )
+
+# transformers and peft take ~/model for a name of the hub
+MODELS = ("model_name_or_path", "tokenizer_name_or_path", "merge_adapter")
+NUMBERS = {  # field of TrainArguments: its range
+    "dataset_size": (1, 2**31),
+    "eval_dataset_size": (1, 2**31),
+    "lora_r": (1, 2**16),
+    "lora_alpha": (1, 2**31),
+    "lora_dropout": (0, 1),
+}
 
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
@@ -93,7 +111,15 @@ class TrainArguments:
         default=None,
         metadata=_help(
             "Function that makes a row with a prompt of each row, or None to leave it out: "
-            "module:function, file.py:function, or a name (see recipe_data.py)."
+            f"module:function, file.py:function, or one of {', '.join(ROW_FUNCTIONS)}."
+        ),
+    )
+    dataset_types: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "Types of columns of .csv, .tsv, .json and .jsonl files, as JSON: "
+            '{"answer": "float"}; int | float | bool | json | str. Default: values as written, '
+            "every cell of a CSV file text."
         ),
     )
     dataset_train_split: str = field(default="train", metadata=_help("Split to train on."))
@@ -110,6 +136,14 @@ class TrainArguments:
     dataset_streaming: bool = field(
         default=False, metadata=_help("Read the dataset while training; needs max_steps.")
     )
+    model_card_prompt: str | None = field(
+        default=None,
+        metadata=_help(
+            "Prompt of the model card's quick start. Default: one of the training prompts where "
+            "anybody may see them (reasoning_gym:TASK, an open dataset of the hub without "
+            "dataset_map), else a general one."
+        ),
+    )
     use_peft: bool = field(
         default=False, metadata=_help("Train LoRA adapters, and none of the model's weights.")
     )
@@ -123,6 +157,25 @@ class TrainArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata=_help("Default: every linear layer but the head.")
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata=_help("Hold the model's weights in 4 bits (bitsandbytes); with use_peft."),
+    )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata=_help("Hold the model's weights in 8 bits (bitsandbytes); with use_peft."),
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata=_help("The 4 bits are those of this type.", choices=("nf4", "fp4"))
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata=_help("Quantise the scales of the 4 bits, too.")
+    )
+
+
+def train_options() -> dict[str, Option]:
+    """What `train` and `eval reward` can be told, by name; without torch."""
+    return {**options_of(TrainArguments), **options_named(CONFIG)}
 
 
 def gather(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]:
@@ -147,7 +200,7 @@ def gather(argv: Sequence[str], options: Mapping[str, Option]) -> dict[str, Any]
 
 
 def _recipe_path(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return path
     if (FOLDER / f"{name}.yaml").is_file():
@@ -159,19 +212,20 @@ def _recipe_path(name: str) -> Path:
 
 def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     """The two dataclasses. Raises UsageError for what is missing, or what RLOOConfig refuses."""
-    values = _paths_of_2024(values)
-    missing = [f"--{name} {how}" for name, how in REQUIRED.items() if not values.get(name)]
-    if missing:
-        raise UsageError(f"missing: {', '.join(missing)}. The same names go into a recipe.")
+    values = check_given(values)
+    homes = {name: os.path.expanduser(values[name]) for name in MODELS if values.get(name)}
+    values = {**values, **homes}
     mine = {f.name for f in dataclasses.fields(TrainArguments)}
-    stray = [k for k in values if k.startswith("lora_")]
-    if stray and not values.get("use_peft"):
-        raise UsageError(f"{stray[0]} is set, but use_peft is not: write --use_peft.")
     if values.get("fsdp") in ("true", "false"):  # the text would be a list of strategies
         values = {**values, "fsdp": values["fsdp"] == "true"}
     script = TrainArguments(**{k: v for k, v in values.items() if k in mine})
+
+    from ..config.rloo_config import RLOOConfig  # with torch
+
+    modules_here()
     with as_usage_errors(Exception):
-        config = RLOOConfig(**{k: v for k, v in values.items() if k not in mine})
+        given = {k: v for k, v in values.items() if k not in mine}
+        config = RLOOConfig(**{"log_format": "line", **given})
     loading = {
         "dtype": script.dtype,
         "attn_implementation": script.attn_implementation,
@@ -186,6 +240,39 @@ def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     if loading:
         config.model_init_kwargs = {**init_kwargs, **loading}
     return script, config
+
+
+def modules_here() -> None:
+    """Let `--reward_funcs my_rewards:score` be a module in the working directory.
+
+    Last in the path of modules: a yaml.py there is not the package of that name.
+    """
+    with suppress(FileNotFoundError):  # the directory was removed
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
+
+
+def check_given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under the names of today. Raises UsageError for what is missing, and for options
+    of adapters without them: all that can be said without torch."""
+    values = _paths_of_2024(values)
+    missing = [f"--{name} {how}" for name, how in REQUIRED.items() if not values.get(name)]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}. The same names go into a recipe.")
+    stray = [k for k in values if k.startswith("lora_")]
+    if stray and not values.get("use_peft"):
+        raise UsageError(f"{stray[0]} is set, but use_peft is not: write --use_peft.")
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if values.get(name)]
+    if len(bits) == 2:
+        raise UsageError("load_in_4bit and load_in_8bit are both set: write one of them.")
+    if bits and not values.get("use_peft"):
+        raise UsageError(
+            f"{bits[0]}: quantised weights are not trained themselves: add --use_peft."
+        )
+    for name, (low, high) in NUMBERS.items():
+        if name in values and not low <= values[name] <= high:
+            raise UsageError(f"{name} must be from {low} to {high}, got {values[name]}.")
+    return values
 
 
 def _paths_of_2024(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
+from ..objective.losses import ADVANTAGES, LOSSES
 from .options import Option
 
 WIDTH = 100
+HEADINGS = {"RLOOFields": "RLOOConfig"}  # the class that users know, for the one that declares
 USAGE = """\
 usage: rloo-fast train --model_name_or_path M --dataset_name D --reward_funcs R [--option value ...]
        rloo-fast train --config recipe.yaml [--option value ...]
@@ -34,14 +36,14 @@ SECTIONS: dict[str, dict[str, str | None]] = {
     "Algorithm": {
         "num_generations": None,
         "beta": None,
-        "advantage": "Compared with others of a prompt as rloo, grpo or dr_grpo.",
-        "loss": "rloo, grpo, dapo, bnpo, dr_grpo or reinforce_pp.",
+        "advantage": f"Compared with others of a prompt as {', '.join(ADVANTAGES)}.",
+        "loss": f"{', '.join(LOSSES)}.",
         "epsilon": "Clip of the ratio to 1 -+ epsilon (or + epsilon_high).",
         "num_iterations": None,
         "steps_per_generation": "Forwards per generation batch. Default: until the next update.",
         "normalize_advantages": "Advantages to mean 0, std 1 over the generation batch.",
         "reward_clip_range": "Clip the weighted reward to MIN MAX, or to (-C, C).",
-        "missing_eos_penalty": None,
+        "missing_eos_penalty": "Subtracted from the reward of a completion that was cut.",
     },
     "Sampling": {
         "max_completion_length": None,
@@ -65,7 +67,7 @@ SECTIONS: dict[str, dict[str, str | None]] = {
     "Logging and saving": {
         "output_dir": "For checkpoints, metrics, the model. Default: trainer_output.",
         "logging_steps": None,
-        "log_completions": None,
+        "log_completions": "Print samples with their rewards at every log.",
         "report_to": "Trackers: wandb, tensorboard, trackio, ..., none.",
         "eval_strategy": "When to evaluate: no, steps, epoch.",
         "eval_steps": "Steps between evaluations. Default: logging_steps.",
@@ -93,7 +95,7 @@ def full_help(options: Mapping[str, Option]) -> str:
     """Every option, with the class that declares it."""
     lines = [USAGE]
     for owner in dict.fromkeys(option.owner for option in options.values()):
-        lines.append(f"{owner}:")
+        lines.append(f"{HEADINGS.get(owner, owner)}:")
         for option in sorted(options.values(), key=lambda option: option.name):
             if option.owner != owner or option.help == "Not offered yet.":
                 continue

@@ -13,9 +13,13 @@ from typing import Any
 
 import yaml
 
-from ..names_2024 import SCRIPT_OPTIONS
+from ..config.json_text import TOO_DEEP, is_text, read_settings
+from ..config.names_2024 import SCRIPT_OPTIONS
+from ..config.paths import user_path
+from ..masking import learn
 from .options import PATH_OR_TRUE, Option, UsageError, convert
 from .recipe_files import resolve
+from .yaml_nodes import MAX_YAML_MIB, check_nodes
 
 HELP_COMMAND = "rloo-fast train --help all"
 # Options of TRL's scripts that are written differently here
@@ -38,6 +42,8 @@ def read_command_line(
     given: dict[str, list[str]] = {}
     name = None
     for token in argv:
+        if not is_text(token):
+            raise UsageError(f"expected UTF-8 text, got {token!r}.")
         if token.startswith("--") and len(token) > 2:
             name, has_value, value = token[2:].partition("=")
             name = name.replace("-", "_")
@@ -90,6 +96,8 @@ def read_yaml(
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
         raise UsageError(f"{path}: variants must be a mapping of names to mappings of options.")
     nodes = dict(_entries(dict(_entries(node)).get("variants")))
+    if unknown := nodes.keys() - variants.keys():
+        raise UsageError(f"{path}: the variant {min(unknown)} must have a name that is text.")
     read = {name: _convert_all(variants[name], each, options, path) for name, each in nodes.items()}
     if variant is not None and variant not in read:
         names = f"it has {', '.join(read)}" if read else "it has none"
@@ -104,20 +112,30 @@ def _entries(node: Any) -> list[tuple[str, Any]]:
 
 def _parse(path: str | Path) -> tuple[dict[str, Any], Any]:
     """A YAML file's mapping, and the node that knows its lines (None for an empty file)."""
-    file = Path(path).expanduser()
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        data = loader.construct_document(node) if node is not None else {}  # pyright: ignore
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = read_settings(user_path(path), MAX_YAML_MIB)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"cannot read {path}: {reason}.") from error
+    try:
+        loader: Any = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            check_nodes(node)
+        data = loader.construct_document(node) if node is not None else {}
+    except UsageError as error:
+        raise UsageError(f"{path}, {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UsageError(f"{path}{where}: not valid YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UsageError(f"{path}: {TOO_DEEP}.") from None
+    except (ValueError, LookupError, AttributeError) as error:  # of a value such as 2026-13-45
+        raise UsageError(f"{path}: not valid YAML: a value cannot be read ({error}).") from error
+    learn(data)
     if not isinstance(data, dict):
         raise UsageError(
             f"{path}: expected a mapping, lines such as `learning_rate: 1e-6`, got a "
@@ -137,8 +155,6 @@ def _convert_all(
         if name not in options:
             hint = _nearest(name, options)
             raise UsageError(f"unknown key {name!r} in {path}, line {line}{hint}")
-        if name in values:
-            raise UsageError(f"{path}, line {line}: the key {name!r} is there a second time.")
         try:
             values[name] = convert(options[name], resolve(data[name]))
         except UsageError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import types
 import typing
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from ..config.json_text import HALF, is_text, parse_json, read_settings
+from ..config.paths import user_path
+from ..masking import shown
+from .source import SourceError, from_source
 
 NOTHING = type(None)
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -105,6 +111,18 @@ def options_of(*classes: type) -> dict[str, Option]:
     return options
 
 
+def options_named(place: str) -> dict[str, Option]:
+    """The options of a dataclass given as "module:Class", from its source where that says them.
+
+    A default that depends on what is installed may be another one there: it is for help alone.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return options_of(from_source(module, name))
+    except SourceError:
+        return options_of(getattr(importlib.import_module(module), name))
+
+
 def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -130,8 +148,8 @@ def convert(option: Option, value: Any) -> Any:
             except (ValueError, TypeError, OverflowError, OSError):
                 continue
     kind = "" if isinstance(value, str) else f"{type(value).__name__} "
-    shown = "nothing (null)" if value is None else f"{kind}{value!r:.80}"
-    raise UsageError(f"{option.name}: expected {option.expected}, got {shown}{_why(option, value)}")
+    came = "nothing (null)" if value is None else f"{kind}{shown(value)}"
+    raise UsageError(f"{option.name}: expected {option.expected}, got {came}{_why(option, value)}")
 
 
 def _is_none_word(option: Option, value: Any) -> bool:
@@ -179,8 +197,10 @@ def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         text = value.strip()
         if not text.startswith("{") and Path(text).suffix == ".json":
-            text = Path(text).expanduser().read_text(encoding="utf-8")
-        value = json.loads(text)
+            text = read_settings(user_path(value))
+        value = parse_json(text)
+        if not is_text(json.dumps(value, ensure_ascii=False)):
+            raise ValueError(HALF)
     if not isinstance(value, Mapping):
         raise TypeError
     return dict(value)
@@ -193,8 +213,10 @@ def _why(option: Option, value: Any) -> str:
             _mapping(value)
         except json.JSONDecodeError as error:
             return f" ({error.msg} at character {error.pos + 1})."
-        except (OSError, TypeError) as error:
-            return f" ({error.strerror})." if isinstance(error, OSError) else "."
+        except TypeError:
+            return "."
+        except (OSError, ValueError) as error:
+            return f" ({error.strerror if isinstance(error, OSError) else error})."
     if all(dataclasses.is_dataclass(kind) for kind in option.kinds):
         return ": it can be set in Python only."
     close = difflib.get_close_matches(str(value), map(str, option.choices), n=1)

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from .. import scaling
-from ..memory_plan import Holdings, plan
-from ..model_shapes import SHAPES, find_shape
-from ..scaling import GIB, Setup
-from ..scaling_traffic import NETWORK, NVLINK, traffic
+from ..offload.memory_plan import Holdings, plan
+from ..planning import memory
+from ..planning.memory import GIB, Setup
+from ..planning.shapes import SHAPES, find_shape
+from ..planning.traffic import NETWORK, NVLINK, traffic
 from .options import UsageError
+from .parser import Parser
 
 TP = (1, 2, 4, 8)
 LEAST_CACHE = 8192  # tokens, without which an engine is of no use
 EPILOG = """\
 Several models, numbers of GPUs or engines, separated by commas, print one line each:
   rloo-fast plan --model 7b,32b,70b --gpus 8,64,256 --engine fsdp2,zero3
-The formulas are documented in rloo_fast/scaling.py and scaling_traffic.py."""
+The formulas are documented in rloo_fast/planning/memory.py and traffic.py."""
 
 
 def main(argv: list[str]) -> int:
@@ -50,32 +51,26 @@ def _write(path: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rloo-fast plan",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("rloo-fast plan", __doc__, EPILOG)
     add, default = parser.add_argument, Setup
     known = ", ".join(SHAPES)
     add("--model", required=True, help=f"{known}, or a local directory with a config.json")
     add("--gpus", required=True, help="GPUs in all")
-    add("--engine", default=default.engine, help=f"{', '.join(scaling.ENGINES)} [%(default)s]")
-    add("--gpus-per-node", type=int, default=default.gpus_per_node, help="[%(default)s]")
+    add("--engine", default=default.engine, help=f"{', '.join(memory.ENGINES)} [%(default)s]")
+    add("--gpus_per_node", type=int, default=default.gpus_per_node, help="[%(default)s]")
     add("--hybrid", action="store_true", help="FSDP2: split inside a node, a copy on each node")
     add("--tokens", type=int, default=default.tokens, help="per micro-batch and GPU [%(default)s]")
-    add("--micro-batches", type=int, default=default.micro_batches, help="a step [%(default)s]")
+    add("--micro_batches", type=int, default=default.micro_batches, help="a step [%(default)s]")
     add("--beta", type=float, default=default.beta, help="0: no reference model [%(default)s]")
     add("--lora", type=int, default=0, metavar="RANK", help="train adapters only")
-    add("--lora-targets", default=",".join(default.lora_targets), help="[%(default)s]")
-    add("--dtype", default=default.dtype, help=f"{', '.join(scaling.DTYPES)} [%(default)s]")
+    add("--lora_targets", default=",".join(default.lora_targets), help="[%(default)s]")
+    add("--dtype", default=default.dtype, help=f"{', '.join(memory.DTYPES)} [%(default)s]")
     checkpointing = argparse.BooleanOptionalAction
     add("--checkpointing", action=checkpointing, default=True, help="of activations [on]")
-    add("--vllm-share", type=float, default=default.vllm_share, help="0: no engine [%(default)s]")
+    add("--vllm_share", type=float, default=default.vllm_share, help="0: no engine [%(default)s]")
     add("--tp", type=int, help="GPUs that share an engine [the fewest whose share holds it twice]")
-    memory = default.gpu_memory_gib
-    add("--gpu-memory-gib", type=float, default=memory, help="[%(default)s, an H200]")
+    gib = default.gpu_memory_gib
+    add("--gpu_memory_gib", type=float, default=gib, help="[%(default)s, an H200]")
     add("--csv", metavar="FILE", help="every figure, in bytes and seconds, one row per plan")
     return parser
 
@@ -104,7 +99,7 @@ def _with_tp(s: Setup) -> Setup:
 
 
 def _is_roomy(s: Setup) -> bool:
-    return scaling.engine_cache(s) >= scaling.engine_weights(s)
+    return memory.engine_cache(s) >= memory.engine_weights(s)
 
 
 # Whether it fits
@@ -113,11 +108,11 @@ def _is_roomy(s: Setup) -> bool:
 def spare(s: Setup) -> tuple[float, float]:
     """Bytes per GPU left over in the update and, with an engine, in the rollout; < 0: missing."""
     total = s.gpu_memory_gib * GIB
-    update = total - scaling.update_peak(s)
+    update = total - memory.update_peak(s)
     if not s.vllm_share:
         return update, update
-    cache = scaling.engine_cache(s) - LEAST_CACHE * scaling.cache_bytes(s)
-    return update, min(total - scaling.rollout_peak(s), cache)
+    cache = memory.engine_cache(s) - LEAST_CACHE * memory.cache_bytes(s)
+    return update, min(total - memory.rollout_peak(s), cache)
 
 
 def fits(s: Setup) -> bool:
@@ -133,8 +128,8 @@ def remedies(s: Setup) -> list[str]:
     changes += [(f"--tokens {tokens}", {"tokens": tokens}) for tokens in halves]
     if s.hybrid:
         changes.append(("no --hybrid", {"hybrid": False}))
-    if s.engine not in scaling.SPLITS_WEIGHTS:
-        changes += [(f"--engine {name}", {"engine": name}) for name in scaling.SPLITS_WEIGHTS]
+    if s.engine not in memory.SPLITS_WEIGHTS:
+        changes += [(f"--engine {name}", {"engine": name}) for name in memory.SPLITS_WEIGHTS]
     more = [s.gpus * 2**k for k in range(1, 6)]
     changes += [(f"--gpus {n}", {"gpus": n}) for n in more if n % s.gpus_per_node == 0]
     if s.vllm_share:
@@ -142,15 +137,22 @@ def remedies(s: Setup) -> list[str]:
         possible = [tp for tp in TP if s.tp < tp <= most and not (most % tp or s.shape.heads % tp)]
         changes += [(f"--tp {tp}", {"tp": tp}) for tp in possible]
         shares = [share / 10 for share in range(1, 10)]
-        changes += [(f"--vllm-share {share}", {"vllm_share": share}) for share in shares]
-        changes.append(("--vllm-share 0 and a vLLM server", {"vllm_share": 0.0, "tp": 1}))
+        changes += [(f"--vllm_share {share}", {"vllm_share": share}) for share in shares]
+        changes.append(("--vllm_share 0 and a vLLM server", {"vllm_share": 0.0, "tp": 1}))
     if not s.lora:
         changes.append(("--lora 16", {"lora": 16}))
     enough: dict[str, str] = {}  # the first, that is the mildest, of each kind
     for text, change in changes:
-        if text.split()[0] not in enough and fits(replace(s, **change)):
+        if text.split()[0] not in enough and _fits_with(s, change):
             enough[text.split()[0]] = text
     return list(enough.values())
+
+
+def _fits_with(s: Setup, change: dict[str, Any]) -> bool:
+    try:
+        return fits(replace(s, **change))
+    except ValueError:  # it does not go together with the rest
+        return False
 
 
 # What is printed
@@ -167,14 +169,14 @@ def as_text(name: str, s: Setup) -> str:
         "",
         f"{'Update: GiB per GPU':<36}{s.gpu_memory_gib:>9.2f}",
     ]
-    always = {**scaling.held(s), "activations": scaling.activations(s), "reserve": scaling.RESERVE}
+    always = {**memory.held(s), "activations": memory.activations(s), "reserve": memory.RESERVE}
     lines += [_line(label, size) for label, size in always.items()]
-    moments = {"loss": scaling.at_the_loss(s), "backward": scaling.in_backward(s)}
+    moments = {"loss": memory.at_the_loss(s), "backward": memory.in_backward(s)}
     fullest = max(moments, key=lambda moment: sum(moments[moment].values()))
     for moment, parts in moments.items():
         note = " (counts)" if moment == fullest else ""
         lines += [_line(f"{moment}: {label}", size, note) for label, size in parts.items()]
-    lines.append(_line("in use, at most", scaling.update_peak(s)))
+    lines.append(_line("in use, at most", memory.update_peak(s)))
     lines += [*_rollout_lines(s), "", *_traffic_lines(s), "", _verdict(s)]
     return "\n".join(lines)
 
@@ -186,29 +188,29 @@ def _line(label: str, size: float, note: str = "") -> str:
 def _rollout_lines(s: Setup) -> list[str]:
     if not s.vllm_share:
         return []
-    parts = scaling.in_rollout(s)
+    parts = memory.in_rollout(s)
     total = int(s.gpu_memory_gib * GIB)
     engine = int(parts["rollout engine"])
-    stays = int(sum(parts.values()) - scaling.movable(s)) - engine
+    stays = int(sum(parts.values()) - memory.movable(s)) - engine
     reference = int(parts.get("reference", 0))
-    sizes = {"optimizer": int(scaling.movable(s)) - reference, "reference": reference}
+    sizes = {"optimizer": int(memory.movable(s)) - reference, "reference": reference}
     holdings = Holdings(stays, 0, sizes["optimizer"], reference)
     try:
-        moved = plan(total, engine, holdings, scaling.RESERVE).moved
+        moved = plan(total, engine, holdings, memory.RESERVE).moved
     except ValueError:  # not even with both on the host
         moved = tuple(sizes)
     goes = [name for name in moved if sizes.get(name)]
     gone = sum(sizes[name] for name in goes)
-    cache = max(0, int(scaling.engine_cache(s) // scaling.cache_bytes(s)))
+    cache = max(0, int(memory.engine_cache(s) // memory.cache_bytes(s)))
     shared = f", {s.tp} GPUs an engine" if s.tp > 1 else ""
     return [
         "",
         f"Rollout: GiB per GPU{shared}",
         *(_line(label, size) for label, size in parts.items()),
-        _line("reserve", scaling.RESERVE),
+        _line("reserve", memory.RESERVE),
         _line("moved to the host", -gone, f" ({', '.join(goes) or 'nothing'})"),
-        _line("in use", scaling.RESERVE + sum(parts.values()) - gone),
-        f"  of the engine's share, {scaling.engine_weights(s) / GIB:.2f} are weights; "
+        _line("in use", memory.RESERVE + sum(parts.values()) - gone),
+        f"  of the engine's share, {memory.engine_weights(s) / GIB:.2f} are weights; "
         f"room for {cache:,} tokens of cache per engine",
     ]
 
@@ -249,13 +251,13 @@ def as_row(name: str, s: Setup) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name}
     row |= {field.name: getattr(s, field.name) for field in fields(s) if field.name != "shape"}
     row |= {"parameters": s.params, "trained": s.trained}
-    parts = {"held": scaling.held(s), "loss": scaling.at_the_loss(s)}
-    parts |= {"backward": scaling.in_backward(s), "rollout": scaling.in_rollout(s)}
+    parts = {"held": memory.held(s), "loss": memory.at_the_loss(s)}
+    parts |= {"backward": memory.in_backward(s), "rollout": memory.in_rollout(s)}
     for moment, sizes in parts.items():
         row |= {f"{moment}: {label}": round(size) for label, size in sizes.items()}
-    row |= {"activations": scaling.activations(s), "reserve": scaling.RESERVE}
-    row |= {"update": round(scaling.update_peak(s)), "in rollout": round(scaling.rollout_peak(s))}
-    row |= {"cache": round(scaling.engine_cache(s)), "fits": fits(s)}
+    row |= {"activations": memory.activations(s), "reserve": memory.RESERVE}
+    row |= {"update": round(memory.update_peak(s)), "in rollout": round(memory.rollout_peak(s))}
+    row |= {"cache": round(memory.engine_cache(s)), "fits": fits(s)}
     for move in traffic(s):
         row |= {f"{move.what}: NVLink": round(move.nvlink), f"{move.what}: s": move.seconds}
         row[f"{move.what}: network"] = round(move.network)
@@ -270,7 +272,7 @@ def as_table(setups: list[tuple[str, Setup]]) -> str:
     ]
     for name, s in setups:
         moves = traffic(s)
-        sizes = (sum(scaling.held(s).values()), scaling.update_peak(s), scaling.rollout_peak(s))
+        sizes = (sum(memory.held(s).values()), memory.update_peak(s), memory.rollout_peak(s))
         cells = [name, str(s.gpus), s.engine, *(f"{size / GIB:.1f}" for size in sizes)]
         cells.append("yes" if fits(s) else "no")
         sent = (sum(m.nvlink for m in moves), sum(m.network for m in moves))

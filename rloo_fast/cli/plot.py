@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..reports.curves import X_AXES, plot_curves
 from .options import UsageError
+from .parser import Parser
 
 EPILOG = """\
 One run:              rloo-fast plot runs/first
@@ -19,11 +19,10 @@ Three seeds of two methods, each a mean line in a band:
 
 def main(argv: Sequence[str]) -> int:
     """Draw what is asked for and print where it is. Raises UsageError where that cannot be done."""
-    parser = argparse.ArgumentParser(
-        prog="rloo-fast plot",
-        description="Curves of one or more runs, from the metrics.jsonl in their directories.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "rloo-fast plot",
+        "Curves of one or more runs, from the metrics.jsonl in their directories.",
+        EPILOG,
     )
     parser.add_argument(
         "run_dirs", nargs="+", type=_run_dir, metavar="RUN_DIR", help="output_dir of a run"

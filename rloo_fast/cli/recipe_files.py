@@ -14,26 +14,34 @@ from typing import Any
 
 from .options import UsageError
 
+HELP = f"""\
+usage: rloo-fast recipe           the names of all
+       rloo-fast recipe NAME      the path of that file
+
+{(__doc__ or "").strip()}"""
 FOLDER = Path(__file__).parent.parent / "recipes"
 PREFIX = "recipe:"
 
 
 def main(argv: Sequence[str]) -> int:
     """`rloo-fast recipe NAME` prints the file's path; without a name, all names."""
-    if len(argv) > 1 or {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
+        print(HELP)
+        return 0
+    if len(argv) > 1 or (argv and argv[0].startswith("-")):
         raise UsageError(f"recipe takes one name, or none to list them; got {' '.join(argv)}.")
     print(path_of(argv[0]) if argv else "\n".join(recipes()))
     return 0
 
 
 def recipes() -> dict[str, Path]:
-    """Every file by its name, which has no suffix."""
+    """{name without suffix: file}."""
     files = sorted(path for path in FOLDER.rglob("*") if path.suffix in (".yaml", ".json"))
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in files}
 
 
 def path_of(name: str) -> Path:
-    """Raises UsageError for a name that there is not."""
+    """The file of that name. Raises UsageError where there is none."""
     found = recipes()
     if name not in found:
         close = difflib.get_close_matches(name, found, n=1, cutoff=0.5)

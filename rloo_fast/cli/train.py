@@ -3,67 +3,65 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from ..checkpoint_files import check_output_dir, checkpoints, find_checkpoint, put_back
-from ..config import RLOOConfig, as_dict
-from ..data import TASK, has_one_split, load_prompts
-from ..models import check_model_path
-from ..recipe_data import load_row_function
-from ..reports.progress import CompactProgress
-from ..rewards import (
-    BUILTINS,
-    RewardFunc,
-    Rewards,
-    check_reward_kwargs,
-    load_reward_functions,
-)
-from .arguments import TrainArguments, as_usage_errors, build, gather
-from .help import full_help, short_help
-from .options import options_of
+from ..checkpoint.files import checkpoints, find_checkpoint, put_back
+from ..config.paths import user_path
+from ..config.rloo_config import RLOOConfig
+from ..data.row_functions import load_row_function
+from ..data.sources import TASK, has_one_split, load_prompts
+from ..masking import masked, masked_argv
+from ..models.pretrained import damage
+from ..reports.example_prompt import public_prompt
+from ..rewards import RewardSources
+from .arguments import TrainArguments, as_usage_errors, build
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `rloo-fast train` with these arguments. Raises UsageError before anything is trained."""
-    options = options_of(TrainArguments, RLOOConfig)
-    if {"-h", "--help"} & {*argv}:
-        print(full_help(options) if "all" in argv else short_help(options))
-        return 0
-    script, config = build(gather(argv, options))
+def run(argv: Sequence[str], values: Mapping[str, Any]) -> int:
+    """Train with these values, which `argv` was read to; 1 if no completion had a reward.
+
+    Raises UsageError before anything is trained.
+    """
+    script, config = build(values)
     trainer = prepare(script, config)
-    trainer.command = shlex.join(["rloo-fast", "train", *argv])
+    trainer.command = shlex.join(["rloo-fast", "train", *masked_argv(argv)])
     trainer.dataset_name = script.dataset_name
+    if config.process_index == 0:
+        trainer.card.example_prompt = example_prompt(script, trainer.train_dataset)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     save(trainer, script, config)
-    return 0
+    saved = trainer.checkpoints.failed_step is None  # what was said of it is above
+    return 0 if had_rewards(trainer, config) and saved else 1
 
 
 def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
-    """The trainer; what costs little is checked before the model is loaded. Raises UsageError."""
+    """The trainer, with its model loaded. Raises UsageError.
+
+    Checked here is what the trainer is not given (trackers, checkpoint, dataset names); paths,
+    rewards, prompts and adapters are the trainer's to check, before it loads a model.
+    """
     assert script.model_name_or_path
     assert script.reward_funcs
     _show_log_lines(config)
     with as_usage_errors(ValueError, OSError):
         check_trackers(config.report_to or [])
-        check_model_path(script.model_name_or_path)
-        check_output_dir(str(config.output_dir))
         config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
-        rewards = check_rewards(script.reward_funcs, config)
+        rewards = RewardSources.from_config([*script.reward_funcs], None, config)
         train_set, eval_set = load_datasets(script, config)
-        if rewards is not None and train_set.column_names and not config.remove_unused_columns:
-            rewards.check_columns(train_set.column_names)
         peft_config = lora_config(script)
+        quantization = quantization_config(script, config)
 
     from ..trainer import RLOOTrainer
 
@@ -72,18 +70,16 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
         try:
             trainer = RLOOTrainer(
                 model=script.model_name_or_path,
-                reward_funcs=list(script.reward_funcs),
+                reward_funcs=rewards,
                 args=config,
                 train_dataset=train_set,
                 eval_dataset=eval_set,
                 processing_class=load_named_tokenizer(script, config),
                 peft_config=peft_config,
+                quantization_config=quantization,
             )
         except OSError as error:  # from_pretrained's, which may not say what it was loading
             raise ValueError(f"model {script.model_name_or_path!r}: {error}") from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(LinesOnly() if config.disable_tqdm else CompactProgress())
     return trainer
 
 
@@ -122,29 +118,6 @@ def checkpoint_of(config: RLOOConfig, use_peft: bool) -> str | None:
     return found
 
 
-def check_rewards(names: Sequence[str], config: RLOOConfig) -> Rewards | None:
-    """The functions among the rewards, imported; None if all are models. Raises ValueError."""
-    weights, arguments = config.reward_weights, as_dict(config.reward_kwargs)
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(
-            f"reward_weights: {len(weights)} numbers for {len(names)} reward_funcs, give one each."
-        )
-    functions: list[RewardFunc] = []
-    for name in names:
-        if Path(name).is_dir():
-            check_model_path(name)
-        elif name in BUILTINS or ":" in name or "/" not in name or name.endswith(".py"):
-            functions.append(name)
-    check_reward_kwargs(arguments, names)
-    if not functions:
-        return None
-    return load_reward_functions(
-        functions,
-        reward_kwargs={name: a for name, a in arguments.items() if name in functions},
-        execute_model_code=config.execute_model_code,
-    )
-
-
 def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]:
     """The rows to train on, and those to evaluate on or None. Raises ValueError."""
     name = script.dataset_name
@@ -153,7 +126,10 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
     task_config, make_row = script.dataset_config, None
     if script.dataset_map is not None:
         make_row = load_row_function(script.dataset_map)
-    assert not isinstance(task_config, str), task_config  # its JSON is read by now
+    types = script.dataset_types or {}
+    # their JSON is read by now
+    assert not isinstance(task_config, str), task_config
+    assert not isinstance(types, str), types
     with_task = [n for n in (name, eval_name) if n.startswith(TASK)] or [name]
     train_set = load_prompts(
         name,
@@ -164,6 +140,8 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
         task_config=task_config if name in with_task else None,
         streaming=script.dataset_streaming,
         row_function=make_row,
+        types=types,
+        bad_rows=config.skip_unusable_rows,
     )
     if config.eval_strategy == "no" and not config.eval_on_start:
         if script.eval_dataset_name:
@@ -183,8 +161,18 @@ def load_datasets(script: TrainArguments, config: RLOOConfig) -> tuple[Any, Any]
         task_config=task_config if eval_name in with_task else None,
         exclude_prompts={*train_set["prompt"]} if len(with_task) == 2 else (),
         row_function=make_row,
+        types={} if eval_name.startswith(TASK) else types,
+        bad_rows=config.skip_unusable_rows,
     )
     return train_set, eval_set
+
+
+def example_prompt(script: TrainArguments, rows: Any) -> Any:
+    """The model card's, None where the rows may be private: a file's, or what code of the user's
+    made of others."""
+    if script.model_card_prompt is not None or script.dataset_map is not None:
+        return script.model_card_prompt
+    return public_prompt(script.dataset_name, rows)
 
 
 def load_named_tokenizer(script: TrainArguments, config: RLOOConfig) -> Any:
@@ -194,8 +182,9 @@ def load_named_tokenizer(script: TrainArguments, config: RLOOConfig) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name!r}: {error}") from error
+    except Exception as error:  # of a damaged file, tokenizers raises no narrower one
+        why = damage(user_path(name)) or error
+        raise ValueError(f"tokenizer {name!r}: {why}") from error
 
 
 def lora_config(script: TrainArguments) -> Any:
@@ -214,12 +203,31 @@ def lora_config(script: TrainArguments) -> Any:
     )
 
 
+def quantization_config(script: TrainArguments, config: RLOOConfig) -> Any:
+    """bitsandbytes' settings for the model's weights, or None. Raises ValueError without it."""
+    if not (script.load_in_4bit or script.load_in_8bit):
+        return None
+    bits = "load_in_4bit" if script.load_in_4bit else "load_in_8bit"
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{bits} needs bitsandbytes, which is not installed: pip install it.")
+    from transformers import BitsAndBytesConfig
+
+    if script.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    named = script.dtype if script.dtype != "auto" else None
+    half = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=script.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=script.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=named or half,
+    )
+
+
 def save(trainer: Any, script: TrainArguments, config: RLOOConfig) -> None:
     """Model, tokenizer and model card in output_dir, and a last line that says how it went."""
-    trainer.save_model(config.output_dir)
+    trainer.save_model(config.output_dir, _internal_call=True)  # pushed below
     trainer.create_model_card()
-    if config.push_to_hub:
-        trainer.push_to_hub()
     logs = [row for row in trainer.state.log_history if "reward" in row]
     parts = [f"{trainer.state.global_step} steps"]
     if logs:
@@ -227,16 +235,25 @@ def save(trainer: Any, script: TrainArguments, config: RLOOConfig) -> None:
         rate = logs[-1].get("throughput/completion_tokens_per_s")
         parts += [f"{rate:.0f} completion tokens/s"] if rate is not None else []
     _say(config, f"The model is in {config.output_dir} ({', '.join(parts)}).")
+    if config.push_to_hub:
+        trainer.push_to_hub()
     trainer.end()
 
 
-class LinesOnly(CompactProgress):
-    """The lines of CompactProgress without its bar."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, disable=True)
-        self.current_step = state.global_step
+def had_rewards(trainer: Any, config: RLOOConfig) -> bool:
+    """False, and said, where every reward of the run was None: nothing was learned from any."""
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    rewards = [row.get("reward", math.nan) for row in steps]  # None is not logged
+    if not steps or not all(map(math.isnan, rewards)):
+        return True
+    if config.process_index == 0:
+        print(
+            "rloo-fast: error: every reward function returned None for every completion, so that "
+            f"the model in {config.output_dir} has learned nothing from them: check that the "
+            "dataset has the columns that the functions read, and answers that they can read.",
+            file=sys.stderr,
+        )
+    return False
 
 
 class _ToStderr(logging.Handler):
@@ -244,7 +261,8 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # tqdm's: a line does not tear the progress bar
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        line = masked(f"{record.levelname.lower()}: {record.getMessage()}")
+        tqdm.write(line, file=sys.stderr)
 
 
 def _show_log_lines(config: RLOOConfig) -> None:

@@ -1,4 +1,4 @@
-"""Our log-probs and entropies inside other trainers: one module each, with patch() and unpatch().
+"""Another trainer's package in, the same package with our log-probs and entropies out.
 
     import rloo_fast.integrations.trl as fast_trl
 
@@ -6,5 +6,6 @@
         trl.RLOOTrainer(...).train()
 
 `trl`, `openrlhf` and `verl` of this package replace functions of the package of that name by
-functions of the same names and signatures. Nothing is imported or changed before patch().
+functions of the same names and signatures. patch() replaces, unpatch() puts back; before patch()
+nothing is imported or changed.
 """

@@ -7,7 +7,7 @@
 Replaced: `log_probs_from_logits` and `compute_entropy` of `openrlhf.models.utils`, which score the
 logits of the actor and the reference model. Results are fp32 whatever the logits' dtype.
 
-OpenRLHF trains in Ray workers: name the function as their setup hook (see README).
+OpenRLHF trains in Ray workers: name the function as their setup hook (see docs/integrations.md).
 """
 
 from __future__ import annotations

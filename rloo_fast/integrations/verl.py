@@ -10,7 +10,7 @@ Replaced: on logits `logprobs_from_logits`, `entropy_from_logits` and
 backend (`linear_cross_entropy`) call. The "liger" backend, and a vocabulary split over several
 processes (Megatron), stay verl's. Results are fp32 whatever the dtype of the inputs.
 
-verl trains in Ray workers: name the function as their setup hook (see README).
+verl trains in Ray workers: name the function as their setup hook (see docs/integrations.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""answers.jsonl: what a judge has answered, kept from the moment it answers."""
+"""answers.jsonl: a judge's answers, each written as soon as it comes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+from ..config.json_text import parse_json
 from ..reports.metrics_file import RunFile, write_atomically
 
 
@@ -18,11 +19,11 @@ def fingerprint(*values: Any) -> str:
 
 
 class Answers:
-    """Answers by the fingerprint of their question, in a file that each is appended to at once.
+    """Answers by the fingerprint of their question; `add` appends each to the file at once.
 
-    What the file holds when this is made can be taken: each answer once, so that a question asked
-    twice has two. A last line that a kill has cut is dropped; ValueError for a damaged one before.
-    None for `path`: nothing is kept.
+    `take` gives the answers that the file held at the start, each once: a question that was asked
+    twice has two. A last line cut by a kill is dropped; an earlier damaged line raises ValueError.
+    Without a `path` nothing is kept.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,14 +36,14 @@ class Answers:
             self._read(path)
 
     def take(self, question: str) -> str | None:
-        """An answer to this question from the file, which is then used up."""
+        """An answer to this question from the file, given out once; None: there is none left."""
         if not self._left[question]:
             return None
         self.num_used += 1
         return self._left[question].popleft()
 
     def add(self, question: str, answer: str) -> None:
-        """Keep an answer; from any thread. OSError where there is no room for it."""
+        """Keep an answer; from any thread. OSError where the disk is full."""
         line = json.dumps({"question": question, "answer": answer}) + "\n"
         with self._lock:  # half a line of one thread could end in another's
             if self.path is not None:
@@ -53,11 +54,11 @@ class Answers:
         *lines, cut = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode())
                 question, answer = row["question"], row["answer"]
                 assert isinstance(answer, str)
                 self._left[question].append(answer)
-            except (ValueError, LookupError, TypeError, AssertionError) as error:
+            except (ValueError, LookupError, TypeError, AssertionError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected an object with 'question' and 'answer', got "
                     f"{line[:80]!r}. Remove the line to go on."

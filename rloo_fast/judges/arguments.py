@@ -1,16 +1,16 @@
-"""What an evaluation is told: the options of `rloo-fast eval judge`."""
+"""The options of `rloo-fast eval judge`, and their checks before anything is loaded."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .registry import CHOICES, judge_kind, refused_options
 from .texts import is_file
 
 REFERENCE = "reference"  # `against`: the dataset's own texts
-NEEDS = {"openai": ("judge_base_url", "judge_model"), "reward_model": ("judge_model",), "rouge": ()}
-ONLY_OPENAI = ("judge_base_url", "judge_prompt", "judge_marker", "judge_kwargs")
 
 
 def _field(default: Any, text: str, **more: Any) -> Any:
@@ -41,9 +41,7 @@ class JudgeArguments:
     )  # fmt: skip
     trust_remote_code: bool = _field(False, "Allow models that ship their own code.")
     use_vllm: bool = _field(False, "Generate with vLLM.")
-    judge: str | None = _field(
-        None, "openai, reward_model, rouge, module:function or file.py:function."
-    )
+    judge: str | None = _field(None, f"{CHOICES}.")
     judge_model: str | None = _field(None, "The server's name of the model, or the reward model.")
     judge_label: int | str | None = _field(
         None, "Of a reward model with several labels: the number or name of the one that counts."
@@ -58,7 +56,9 @@ class JudgeArguments:
     judge_marker: str | None = _field(None, "The verdict is what follows this in an answer.")
     judge_kwargs: dict | str | None = _field(None, 'JSON for requests, as {"max_tokens": 5}.')
     judge_concurrency: int = _field(8, "Questions under way at a time.")
-    judge_timeout_s: float = _field(120.0, "Longest to wait for an answer.")
+    judge_timeout_s: float = _field(
+        120.0, "Longest to wait for a whole answer, from the first to the last byte."
+    )
     judge_retries: int = _field(6, "Times a busy or failing server is asked again.")
     both_orders: bool = _field(
         False, "Ask for each pair in both orders; half a win if they differ."
@@ -69,7 +69,7 @@ class JudgeArguments:
 
 
 def check(a: JudgeArguments) -> None:
-    """Raise ValueError for what can be told to be wrong without loading anything."""
+    """Raise ValueError for every mistake that shows without loading anything."""
     missing = [name for name in ("dataset_name", "judge", "output_dir") if not getattr(a, name)]
     if missing:
         raise ValueError(f"missing: {', '.join(f'--{name}' for name in missing)}.")
@@ -77,24 +77,20 @@ def check(a: JudgeArguments) -> None:
         raise ValueError("one of --model_name_or_path and --completions is needed, and only one.")
     if a.completions and not is_file(a.completions):
         raise ValueError(f"--completions is a .jsonl file, got {a.completions}.")
-    judge = a.judge or ""
-    if judge not in NEEDS and ":" not in judge:
-        kinds = ", ".join(NEEDS)
-        raise ValueError(f"--judge is {kinds}, module:function or file.py:function, got {judge!r}.")
-    for name in NEEDS.get(judge, ()):
+    kind = judge_kind(a.judge or "")
+    for name in kind.needs:
         if not getattr(a, name):
-            raise ValueError(f"--judge {judge} needs --{name}.")
-    for name in (*ONLY_OPENAI, "judge_model"):
-        used = judge == "openai" or name in NEEDS.get(judge, ())
-        if getattr(a, name) is not None and not used:
-            raise ValueError(f"--{name} is not read by --judge {judge}: leave it out.")
+            raise ValueError(f"--judge {a.judge} needs --{name}.")
+    for name in refused_options(kind):
+        if getattr(a, name) is not None:
+            raise ValueError(f"--{name} is not read by --judge {a.judge}: leave it out.")
     least = {"max_new_tokens": 1, "batch_size": 1, "judge_concurrency": 1, "judge_retries": 0}
     for name, value in least.items():
         if getattr(a, name) < value:
             raise ValueError(f"--{name} must be >= {value}, got {getattr(a, name)}.")
     if a.num_prompts != -1 and a.num_prompts < 1:
         raise ValueError(f"--num_prompts must be >= 1, or -1 for all, got {a.num_prompts}.")
-    if a.temperature < 0 or a.judge_timeout_s <= 0:
-        raise ValueError("--temperature must be >= 0, and --judge_timeout_s > 0.")
+    if not (0 <= a.temperature < math.inf and 0 < a.judge_timeout_s < math.inf):
+        raise ValueError("--temperature must be >= 0, and --judge_timeout_s > 0; both finite.")
     if (Path(str(a.output_dir)) / "result.json").exists():
         raise ValueError(f"{a.output_dir} holds a result already: give another --output_dir.")

@@ -4,12 +4,14 @@ A judge is any callable
 
     judge(prompts, pairs) -> per pair: 0 or 1, the index of the better text, or None; or a Verdict
 
-called with all pairs at once. It never learns which text is whose: half of the model's texts, by a
-seed, stand at 0. A judge that prefers a position thus ends near 50 %, and `first_won` tells.
+called with all pairs at once. It never learns which text is whose: the model's text stands first in
+half of the pairs, drawn by a seed. A judge that prefers a position thus ends near 50 %, and
+`first_won` shows it.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import random
 import traceback
@@ -18,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..types import PromptText
+from ..masking import masked, shown
+from ..records import PromptText
+from ..rewards.copies import fresh
 
 Pair = tuple[str, str]
 TIE = "tie"
@@ -29,7 +33,7 @@ class JudgeError(RuntimeError):
 
 
 class Verdict(NamedTuple):
-    """The index of the better text, or None and why; `answer` is what the judge said."""
+    """The index of the better text, or None and the reason; `answer` is what the judge said."""
 
     index: int | None
     why: str = ""  # without an index: TIE, or a word for what was wrong with the answer
@@ -41,13 +45,13 @@ Judge = Callable[[list[PromptText], list[Pair]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Judgement:
-    """One question: the model's text stood at `place` (0 or 1)."""
+    """The verdict on one pair, in which the model's text stood at `place` (0 or 1)."""
 
     place: int
     verdict: Verdict
 
     @property
-    def score(self) -> float | None:
+    def won(self) -> float | None:
         """1: the model's text is the better one, 0: it is not, None: no verdict."""
         index = self.verdict.index
         return None if index is None else float(index == self.place)
@@ -87,14 +91,14 @@ def _ask(
         for text, other, place in zip(texts, others, places, strict=True)
     ]
     try:
-        given = judge(list(prompts), pairs)
+        given = judge(fresh([*prompts]), [*pairs])  # lists of its own, whatever it does to them
     except JudgeError:
         raise
     except Exception as error:  # the user's code
         name = getattr(judge, "__name__", type(judge).__name__)
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise JudgeError(
-            f"the judge {name} raised {type(error).__name__}: {error} "
+            f"the judge {name} raised {type(error).__name__}: {masked(str(error))} "
             f"({Path(at.filename).name}, line {at.lineno})"
         ) from error
     verdicts = read_verdicts(given, len(pairs))
@@ -102,7 +106,7 @@ def _ask(
 
 
 def read_verdicts(given: Any, count: int) -> list[Verdict]:
-    """What a judge returned, checked. Raises JudgeError unless it is `count` times 0, 1 or None."""
+    """What a judge returned, as verdicts. JudgeError unless it is `count` times 0, 1 or None."""
     try:
         values = list(given)
     except TypeError as error:
@@ -114,9 +118,11 @@ def read_verdicts(given: Any, count: int) -> list[Verdict]:
     return [_verdict(value) for value in values]
 
 
-def by_score(first: float, second: float) -> Verdict:
-    """The higher score wins; equal ones are a tie."""
+def higher_wins(first: float, second: float) -> Verdict:
+    """The text with the higher number wins; equal ones are a tie; NaN is no verdict."""
     answer = f"{first:.6g} {second:.6g}"
+    if math.isnan(first) or math.isnan(second):
+        return Verdict(None, "not a number", answer)
     return (
         Verdict(None, TIE, answer) if first == second else Verdict(int(second > first), "", answer)
     )
@@ -124,6 +130,8 @@ def by_score(first: float, second: float) -> Verdict:
 
 def _verdict(value: Any) -> Verdict:
     verdict = value if isinstance(value, Verdict) else Verdict(value)
+    said = None if verdict.answer is None else str(verdict.answer)  # files take texts alone
+    verdict = verdict._replace(why=str(verdict.why), answer=said)
     if verdict.index is None:
         return verdict if verdict.why else verdict._replace(why="none given")
     try:
@@ -131,5 +139,5 @@ def _verdict(value: Any) -> Verdict:
     except TypeError:
         index = -1
     if index not in (0, 1):
-        raise JudgeError(f"a verdict is 0, 1 or None, got {verdict.index!r:.80}.")
+        raise JudgeError(f"a verdict is 0, 1 or None, got {shown(verdict.index)}.")
     return verdict._replace(index=index)

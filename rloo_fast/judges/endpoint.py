@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 from tqdm.auto import tqdm
 
-from ..types import PromptText
+from ..masking import learn, masked
+from ..records import PromptText
 from .answers import Answers, fingerprint
 from .compare import JudgeError, Pair, Verdict
+from .http import BadResponse, NoResponse, make_client, post, run_apart
 from .prompt import DEFAULT, fill, read_answer
+from .responses import Busy, Refused, failure, read_completion
 
 KEY = "OPENAI_API_KEY"
 LONGEST_WAIT_S = 60.0
 
 
-class _Busy(Exception):
-    """Worth asking again: too many requests, the server's own fault, or no answer in time."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s  # as the server asked for
-
-
-class _Refused(Exception):
-    """Any other error status: asking again would end alike."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+class _Unreachable(Exception):
+    """Nobody listens at the address."""
 
 
 class OpenAIJudge:
@@ -46,10 +35,11 @@ class OpenAIJudge:
 
     The key is what OPENAI_API_KEY holds when the judge is made, if anything. `request`: more fields
     of the request; one that is None is left out. The first question goes alone, so that a wrong
-    address, key or name shows at once; then `concurrency` at a time. A busy or failing server is
-    asked `retries` more times, with growing pauses. Raises JudgeError when it stays so; an answer
-    that cannot be read, or a question it will not take, is no verdict. Each answer is kept in
-    `answers` as it comes, and what has one there already is not asked.
+    address, key or name shows at once; then `concurrency` at a time. A busy or failing server, or
+    one whose whole answer is not there within `timeout_s`, is asked `retries` more times, with
+    growing pauses. Raises JudgeError when it stays so; an answer that cannot be read, or a question
+    it will not take, is no verdict. Each answer is kept in `answers` as it comes, and what has one
+    there already is not asked. ValueError for an address or a key that cannot be used.
     """
 
     def __init__(
@@ -66,22 +56,20 @@ class OpenAIJudge:
         request: Mapping[str, Any] | None = None,
         answers: Answers | None = None,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"judge_base_url is like http://localhost:8000/v1, got {parts.path or base_url!r}."
-            )
-        if parts.username or parts.query:
-            raise ValueError(f"judge_base_url takes no password or key: put it into {KEY}.")
+        check_address(base_url)
+        if marker == "":
+            raise ValueError("judge_marker is empty: leave it out, or give a text.")
+        if concurrency < 1:
+            raise ValueError(f"judge_concurrency must be >= 1, got {concurrency}.")
         self.url, self.model = f"{base_url.rstrip('/')}/chat/completions", model
         self.template, self.marker = template, marker
         self.concurrency, self.retries, self.timeout_s = concurrency, retries, timeout_s
         self.pause_s = pause_s
         self.request = {"temperature": 0.0, **(request or {})}
         self.answers = Answers() if answers is None else answers
-        self._key = os.environ.get(KEY, "").strip()
-        self._stop = threading.Event()  # another question has failed for good
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._headers = {"Content-Type": "application/json"}
+        if key := read_key():
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def __call__(self, prompts: Sequence[PromptText], pairs: Sequence[Pair]) -> list[Verdict]:
         bodies = [
@@ -92,31 +80,31 @@ class OpenAIJudge:
         verdicts = {
             row: self._read_verdict(said) for row, said in enumerate(kept) if said is not None
         }
-        rest = [row for row, answer in enumerate(kept) if answer is None]
-        self._stop.clear()
-        pool = ThreadPoolExecutor(self.concurrency)
+        rest = {row: bodies[row] for row, answer in enumerate(kept) if answer is None}
         bar = tqdm(
             total=len(bodies), initial=len(verdicts), desc="judging", unit="pair", disable=None
         )
         try:
-            for row in rest[:1]:
-                verdicts[row] = self._first(bodies[row])
-                bar.update()
-            others = pool.map(self._verdict, (bodies[row] for row in rest[1:]))
-            for row, verdict in zip(rest[1:], others, strict=True):
-                verdicts[row] = verdict
-                bar.update()
-        except _Refused as refused:
-            raise JudgeError(f"the judge at {self.url} refused: {refused}") from refused
-        except _Busy as busy:
-            raise JudgeError(
-                f"the judge at {self.url} gave no answer in {self.retries + 1} attempts: {busy}"
-            ) from busy
+            if rest:
+                verdicts |= run_apart(lambda: self._ask_all(rest, bar))
+        except (Refused, Busy, _Unreachable, ValueError) as error:
+            raise JudgeError(self._sentence(error)) from error
         finally:
-            self._stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
             bar.close()
         return [verdicts[row] for row in range(len(bodies))]
+
+    def _sentence(self, error: Exception) -> str:
+        said = masked(str(error))
+        if isinstance(error, Refused):
+            return f"the judge at {self.url} refused: {said}"
+        if isinstance(error, Busy):
+            return f"the judge at {self.url} gave no answer in {self.retries + 1} attempts: {said}"
+        if isinstance(error, _Unreachable):
+            return (
+                f"the judge cannot be reached at {self.url}: {said}. Start its server, or give "
+                "another judge_base_url."
+            )
+        return f"the judge at {self.url} cannot be asked: {said}"
 
     def _body(self, question: str) -> dict[str, Any]:
         body = {
@@ -126,23 +114,35 @@ class OpenAIJudge:
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    def _first(self, body: dict[str, Any]) -> Verdict:
-        """Like `_verdict`, but nobody at the address is an error at once."""
-        try:
-            return self._verdict(body, strict=True)
-        except urllib.error.URLError as error:
-            raise JudgeError(
-                f"the judge cannot be reached at {self.url}: {error.reason}. Start its server, or "
-                "give another judge_base_url."
-            ) from error
+    async def _ask_all(self, bodies: Mapping[int, dict[str, Any]], bar: Any) -> dict[int, Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        rows = iter(bodies)
 
-    def _verdict(self, body: dict[str, Any], strict: bool = False) -> Verdict:
-        """`strict`: raise where a single question would pass as not understood."""
+        async def work(rows: Iterator[int], first: bool = False) -> None:
+            for row in rows:  # shared: each worker takes the next
+                verdicts[row] = await self._verdict(client, bodies[row], first)
+                bar.update()
+
+        async with make_client(self._headers, self.concurrency) as client:
+            await work(iter([next(rows)]), first=True)
+            workers = [asyncio.ensure_future(work(rows)) for _ in range(self.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:  # one has failed for good
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return verdicts
+
+    async def _verdict(
+        self, client: httpx2.AsyncClient, body: dict[str, Any], first: bool
+    ) -> Verdict:
+        """`first`: raise where later questions would be asked again, or count as no verdict."""
         try:
-            answer = self._ask_patiently(body, strict)
-        except _Refused as refused:
-            # what may lie in this question; it does if others of the kind were answered
-            if refused.status in (400, 413, 422) and (not strict or self.answers.num_used):
+            answer = await self._ask_with_retries(client, body, first)
+        except Refused as refused:
+            # these may be the question's fault, and are if the server has answered others
+            if refused.status in (400, 413, 422) and (not first or self.answers.num_used):
                 return Verdict(None, "refused", str(refused))
             raise
         self.answers.add(fingerprint(self.url, body), answer)
@@ -152,67 +152,56 @@ class OpenAIJudge:
         index = read_answer(answer, self.marker)
         return Verdict(index, "" if index is not None else "unreadable", answer)
 
-    def _ask_patiently(self, body: dict[str, Any], strict: bool) -> str:
+    async def _ask_with_retries(
+        self, client: httpx2.AsyncClient, body: dict[str, Any], first: bool
+    ) -> str:
         for attempt in range(self.retries + 1):
             try:
-                return self._ask(body, strict)
-            except _Busy as busy:
-                # not all threads after the same time: they would come back as one
-                pause = self.pause_s * 2**attempt * random.uniform(0.5, 1.0)
-                pause = min(LONGEST_WAIT_S, max(pause, busy.wait_s or 0.0))
-                if attempt == self.retries or self._stop.wait(pause):
+                return await self._ask(client, body, first)
+            except Busy as busy:
+                if attempt == self.retries:
                     raise
+                # a random part of it, or all would ask again at the same moment
+                pause = self.pause_s * 2**attempt * random.uniform(0.5, 1.0)
+                await asyncio.sleep(min(LONGEST_WAIT_S, max(pause, busy.wait_s or 0.0)))
         raise AssertionError("unreachable")
 
-    def _ask(self, body: dict[str, Any], strict: bool) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+    async def _ask(self, client: httpx2.AsyncClient, body: dict[str, Any], first: bool) -> str:
         try:
-            with self._opener.open(request, timeout=self.timeout_s) as response:
-                return self._read(response.read())
-        except urllib.error.HTTPError as error:
-            reason = self._masked(f"{error.code} {_message(error)}")
-            if error.code in (408, 409, 429) or error.code >= 500:
-                raise _Busy(reason, _seconds(error.headers.get("Retry-After"))) from error
-            raise _Refused(error.code, reason) from error
-        except urllib.error.URLError as error:
-            if strict and not isinstance(error.reason, TimeoutError):
-                raise
-            raise _Busy(str(error.reason)) from error
-        except (OSError, HTTPException) as error:  # it hung up, or the time is up
-            raise _Busy(f"{type(error).__name__}: {error}") from error
-
-    def _read(self, body: bytes) -> str:
-        try:
-            return self._masked(json.loads(body)["choices"][0]["message"]["content"] or "")
-        except (ValueError, LookupError, TypeError) as error:
-            shown = self._masked(body[:200].decode(errors="replace"))
-            raise _Refused(200, f"its answer is not a chat completion: {shown!r}") from error
-
-    def _masked(self, text: str) -> str:
-        """Without the key, which some servers repeat; what is returned is written to files."""
-        return text.replace(self._key, "<key>") if self._key else text
+            response = await post(client, self.url, json.dumps(body).encode(), self.timeout_s)
+            if response.status != 200:
+                raise failure(response.status, response.body, response.headers)
+            return read_completion(response.body)
+        except NoResponse as error:
+            if first and error.unreachable:
+                raise _Unreachable(str(error)) from error
+            raise Busy(str(error)) from error
+        except BadResponse as error:
+            raise Refused(200, str(error)) from error
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would take the key to another host."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """The sentence in an error answer, in whichever of the usual forms."""
-    text = error.read().decode(errors="replace")
+def check_address(base_url: str) -> None:
+    """Raise ValueError for what is no address of a server, or has a secret in it."""
+    if "@" in base_url or "?" in base_url:
+        raise ValueError(f"judge_base_url takes no password or key: put it into {KEY}.")
     try:
-        found = json.loads(text)
-        text = found["error"]["message"] if "error" in found else found["detail"]
-    except (ValueError, LookupError, TypeError):
-        pass
-    return " ".join(str(text).split())[:300] or str(error.reason)
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        httpx2.URL(base_url)
+    except (ValueError, httpx2.InvalidURL):  # a port that is no number, brackets left open
+        usable = False
+    if not usable:
+        raise ValueError(f"judge_base_url is like http://localhost:8000/v1, got {base_url!r}.")
 
 
-def _seconds(text: str | None) -> float | None:
-    return float(text) if text and text.replace(".", "", 1).isdigit() else None
+def read_key() -> str:
+    """OPENAI_API_KEY, or "". ValueError, which does not show it, for what no header can carry."""
+    key = os.environ.get(KEY, "").strip()
+    if wrong := re.search(r"[^!-~]", key):
+        kind = "a line break" if wrong[0] in "\r\n" else "a space or a character that is not ASCII"
+        raise ValueError(
+            f"{KEY} has {kind} at place {wrong.start() + 1} of {len(key)}, so it is no key: copy "
+            "it again."
+        )
+    learn(key, KEY)
+    return key

@@ -1,4 +1,4 @@
-"""Prompts, texts, verdicts, figures: one evaluation from its options to its files."""
+"""One evaluation, from its options to its files: prompts -> texts -> verdicts -> figures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
-from ..data import has_one_split, load_prompts
-from ..recipe_data import load_row_function
-from ..rewards import completion_text, load_reward_model
-from ..rollout.vllm import import_vllm
+from ..config.paths import user_path
+from ..data.row_functions import load_row_function
+from ..data.sources import has_one_split, load_prompts
+from ..masking import learn, masked_values
+from ..rewards import completion_text
+from ..rollout.vllm_package import import_vllm
 from .answers import Answers, fingerprint
 from .arguments import REFERENCE, JudgeArguments
-from .compare import JudgeError, compare
+from .compare import Judge, JudgeError, compare
 from .endpoint import OpenAIJudge
 from .figures import summarize
-from .local import RewardModelJudge, load_function
-from .prompt import prompt_text, read_template
+from .local import RewardModelJudge
+from .prompt import prompt_text
+from .registry import JudgeSettings, judge_kind
 from .results import read_samples, write_result, write_samples
-from .rouge import RougeJudge, mean_rouge
+from .rouge import mean_rouge
 from .texts import check_source, generate, is_file, read_texts
 
 TEXTS_FOLLOW_FROM = (
@@ -33,18 +36,22 @@ TEXTS_FOLLOW_FROM = (
 
 
 def evaluate(a: JudgeArguments, say: Callable[[str], None]) -> dict[str, Any]:
-    """Texts, verdicts, figures; what result.json holds. The judge is made before any text is.
+    """Run one evaluation and return what result.json holds.
 
-    What an earlier try has left in output_dir is used again: texts made with the same, and answers
-    of the judge to the same questions. `say` is told so.
+    The judge is made before any text is generated. Texts that an earlier try left in output_dir are
+    used again if they follow from the same settings, and so are the judge's answers to the same
+    questions; `say` is called with a line about either.
     """
+    learn(dataclasses.asdict(a))
     source = a.completions or a.model_name_or_path
     assert source is not None
+    kind = judge_kind(a.judge or "")
     for name in (source, *([a.against] if a.against != REFERENCE else [])):
         check_source(name)
-    prompts, references = load_rows(a)
-    folder = Path(str(a.output_dir)).expanduser()
-    judge = make_judge(a, prompts, references, Answers(folder / "answers.jsonl"))
+    prompts, references = load_rows(a, needs_references=kind.needs_references)
+    folder = user_path(str(a.output_dir))
+    answers = Answers(folder / "answers.jsonl")
+    judge = kind.make(judge_settings(a, prompts, references, answers))
     folder.mkdir(parents=True, exist_ok=True)
     samples, made_with = folder / "samples.jsonl", _made_with(a, prompts)
     earlier = _earlier_texts(samples, made_with, a, say)
@@ -64,7 +71,7 @@ def evaluate(a: JudgeArguments, say: Callable[[str], None]) -> dict[str, Any]:
         "mean_words_against": _mean_words(others),
     }
     result = {
-        "settings": dataclasses.asdict(a),
+        "settings": masked_values(dataclasses.asdict(a)),
         "judge_prompt": getattr(judge, "template", None),
         "versions": _versions(a.use_vllm),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,7 +87,7 @@ def _versions(with_vllm: bool) -> dict[str, str]:
     return {**versions, **({"vllm": import_vllm().__version__} if with_vllm else {})}
 
 
-def load_rows(a: JudgeArguments) -> tuple[list[Any], list[str] | None]:
+def load_rows(a: JudgeArguments, needs_references: bool) -> tuple[list[Any], list[str] | None]:
     """(prompts, references); None without a column of them, where none is needed."""
     assert a.dataset_name is not None
     default = "train" if has_one_split(a.dataset_name) else "validation"
@@ -93,7 +100,7 @@ def load_rows(a: JudgeArguments) -> tuple[list[Any], list[str] | None]:
     if a.num_prompts != -1:
         rows = rows.select(range(min(a.num_prompts, len(rows))))
     if a.reference_column not in rows.column_names:
-        if a.against == REFERENCE or a.judge == "rouge":
+        if a.against == REFERENCE or needs_references:
             raise ValueError(
                 f"dataset {a.dataset_name!r} has no column {a.reference_column!r} of references, "
                 f"only {sorted(rows.column_names)}: name it with --reference_column."
@@ -108,46 +115,33 @@ def load_rows(a: JudgeArguments) -> tuple[list[Any], list[str] | None]:
     return list(rows["prompt"]), [completion_text(text) for text in references]
 
 
-def make_judge(
+def judge_settings(
     a: JudgeArguments, prompts: list[Any], references: list[str] | None, answers: Answers
-) -> Any:
-    """The judge of `--judge`; None for ROUGE against references: nothing is to be judged."""
-    if a.judge == "openai":
-        assert a.judge_base_url is not None
-        assert a.judge_model is not None
-        return OpenAIJudge(
-            a.judge_base_url,
-            a.judge_model,
-            template=read_template(a.judge_prompt),
-            marker=a.judge_marker,
-            concurrency=a.judge_concurrency,
-            retries=a.judge_retries,
-            timeout_s=a.judge_timeout_s,
-            request=a.judge_kwargs,  # pyright: ignore  # its JSON is read by now
-            answers=answers,
-        )
-    if a.judge == "reward_model":
-        assert a.judge_model is not None
-        return RewardModelJudge(
-            load_reward_model(
-                a.judge_model,
-                dtype=a.dtype,
-                trust_remote_code=a.trust_remote_code,
-                batch_size=a.batch_size,
-                label=a.judge_label,
-                position=a.judge_position,
-            )
-        )
-    if a.judge != "rouge":
-        assert a.judge is not None
-        return load_function(a.judge)
-    if a.against == REFERENCE:
-        return None
-    assert references is not None
-    of_prompt = defaultdict(list)
-    for prompt, reference in zip(prompts, references, strict=True):
-        of_prompt[prompt_text(prompt)].append(reference)
-    return RougeJudge(of_prompt)
+) -> JudgeSettings:
+    """What the judge is made from; no references where the texts are compared with these."""
+    of_prompt = None
+    if references is not None and a.against != REFERENCE:
+        of_prompt = defaultdict(list)
+        for prompt, reference in zip(prompts, references, strict=True):
+            of_prompt[prompt_text(prompt)].append(reference)
+    assert not isinstance(a.judge_kwargs, str)  # its JSON is read by now
+    return JudgeSettings(
+        model=a.judge_model,
+        base_url=a.judge_base_url,
+        prompt=a.judge_prompt,
+        marker=a.judge_marker,
+        request=a.judge_kwargs,
+        concurrency=a.judge_concurrency,
+        retries=a.judge_retries,
+        timeout_s=a.judge_timeout_s,
+        label=a.judge_label,
+        position=a.judge_position,
+        dtype=a.dtype,
+        trust_remote_code=a.trust_remote_code,
+        batch_size=a.batch_size,
+        references=of_prompt,
+        answers=answers,
+    )
 
 
 def _made_with(a: JudgeArguments, prompts: list[Any]) -> str:
@@ -198,12 +192,15 @@ def texts_of(
 
 
 def _judged(
-    judge: Any, a: JudgeArguments, say: Callable[[str], None], samples: Path, *pairs: Any
+    judge: Judge, a: JudgeArguments, say: Callable[[str], None], samples: Path, *pairs: Any
 ) -> list[Any]:
-    """The judgements. An error, or Ctrl-C, says how many answers are kept; without any, that the
-    texts are."""
+    """The judgements of all pairs.
+
+    Where the judge fails, or Ctrl-C ends it, the message says how many answers are kept in
+    answers.jsonl or, without any, that the texts are.
+    """
     if isinstance(judge, RewardModelJudge) and torch.cuda.is_available():
-        judge.model.model.to("cuda")  # only now: generating needed the memory
+        judge.to("cuda")  # only now: generating needed the memory
     answers = judge.answers if isinstance(judge, OpenAIJudge) else Answers()
     if answers.num_found:
         say(f"{answers.path} has {answers.num_found} answers: the same is not asked again.")

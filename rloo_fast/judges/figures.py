@@ -1,4 +1,4 @@
-"""Judgements -> win rate, its interval, and what tells whether the judge can be trusted."""
+"""Judgements -> win rate, its interval, and figures that show a judge with a bias."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Z = 1.959964  # of a standard normal variable, 95 % lie within -Z .. Z
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a probability of which n independent draws had the mean `rate` (Wilson).
+    """(rate + z^2/2n  -+  z sqrt(rate (1 - rate)/n + z^2/4n^2)) / (1 + z^2/n)  (Wilson, 1927).
 
-    (rate + z^2/2n  -+  z sqrt(rate (1 - rate)/n + z^2/4n^2)) / (1 + z^2/n). Draws may be halves, as
-    with both orders: values in [0, 1] vary by rate (1 - rate) at most, so it is then too wide
-    rather than too narrow.
+    The 95 % interval of a probability of which n independent draws had the mean `rate`. With both
+    orders a draw may be a half: values in [0, 1] have at most the variance rate (1 - rate), so the
+    interval is then too wide rather than too narrow.
     """
     if n == 0:
         return 0.0, 1.0
@@ -33,10 +33,10 @@ def summarize(rows: Sequence[Sequence[Judgement]]) -> dict[str, Any]:
 
     win_rate: mean over pairs of the share of the orders in which the model won. A pair counts if
     every order asked for has a verdict; ties and unreadable answers are counted apart. first_won:
-    share of all verdicts that went to the text shown first; 0.5 says that position did not matter.
+    share of all verdicts that went to the text shown first; 0.5 means that position did not matter.
     """
     asked = [judgement for row in rows for judgement in row]
-    pairs = [score for row in rows if (score := pair_score(row)) is not None]
+    pairs = [share for row in rows if (share := share_won(row)) is not None]
     rate = fmean(pairs) if pairs else None
     low, high = wilson(rate or 0.0, len(pairs))
     first = [float(j.verdict.index == 0) for j in asked if j.verdict.index is not None]
@@ -59,8 +59,8 @@ def summarize(rows: Sequence[Sequence[Judgement]]) -> dict[str, Any]:
     }
 
 
-def pair_score(row: Sequence[Judgement]) -> float | None:
+def share_won(row: Sequence[Judgement]) -> float | None:
     """1, 0, or 0.5 where the two orders disagree; None if one of them has no verdict."""
-    scores = [judgement.score for judgement in row]
-    known = [score for score in scores if score is not None]
-    return fmean(known) if len(known) == len(scores) else None
+    won = [judgement.won for judgement in row]
+    known = [value for value in won if value is not None]
+    return fmean(known) if len(known) == len(won) else None

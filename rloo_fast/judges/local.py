@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
+from ..config.code_files import load_module
+from ..records import PromptText
 from ..rewards import RewardModel
-from ..rewards.files import run_file
-from ..types import PromptText
-from .compare import Judge, Pair, Verdict, by_score
+from .compare import Judge, Pair, Verdict, higher_wins
 
-NAMED = re.compile(r"(?P<where>.+):(?P<function>[A-Za-z_]\w*)")
+NAMED = re.compile(r"(?P<where>.+):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 
 
 class RewardModelJudge:
-    """The text with the higher reward after its prompt is better; equal rewards are a tie.
+    """The text with the higher reward after its prompt wins; equal rewards are a tie.
 
-    A model that reads its value at an EOS finds one behind every text: all count as finished.
+    Every text counts as finished: a model that reads its reward at an EOS finds one behind each.
     """
 
     def __init__(self, model: RewardModel) -> None:
@@ -28,18 +26,20 @@ class RewardModelJudge:
 
     def __call__(self, prompts: Sequence[PromptText], pairs: Sequence[Pair]) -> list[Verdict]:
         first, second = (
-            self._scores(prompts, texts).tolist() for texts in zip(*pairs, strict=True)
+            self._rewards(prompts, texts).tolist() for texts in zip(*pairs, strict=True)
         )
-        return [by_score(*both) for both in zip(first, second, strict=True)]
+        return [higher_wins(*both) for both in zip(first, second, strict=True)]
 
-    def _scores(self, prompts: Sequence[PromptText], texts: Sequence[str]) -> Tensor:
+    def to(self, device: str) -> None:
+        self.model.model.to(device)
+
+    def _rewards(self, prompts: Sequence[PromptText], texts: Sequence[str]) -> Tensor:
         completions = [
             # a text in the form of its prompt, as reward models take them
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        ended = [[self.model.inputs.tokenizer.eos_token_id]] * len(texts)
-        return self.model(prompts, completions, ended)
+        return self.model(prompts, completions, ended=[True] * len(texts))
 
 
 def load_function(name: str) -> Judge:
@@ -50,18 +50,8 @@ def load_function(name: str) -> Judge:
     match = NAMED.fullmatch(name)
     if match is None:
         raise ValueError(f"a judge is written module:function or file.py:function, got {name!r}.")
-    where = match["where"]
-    try:
-        if where.endswith(".py"):
-            path = Path(where).expanduser().resolve(strict=True)
-            module = run_file(f"rloo_fast_judge_{path.stem}_{abs(hash(path))}", path)
-        else:
-            module = importlib.import_module(where)
-    except Exception as error:  # a module can raise anything
-        raise ValueError(
-            f"the judge {name!r} could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, match["function"], None)
+    module = load_module(match["where"], f"the judge {name!r}")
+    function: Judge | None = getattr(module, match["function"], None)
     if not callable(function):
         raise ValueError(f"the judge {name!r}: there is no function {match['function']!r} there.")
-    return function  # pyright: ignore[reportReturnType]  # what it returns is checked
+    return function

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from ..config.paths import user_path
+from ..records import PromptText
 from ..rewards.builtin import completion_text
-from ..types import PromptText
 
 PLACES: tuple[str, ...] = ("{prompt}", "{text0}", "{text1}")
 DEFAULT = """\
@@ -35,7 +35,7 @@ def read_template(path: str | None) -> str:
     if path is None:
         return DEFAULT
     try:
-        template = Path(path).expanduser().read_text(encoding="utf-8")
+        template = user_path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"judge_prompt {path}: {reason}.") from error
@@ -51,7 +51,7 @@ def fill(template: str, prompt: PromptText, pair: tuple[str, str]) -> str:
     """The question; braces elsewhere in template and texts stay as they are."""
     values = dict(zip(PLACES, (prompt_text(prompt), *pair), strict=True))
     places = "|".join(map(re.escape, PLACES))
-    # in one pass: what a text says about {text1} is not a place
+    # in one pass: a text that contains {text1} is not filled again
     return re.sub(places, lambda match: values[match[0]].strip(), template)
 
 
@@ -69,7 +69,7 @@ def prompt_text(prompt: PromptText) -> str:
 def read_answer(answer: str, marker: str | None = None) -> int | None:
     """0 or 1 if that is all there is, after the last `marker` where one is given; else None.
 
-    Quotes, asterisks, white space and a full stop around the digit are let pass.
+    Quotes, asterisks, white space and a full stop around the digit are ignored.
     """
     if marker is not None:
         _, found, answer = answer.rpartition(marker)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: samples.jsonl, result.json, and tables of several results."""
+"""The files of an evaluation: samples.jsonl, result.json, and tables of several results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.json_text import parse_json
+from ..config.paths import user_path
+from ..records import PromptText
 from ..reports.metrics_file import write_atomically
-from ..types import PromptText
 from .compare import Judgement
 
+# what reading JSON of another form raises
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 HEAD = (
     "| model | against | judge | win rate, % | 95 % interval | decided | ties | no verdict "
     "| first shown won, % | ROUGE-1 / 2 / L |\n| --- | --- | --- |" + " ---: |" * 7
@@ -27,7 +31,7 @@ def write_samples(
 ) -> None:
     """One JSON object per prompt; such a file can be given as texts of a later evaluation.
 
-    made_with: a fingerprint of all that the texts follow from.
+    made_with: a fingerprint of all settings and files that the texts depend on.
     """
     lines = []
     for number, (prompt, text, other) in enumerate(zip(prompts, texts, others, strict=True)):
@@ -42,11 +46,11 @@ def write_samples(
 def read_samples(path: Path, made_with: str) -> tuple[list[str], list[str]] | None:
     """(texts, others) of a file of `write_samples`; None if they were not made with the same."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if {row["made_with"] for row in rows} != {made_with}:
             return None
         return [row["completion"] for row in rows], [row["against"] for row in rows]
-    except (ValueError, LookupError, TypeError):  # another kind of file
+    except (*DAMAGED, OSError):  # another kind of file
         return None
 
 
@@ -66,13 +70,13 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 def read_result(folder: str) -> dict[str, Any]:
     """result.json of a directory. Raises ValueError if it is not one of ours."""
-    path = Path(folder).expanduser() / "result.json"
+    path = user_path(folder) / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_text(encoding="utf-8"))
         as_row(result)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}.") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} was not written by `rloo-fast eval judge`.") from error
     return result
 

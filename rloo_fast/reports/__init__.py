@@ -1,1 +1,1 @@
-"""What people look at during a run and after it: logs, samples, curves, the model card."""
+"""Records of a run in; logs, samples, curves and a model card out, for people to look at."""

@@ -13,14 +13,20 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..masking import masked_known
 from .metrics_file import as_scalar
+from .progress import bars_set_aside
 
 MAX_CELL_CHARS = 1000  # a longer text is printed as its two ends
 PIPE_WIDTH = 120  # characters per line where there is no terminal to ask (CI, a log file)
 MIN_TEXT_WIDTH = 40  # of the columns prompt and completion together
 TEXTS = ("prompt", "completion")
-RESERVED_COLUMNS = ("step", "prompt", "completion", "advantage")
-CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+MARKS = ("step", "mode", "sampled_after_step", "row", "num_rows")  # what a row is a sample of
+RESERVED_COLUMNS = (*MARKS, "prompt", "completion", "advantage")
+CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
+# escape sequences of one character, and what turns the order of those around it
+OBEYED = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+CONTROL_PICTURES |= dict.fromkeys(OBEYED, 0xFFFD)
 # as entities, so that TensorBoard's Markdown shows what a model wrote, and obeys none of it
 MARKDOWN = {ord(c): f"&#{ord(c)};" for c in "&<>|*_`[]\\#~$!"} | {ord("\n"): "<br>"}
 
@@ -53,14 +59,14 @@ def completions_dataframe(
     advantages: Sequence[float | None],
     step: int,
     extra: Mapping[str, Sequence[Any]] | None = None,
-    unique_prompts: bool = False,
 ) -> pd.DataFrame:
     """One row per completion: step, prompt, completion, one column per reward, extra…, advantage.
 
-    Messages become `role: text`; a reward of None becomes NaN. `unique_prompts` keeps the first
-    completion of each prompt. ValueError for columns of different lengths or with equal names.
+    Messages become `role: text`; a reward of None becomes NaN. A name that is taken is put behind
+    "reward/" or "extra/". ValueError for columns of different lengths.
     """
-    extra = extra or {}
+    rewards = _without_taken(rewards, RESERVED_COLUMNS, "reward")
+    extra = _without_taken(extra or {}, [*RESERVED_COLUMNS, *rewards], "extra")
     columns = {
         "prompt": [message_text(p) for p in prompts],
         "completion": [message_text(c) for c in completions],
@@ -68,17 +74,29 @@ def completions_dataframe(
         **extra,
         "advantage": advantages,
     }
-    names = [*RESERVED_COLUMNS, *rewards, *extra]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"Completion tables need distinct column names, {twice} came twice: rename."
-        )
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Expected one value per completion in every column, got {lengths}.")
     frame = pd.DataFrame({name: _table_column(column) for name, column in columns.items()})
     frame.insert(0, "step", step)
-    return frame.drop_duplicates("prompt", ignore_index=True) if unique_prompts else frame
+    return frame
+
+
+def _without_taken(
+    columns: Mapping[str, Sequence[Any]], taken: Sequence[str], kind: str
+) -> dict[str, Sequence[Any]]:
+    return {f"{kind}/{name}" if name in taken else name: v for name, v in columns.items()}
+
+
+def mark(frame: pd.DataFrame, mode: str, sampled_after_step: int, num_rows: int) -> pd.DataFrame:
+    """The rows with what they are samples of, as `MARKS`; `row`: their number, the frame's index.
+
+    mode: train, or the prefix of the evaluation's metrics. sampled_after_step: optimizer steps
+    done when they were sampled. num_rows: completions that were sampled together.
+    """
+    rest = [name for name in frame.columns if name != "step"]
+    marks = {"mode": mode, "sampled_after_step": sampled_after_step, "row": frame.index}
+    return frame.assign(**marks, num_rows=num_rows).reindex(columns=[*MARKS, *rest])
 
 
 def _table_column(values: Sequence[Any]) -> pd.Series:
@@ -86,7 +104,8 @@ def _table_column(values: Sequence[Any]) -> pd.Series:
     values = [as_scalar(value) for value in values]
     if all(value is None or isinstance(value, int | float) for value in values):
         return pd.Series(values, dtype="float64")
-    return pd.Series([None if v is None else message_text(v) for v in values], dtype="object")
+    texts = [None if v is None else masked_known(message_text(v)) for v in values]
+    return pd.Series(texts, dtype="object")
 
 
 def draw_rows(frame: pd.DataFrame, num_samples: int | None, seed: int = 0) -> pd.DataFrame:
@@ -102,15 +121,16 @@ def draw_rows(frame: pd.DataFrame, num_samples: int | None, seed: int = 0) -> pd
     return frame.iloc[sorted(rows)]
 
 
-def print_table(frame: pd.DataFrame, total: int) -> None:
+def print_table(frame: pd.DataFrame, total: int, title: str = "", note: str = "") -> None:
     """Print rows of `completions_dataframe`, of `total` in all, as a panel on stdout.
 
+    title: in place of the step. note: after the number of rows.
     Texts are folded: the table is as wide as the terminal (COLUMNS or `PIPE_WIDTH` without one), or
     wider where its columns would leave a text less than `MIN_TEXT_WIDTH`. A text beyond
     `MAX_CELL_CHARS` says how much of its middle is left out. None and NaN are "–".
     """
-    step = frame["step"].iloc[0]
-    frame = frame.drop(columns="step")
+    title = title or f"Step {frame['step'].iloc[0]}"
+    frame = frame.drop(columns=[*MARKS], errors="ignore")
     console = Console()
     has_width = console.is_terminal or "COLUMNS" in os.environ
     widths = _column_widths(list(frame.columns), console.width if has_width else PIPE_WIDTH)
@@ -123,8 +143,9 @@ def print_table(frame: pd.DataFrame, total: int) -> None:
         table.add_column(header, width=width, justify=justify, overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value, console) for value in row))
-    shown = f"{len(frame)} of {total} completions"
-    console.print(Panel(table, title=f"Step {step}", subtitle=shown))
+    shown = f"{len(frame)} of {total} completions{note}"
+    with bars_set_aside():
+        console.print(Panel(table, title=title, subtitle=shown))
 
 
 def _header(name: str) -> str:
@@ -165,7 +186,7 @@ def _cell_text(value: Any) -> str:
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """The rows of `completions_dataframe` as Markdown, texts shortened as on the terminal."""
-    frame = frame.drop(columns="step")
+    frame = frame.drop(columns=[*MARKS], errors="ignore")
     right = [frame[name].dtype == "float64" for name in frame.columns]
     rows = [[_header(name) for name in frame.columns], *frame.itertuples(index=False)]
     lines = [
@@ -177,18 +198,19 @@ def markdown_table(frame: pd.DataFrame) -> str:
     )
 
 
-def log_completions_table(report_to: Sequence[str], frame: pd.DataFrame) -> None:
-    """Send `frame` as table `completions` to wandb and trackio, where chosen and a run is on."""
+def log_completions_table(
+    report_to: Sequence[str], frame: pd.DataFrame, name: str = "completions"
+) -> None:
+    """Send `frame` as the table `name` to wandb and trackio, where chosen and a run is on."""
     if frame.empty:
         return
-    for name in ("wandb", "trackio"):
-        tracker = _active_tracker(name) if name in report_to else None
+    for package in ("wandb", "trackio"):
+        tracker = _active_tracker(package) if package in report_to else None
         if tracker is not None:
-            step = int(
-                frame["step"].iloc[-1]
-            )  # the x axis that transformers' callbacks log against
+            # the x axis that transformers' callbacks log against
+            step = int(frame["step"].iloc[-1])
             table = tracker.Table(dataframe=frame)
-            tracker.log({"completions": table, "train/global_step": step})
+            tracker.log({name: table, "train/global_step": step})
 
 
 def _active_tracker(name: str) -> Any | None:

@@ -54,12 +54,13 @@ class CompletionsWriter:
     def _records(self) -> list[bytes]:
         """The header and the rows, without a last one that is cut. A row may have several lines:
         it ends with the first of them that leaves no quote open."""
-        records, record = [], b""
+        records, lines, is_open = [], [], False
         for line in io.BytesIO(self.path.read_bytes()):
-            record += line
-            if record.endswith(b"\n") and record.count(b'"') % 2 == 0:
-                records.append(record)
-                record = b""
+            lines.append(line)
+            is_open ^= line.count(b'"') % 2 == 1
+            if line.endswith(b"\n") and not is_open:
+                records.append(b"".join(lines))
+                lines.clear()
         return records
 
     def _step(self, row: bytes) -> int:

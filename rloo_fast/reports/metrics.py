@@ -8,24 +8,10 @@ trainer's slips: padding is left out of every sum and mean.
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-
-# Logged names that depend on the clock: a resumed run repeats every value but these.
-TIMING = ("step_time", "eps", "model_preparation_time")
-TIMING_PREFIXES = ("time/", "throughput/")
-TIMING_SUFFIXES = ("_per_second", "_runtime")
-
-
-def is_timing(name: str) -> bool:
-    bare = name.removeprefix("eval_")
-    return bare in TIMING or bare.startswith(TIMING_PREFIXES) or name.endswith(TIMING_SUFFIXES)
 
 
 class Metrics:
@@ -36,7 +22,6 @@ class Metrics:
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
-        self.stages: dict[str, float] = defaultdict(float)  # seconds of this step, per stage
 
     def add(self, mode: str, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -45,6 +30,10 @@ class Metrics:
     def set_last(self, mode: str, name: str, value: float) -> None:
         """A running total: the newest value is logged, not a mean."""
         self.values[mode][name] = [float(value)]
+
+    def add_sync(self, mode: str, seconds: float, num_bytes: int) -> None:
+        """The policy's weights were brought into the rollout engine."""
+        self.add(mode, {"time/weight_sync_s": seconds, "sync/gib": num_bytes / 2**30})
 
     def flush(self, mode: str) -> dict[str, float]:
         means = {}
@@ -55,33 +44,12 @@ class Metrics:
         self.values[mode].clear()
         return means
 
-    @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Adds the seconds spent inside to stage `name` of the current step."""
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.stages[name] += time.perf_counter() - start
-
     def state_dict(self) -> dict[str, list[float]]:
         return {name: list(values) for name, values in self.values["train"].items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.values["train"].clear()
         self.values["train"].update(state)
-
-
-def gather_rows(accelerator: Accelerator, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Per-row tensors (R,) of this process -> those of all processes (R x processes,), on the CPU.
-
-    One collective for all columns; every process must have the same number of rows.
-    """
-    names = list(columns)
-    matrix = torch.stack([columns[name].double().cpu() for name in names], dim=1)
-    if accelerator.num_processes > 1:
-        matrix = accelerator.gather(matrix.to(accelerator.device)).cpu()  # pyright: ignore
-    return {name: matrix[:, i] for i, name in enumerate(names)}
 
 
 def _mean(values: Tensor) -> float:
@@ -99,19 +67,20 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Metrics of one generation batch from its gathered rows.
 
-    Columns of `rows`: length (tokens), tokens (those that count in the loss), truncated, num_eos,
-    reward_0.. (NaN: not applicable), reward (weighted sum), score (after penalty, normalisation
-    and clip), kl (sum over tokens of logp - ref, whatever the loss), shaped (what advantages are
-    made of: score - beta kl, or the score where the KL is in the loss), surprisal (sum of -logp;
-    NaN where no pass over the batch was needed before the update). Where no token counts, as under
-    mask_truncated_completions, there is no KL: what is made of it is NaN.
+    Columns of `rows`: length (tokens), tokens (those that count in the loss), truncated (cut
+    before it ended), reward_0.. (NaN: not applicable), reward (weighted sum), score (after penalty,
+    normalisation and clip), kl (sum over tokens of logp - ref, whatever the loss), shaped_reward
+    (what advantages are made of: score - beta kl, or the score where the KL is in the loss),
+    surprisal (sum of -logp; NaN where no pass over the batch was needed before the update). Where
+    no token counts, as under mask_truncated_completions, there is no KL: what is made of it is NaN.
+    `val/num_eos_tokens` counts the completions that ended, whichever token or stop string did it.
     """
     length, truncated = rows["length"], rows["truncated"].bool()
     ended = length[~truncated]
     ended = ended if len(ended) else length.new_zeros(1)
     num_tokens = rows["tokens"].sum()
     kl = rows["kl"] if num_tokens else torch.full_like(rows["kl"], float("nan"))
-    shaped = rows["shaped"].view(-1, num_generations)
+    shaped = rows["shaped_reward"].view(-1, num_generations)
     if num_generations > 1:
         spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(())
                               for g in shaped])  # fmt: skip
@@ -136,7 +105,7 @@ def rollout_metrics(
         "objective/non_score_reward": -beta * kl.mean().item(),
         "objective/rlhf_reward": _mean(rows["score"] - beta * kl),
         "objective/entropy": _mean(rows["surprisal"]),
-        "val/num_eos_tokens": rows["num_eos"].sum().item(),
+        "val/num_eos_tokens": (~truncated).sum().item(),
     }
     for i, name in enumerate(reward_names):
         out[f"rewards/{name}/mean"] = _mean(rows[f"reward_{i}"])
@@ -147,16 +116,18 @@ def rollout_metrics(
 
 
 def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
-    """Sampler against trainer, from the columns of `TruthCheck`; nothing without log-probs of the
+    """Sampler against trainer, from the columns of `SamplerCheck`; nothing without log-probs of the
     sampler.
 
-    The mean of |d| is over the tokens that both have a log-prob for, NaN if there is none; means
-    and share of the importance ratios over all of them: one per token, or one per sequence.
+    The mean of |d|, and of the part of it that the check judges, is over the tokens that both have
+    a log-prob for, NaN if there is none; means and share of the importance ratios over all of them:
+    one per token, or one per sequence.
     """
     out: dict[str, float] = {}
     if "logp_diff_tokens" in rows:
         num_tokens = rows["logp_diff_tokens"].sum()
         out["sampling/logp_diff_mean"] = (rows["logp_diff_sum"].sum() / num_tokens).item()
+        out["sampling/logp_diff_judged"] = (rows["logp_diff_outside"].sum() / num_tokens).item()
         out["sampling/logp_diff_max"] = (
             rows["logp_diff_max"].max().item() if num_tokens else float("nan")
         )
@@ -175,14 +146,14 @@ def update_metrics(rows: dict[str, Tensor], micro_batch: Tensor) -> dict[str, fl
     """Metrics of one optimizer step from its gathered rows.
 
     Columns of `rows`: ran (1; 0: its advantage was 0, and it was not run), tokens, entropy (sum
-    over tokens), low, high (clipped), log_ratio (sum over tokens), token_ratio (sum over tokens),
-    loss (of the row). `micro_batch`: the micro-batch each row went through, for the 2024 trainer's
+    over tokens), clipped_low, clipped_high, log_ratio and token_ratio (sums over tokens), loss (of
+    the row). `micro_batch`: the micro-batch each row went through, for the 2024 trainer's
     variance of the mean ratio over micro-batches. Ratios are of the rows that ran, the entropy of
     those where it is known (not NaN).
     """
     ran = rows["ran"].bool()
     tokens = rows["tokens"][ran]
-    low, high = rows["low"], rows["high"]
+    low, high = rows["clipped_low"], rows["clipped_high"]
     num = int(micro_batch.max()) + 1 if ran.any() else 0
     sums = torch.zeros(2, num, dtype=torch.double)
     sums[0].index_add_(0, micro_batch[ran], rows["token_ratio"][ran])

@@ -6,25 +6,37 @@ import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..config.json_text import parse_json
+from ..masking import masked_known
+
 logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: a reader or a kill finds the old file or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace `path` by `data`: a reader or a kill finds the old file or the new, never a part.
+
+    Secrets that the run has met are masked.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            file.write(_without_secrets(data))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _without_secrets(data: bytes) -> bytes:
+    text = data.decode(errors="surrogateescape")
+    return masked_known(text).encode(errors="surrogateescape")
 
 
 class RunFile:
@@ -44,7 +56,9 @@ class RunFile:
         logger.info("%s is a former run's: kept as %s.", self.path, kept_as.name)
 
     def append(self, record: bytes) -> None:
-        """Add the record, whole or not at all. OSError where there is no room for it."""
+        """Add the record, whole or not at all, known secrets masked. OSError where there is no room
+        for it."""
+        record = _without_secrets(record)
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(record) != len(record):
@@ -112,7 +126,7 @@ def _parse(data: bytes, path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     *lines, tail = data.split(b"\n")
     for number, line in enumerate([*lines, tail], start=1):
         try:
-            row = json.loads(line.decode())
+            row = parse_json(line.decode())
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..masking import masked, masked_values, shown
+
 
 def check_reward_kwargs(kwargs: Mapping[str, Any], reward_funcs: Sequence[Any]) -> None:
     """Raise ValueError unless every key is a string in `reward_funcs`, its value a dict."""
@@ -18,7 +20,7 @@ def check_reward_kwargs(kwargs: Mapping[str, Any], reward_funcs: Sequence[Any]) 
         if not isinstance(arguments, dict):
             raise ValueError(
                 f"reward_kwargs is a dict of dicts, as in {{{name!r}: {{'scale': 2}}}}, but "
-                f"{name!r} has {arguments!r:.80}."
+                f"{name!r} has {shown(arguments)}."
             )
 
 
@@ -37,8 +39,8 @@ def bind(name: str, target: Callable[..., Any], arguments: dict[str, Any]) -> Ca
         made: Any = target(**arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"The reward {name!r} could not be made with reward_kwargs {{{name!r}: {arguments}}}: "
-            f"{error}"
+            f"The reward {name!r} could not be made with reward_kwargs {{{name!r}: "
+            f"{masked_values(arguments)}}}: {masked(str(error))}"
         ) from error
     return made
 

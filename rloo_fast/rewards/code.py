@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rloo_fast.rewards.builtin import Completion, completion_text
-from rloo_fast.sandbox import Sandbox, Verdict
+from ..records import Count
+from ..sandbox import Sandbox, Verdict
+from ..verifiers import OverLimit, shared_verifiers
+from .builtin import Completion, completion_text
 
 logger = logging.getLogger(__name__)
 
-# A block that the length limit cut off ends with the text.
-_BLOCK = re.compile(
-    r"^(?P<indent>[ \t]*)(?P<fence>```|~~~)[ \t]*(?P<language>[\w+-]*)[^\n]*\n"
-    r"(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
-_PYTHON = ("python", "py", "python3")
-# Not by parsing: a solution that was cut off is one, too.
-_DEFINES = re.compile(r"^[ \t]*(async[ \t]+def|def|class)[ \t]+\w", re.MULTILINE)
+READ_LIMIT_S = 5.0
+UNREAD = f"no program was found within {READ_LIMIT_S:g} s"
 
 
 class CodeReward:
@@ -29,10 +23,12 @@ class CodeReward:
 
     Columns: `test_list` (list of assert statements; None: the reward does not apply to that row),
     `test_setup_code` (code that they need) and `test_imports` (list of lines of the same kind).
-    The program is the last Python block of a completion that defines a function or class, else its
-    last Python block, else the same of its other blocks, else all of it. It runs in a Sandbox with
+    The program is the last Python block of a completion that defines a function or class which the
+    tests use, else the last that defines any, else its last Python block, else the same of its
+    other blocks, else all of it. It runs in a Sandbox with
     `timeout_s` per program, `memory_mib` per process, and `workers` at a time (default: one per
-    core), while this process goes on. Logs a verdict for each completion; warns of the first test
+    core), while this process goes on. A text in which no program is found in READ_LIMIT_S earns 0;
+    `over_limit` counts these. Logs a verdict for each completion; warns of the first test
     that the sandbox cannot ask.
     """
 
@@ -59,6 +55,7 @@ class CodeReward:
         test_setup_code: list[str | None] | None = None,
         test_imports: list[list[str] | None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
         _check_lists("test_list", test_list)
@@ -74,6 +71,9 @@ class CodeReward:
         verdicts = await asyncio.gather(*(self._verdict(*row) for row in rows))
         if log_extra is not None:
             log_extra("verdict", ["no tests" if v is None else str(v) for v in verdicts])
+        if log_metric is not None:
+            unread = sum(v is not None and v.why == UNREAD for v in verdicts)
+            log_metric("over_limit", Count(unread))
         return [None if v is None else self._reward(v) for v in verdicts]
 
     async def _verdict(
@@ -85,7 +85,14 @@ class CodeReward:
     ) -> Verdict | None:
         if not tests:
             return None
-        program = extract_code(completion_text(completion))
+        # CommonMark takes a time that grows with the square of some texts' length
+        reading = shared_verifiers("code", READ_LIMIT_S).submit(
+            completion_text(completion), list(tests)
+        )
+        try:
+            program = await asyncio.wrap_future(reading)
+        except OverLimit:
+            return Verdict(0, len(tests), UNREAD)
         before = "\n".join([*(imports or ()), setup or ""])
         # Others may wait for the same program: one who stops waiting must not cancel it for all.
         verdict = await asyncio.shield(
@@ -105,23 +112,6 @@ class CodeReward:
         if verdict.passed == verdict.total:
             return 1.0
         return self.partial_credit * verdict.passed / verdict.total
-
-
-def extract_code(text: str) -> str:
-    """The last block between fences that says Python, else the last block, else the text.
-
-    Blocks that define a function or class come before those that do not, which may use it.
-    """
-    matches = list(_BLOCK.finditer(text))
-    python = [match for match in matches if match["language"].lower() in _PYTHON]
-    blocks = [_dedented(match["code"], match["indent"]) for match in python or matches]
-    solutions = [code for code in blocks if _DEFINES.search(code)]
-    return (solutions or blocks or [text])[-1]
-
-
-def _dedented(code: str, indent: str) -> str:
-    """Without the indentation that its fence has: the block of an item in a list."""
-    return re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", code, flags=re.MULTILINE) if indent else code
 
 
 def _check_lists(column: str, rows: Sequence[object]) -> None:

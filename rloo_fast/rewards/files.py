@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ..config.code_files import run_file
 
 PREFIX = "rloo_fast_reward_"
 
@@ -26,22 +27,6 @@ def load_file(path: Path, text: str) -> ModuleType:
         raise ValueError(
             f"The reward {text!r} could not be loaded: {type(error).__name__}: {error}"
         ) from error
-
-
-def run_file(name: str, path: str | Path) -> ModuleType:
-    """The module `name`, from `path` the first time; raises what its code raises."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def innermost(function: Callable[..., Any]) -> Any:

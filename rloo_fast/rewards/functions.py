@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rloo_fast.rewards.batch import Batch, Decode
-from rloo_fast.rewards.calls import Caller
-from rloo_fast.rewards.files import innermost
-from rloo_fast.rewards.models import RewardModel
-from rloo_fast.rewards.overlap import Scoring
-from rloo_fast.rewards.processes import Pool
+from ..verifiers import close_verifiers
+from .batch import Batch, Decode
+from .calls import Caller
+from .files import innermost
+from .models import RewardModel
+from .over_limit import END_THE_RUN, OverLimit
+from .overlap import Scoring
+from .processes import Pool
 
 FIXED_KEYWORDS = (
     "prompts",
@@ -57,6 +59,8 @@ class RewardFunction:
         self.is_async = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
             type(inner).__call__
         )
+        # async functions share an event loop here; some have processes of their own
+        self.in_workers = not self.is_async and not getattr(inner, "has_own_processes", False)
         try:
             self._parameters = list(inspect.signature(function).parameters.values())
         except (ValueError, TypeError):  # some C callables have none: a wrong call will tell
@@ -100,39 +104,67 @@ class RewardFunction:
             )
 
 
+def check_weights(weights: Sequence[float] | None, num_functions: int) -> list[float]:
+    """One weight per reward function, each 1 where None are given. Raises ValueError."""
+    if not num_functions:
+        raise ValueError("At least one reward function is needed, got none.")
+    weights = [1.0] * num_functions if weights is None else list(weights)
+    if len(weights) != num_functions:
+        raise ValueError(
+            f"Number of reward weights ({len(weights)}) must match number of reward functions "
+            f"({num_functions}): reward_weights has one for each."
+        )
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"Reward weights must be finite, got {weights}.")
+    return weights
+
+
+def check_columns(functions: Iterable[Any], columns: Iterable[str]) -> None:
+    """ValueError if these dataset columns do not suit the RewardFunctions among `functions`."""
+    columns = [name for name in columns if name not in NOT_PASSED]
+    if clash := sorted(set(columns) & set(FIXED_KEYWORDS)):
+        raise ValueError(
+            f"The dataset columns {_code(clash)} have the names of keywords that reward "
+            "functions get from the trainer; rename them."
+        )
+    for function in functions:
+        if isinstance(function, RewardFunction):
+            function.check_columns(columns)
+
+
 class Rewards:
     """The reward functions and reward models of a run: B completions -> (B, F) rewards.
 
     Async functions run at the same time as each other, on one event loop thread, while the
-    synchronous ones run in order, or in `processes` other processes. A call may take `timeout_s`.
+    synchronous ones run in order, or in `processes` other processes. A call may take `timeout_s`;
+    `over_limit`: what becomes of completions that take longer, see OverLimit. Raises ValueError if
+    it asks for more than a function's place allows.
     """
 
     def __init__(
         self,
         functions: Sequence[RewardFunction | RewardModel],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float],
         timeout_s: float | None = None,
         processes: int = 0,
+        over_limit: float | str | None = END_THE_RUN,
     ) -> None:
-        if not functions:
-            raise ValueError("At least one reward function is needed, got none.")
-        weights = [1.0] * len(functions) if weights is None else list(weights)
-        if len(weights) != len(functions):
-            raise ValueError(
-                f"One weight per reward function is needed: got {len(weights)} weights for "
-                f"{len(functions)} functions."
-            )
-        if not all(math.isfinite(w) for w in weights):
-            raise ValueError(f"Reward weights must be finite, got {weights}.")
         self.functions = list(functions)
         self.weights = torch.tensor(weights, dtype=torch.float32)
         for function, name in zip(functions, _unique([f.name for f in functions]), strict=True):
             function.name = name
         self._caller = Caller(timeout_s)
         self._pool: Pool | None = None
+        self._over_limit = OverLimit(over_limit)
+        own = [f for f in functions if isinstance(f, RewardFunction) and f.in_workers]
         if processes:
-            sync = [f for f in functions if isinstance(f, RewardFunction) and not f.is_async]
-            self._pool = Pool({f.name: f.function for f in sync}, processes, timeout_s)
+            self._pool = Pool({f.name: f.function for f in own}, processes, timeout_s)
+        elif own and not self._over_limit.ends_the_run:
+            raise ValueError(
+                f"reward_over_limit={over_limit!r} needs reward_processes >= 1: in the trainer's "
+                f"own process, {_code(f.name for f in own)} cannot be ended. To end the run at a "
+                "limit, leave reward_over_limit out."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -152,7 +184,7 @@ class Rewards:
 
     @property
     def offloaded(self) -> bool:
-        """Some model takes memory of the device only while it scores."""
+        """Whether some reward model takes memory of the device only while it is run."""
         return any(isinstance(f, RewardModel) and f.parked is not None for f in self.functions)
 
     def to(self, device: torch.device | str) -> Rewards:
@@ -161,31 +193,17 @@ class Rewards:
             model.to(device)
         return self
 
-    def place(self, device: torch.device, *, offload: bool, stop_token_ids: Sequence[int]) -> None:
-        """Put the reward models on `device`, or let them wait on the host for each scoring.
-
-        `stop_token_ids`: what a completion of the policy ends with, for models that read at EOS.
-        """
+    def place(self, device: torch.device, *, offload: bool) -> None:
+        """Put the reward models on `device`; with `offload` they wait on the host between uses."""
         for function in self.functions:
-            if isinstance(function, RewardModel):
-                if function.inputs.stop_token_ids is None:
-                    function.inputs.stop_token_ids = stop_token_ids
-                if offload:
-                    function.park(device)
+            if isinstance(function, RewardModel) and offload:
+                function.park(device)
         if not offload:
             self.to(device)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """ValueError if these dataset columns do not suit the functions; before anything runs."""
-        columns = [name for name in columns if name not in NOT_PASSED]
-        if clash := sorted(set(columns) & set(FIXED_KEYWORDS)):
-            raise ValueError(
-                f"The dataset columns {_code(clash)} have the names of keywords that reward "
-                "functions get from the trainer; rename them."
-            )
-        for function in self.functions:
-            if isinstance(function, RewardFunction):
-                function.check_columns(columns)
+        check_columns(self.functions, columns)
 
     def __call__(
         self,
@@ -194,12 +212,13 @@ class Rewards:
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, Sequence[Any]],
         *,
+        ended: Sequence[bool] | None = None,
         trainer_state: Any = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
     ) -> Tensor:
         """-> (B, F) float32 on the CPU, unweighted; NaN where a function returned None. One call of
-        each function.
+        each function. `ended`: for models that read at EOS, see RewardModel.
 
         Raises RewardError if a function fails, RewardTimeout if one takes longer than `timeout_s`,
         ValueError for what it returned (wrong length, not numbers, NaN, inf) or for its columns.
@@ -216,7 +235,7 @@ class Rewards:
             trainer_state=trainer_state,
         )
         with scoring:
-            return scoring.end(completion_ids, log_extra, log_metric)
+            return scoring.end(completion_ids, ended, log_extra, log_metric)
 
     def begin(
         self,
@@ -227,7 +246,7 @@ class Rewards:
         decode: Decode,
         trainer_state: Any = None,
     ) -> Scoring:
-        """The same while completions are being sampled: see Scoring.
+        """Start to compute rewards while completions are still being sampled: see Scoring.
 
         `groups`: rows that are scored together, every row once. `decode(rows, completion_ids)`: the
         completions of these rows as the functions get them; called in one thread at a time.
@@ -238,7 +257,15 @@ class Rewards:
             raise ValueError(f"{len(prompts)} prompts, but other lengths: {wrong}.")
         self.check_columns(columns)
         batch = Batch(prompts, columns, decode, len(self.functions))
-        return Scoring(self.functions, batch, groups, trainer_state, self._caller, self._pool)
+        return Scoring(
+            self.functions,
+            batch,
+            groups,
+            trainer_state,
+            self._caller,
+            self._pool,
+            self._over_limit,
+        )
 
     def combine(self, rewards: Tensor) -> Tensor:  # (B, F) -> (B,)
         """R_i = sum over f of w_f r_if, leaving out NaN; NaN where every r_if is NaN."""
@@ -250,8 +277,10 @@ class Rewards:
         return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
     def close(self) -> None:
-        """End the event loop's thread and the processes. A later call starts them again."""
+        """End the event loop's thread and the processes, those of verifiers as well. A later call
+        starts them again."""
         self._caller.close()
+        close_verifiers()
         if self._pool is not None:
             self._pool.close()
 

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from rloo_fast.rewards.builtin import describe_sample
+from ..models.chat_templates import apply_template
+from .builtin import describe_sample
 
 logger = logging.getLogger(__name__)
 
@@ -14,9 +15,11 @@ UNLIMITED = 10**9  # a tokenizer that knows no limit says 10**30
 
 
 class ModelInputs:
-    """Texts, tokens and padding of reward model `name`, whose `config` learns its pad token.
+    """Texts, tokens and padding of reward model `name`; sets the pad token of its `config`.
 
-    `position`: "last" or "eos", as RewardModel says. An encoder is told by its tokenizer's [CLS].
+    `position`: "last" or "eos", as RewardModel says. `num_embeddings`: token ids that the model
+    takes, None: not known. With a [CLS] in its tokenizer the model is an
+    encoder.
     """
 
     def __init__(
@@ -26,17 +29,20 @@ class ModelInputs:
         config: Any,
         *,
         position: str,
-        stop_token_ids: Sequence[int] | None,
         chat_template_kwargs: dict[str, Any] | None,
+        num_embeddings: int | None = None,
     ) -> None:
         self.name, self.tokenizer = name, tokenizer
-        self.reads_eos, self.stop_token_ids = position == "eos", stop_token_ids
+        self.reads_eos = position == "eos"
         self.chat_template_kwargs = chat_template_kwargs or {}
         has_cls = getattr(tokenizer, "cls_token_id", None) is not None
         self.is_encoder = has_cls or bool(getattr(config, "is_encoder_decoder", False))
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._num_embeddings = num_embeddings
         self._set_pad_token()
+        self._check_ids([tokenizer.pad_token_id], "pad token")
         if self.reads_eos:
+            self._check_ids([tokenizer.eos_token_id or 0], "EOS token")
             self._check_reads_eos()
         limits = (
             getattr(tokenizer, "model_max_length", None),
@@ -49,22 +55,37 @@ class ModelInputs:
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None,
+        ended: Sequence[bool] | None,
     ) -> list[list[int]]:
-        """B token rows, one per sample. Raises ValueError for a sample that has none."""
+        """B token rows, one per sample. Raises ValueError for a sample that has none.
+
+        `ended`: as RewardModel is told it.
+        """
         texts = self._texts(prompts, completions)
         if self.reads_eos:  # an EOS that a chat template wrote would be there twice
             texts = [_without(self.tokenizer.eos_token, text) for text in texts]
         rows = self.tokenizer(texts, add_special_tokens=self.is_encoder, verbose=False)["input_ids"]
         rows = [list(row) for row in rows]
         if self.reads_eos:
-            self._add_eos(rows, completion_ids)
+            self._add_eos(rows, ended)
         if [] in rows:
             raise ValueError(
                 f"Reward model {self.name!r} got a text without tokens: "
                 f"{describe_sample(rows.index([]), prompts, completions)}."
             )
+        largest = max(range(len(rows)), key=lambda number: max(rows[number]))
+        self._check_ids(rows[largest], f"text of {describe_sample(largest, prompts, completions)}")
         return self._cut(rows)
+
+    def _check_ids(self, ids: Sequence[int], of: str) -> None:
+        """Raise ValueError for a token id that the model has no embedding for."""
+        if self._num_embeddings is not None and max(ids) >= self._num_embeddings:
+            raise ValueError(
+                f"Reward model {self.name!r} has embeddings for token ids below "
+                f"{self._num_embeddings} only, but its tokenizer gives {max(ids)} for the {of}. "
+                "Call resize_token_embeddings(len(tokenizer)) on the reward model, or pass the "
+                "tokenizer that belongs to it."
+            )
 
     def pad_id(self, rows: list[list[int]]) -> int:
         """What to pad these rows with; the model, which looks for it from the right, is told.
@@ -94,23 +115,22 @@ class ModelInputs:
                 "prompts are conversations. Pass a reward tokenizer with one, or string prompts."
             )
         return [
-            self.tokenizer.apply_chat_template(p + c, tokenize=False, **self.chat_template_kwargs)
+            apply_template(self.tokenizer, p + c, tokenize=False, **self.chat_template_kwargs)
             for p, c in zip(prompts, completions, strict=True)
         ]
 
-    def _add_eos(
-        self, rows: list[list[int]], completion_ids: Sequence[Sequence[int]] | None
-    ) -> None:
-        if completion_ids is None:
-            raise ValueError("A reward model that reads at EOS needs the completion_ids.")
-        eos = self.tokenizer.eos_token_id
-        ends = (eos,) if self.stop_token_ids is None else self.stop_token_ids
-        for row, ids in zip(rows, completion_ids, strict=True):
-            if len(ids) and ids[-1] in ends:
-                row.append(eos)
+    def _add_eos(self, rows: list[list[int]], ended: Sequence[bool] | None) -> None:
+        if ended is None:
+            raise ValueError(
+                "A reward model that reads at EOS needs `ended`: for each completion, whether it "
+                "ended or was cut."
+            )
+        for row, end in zip(rows, ended, strict=True):
+            if end:
+                row.append(self.tokenizer.eos_token_id)
 
     def _cut(self, rows: list[list[int]]) -> list[list[int]]:
-        """Without the beginnings that the model has no room for, but with an encoder's [CLS]."""
+        """Cut the beginnings that the model has no room for; an encoder keeps its [CLS]."""
         most = self._most_tokens
         num_long = sum(len(row) > most for row in rows)
         if num_long and not self._said_cut:
@@ -150,6 +170,6 @@ class ModelInputs:
 
 
 def _without(ending: str, text: str) -> str:
-    """`text` up to `ending`, if nothing but white space is behind that."""
+    """`text` up to `ending`, if only white space follows that."""
     shorter = text.rstrip()
     return shorter.removesuffix(ending) if shorter.endswith(ending) else text

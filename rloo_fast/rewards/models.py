@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rloo_fast.memory import Gpu
-from rloo_fast.parked import Parked
-from rloo_fast.rewards.calls import failed
-from rloo_fast.rewards.model_inputs import ModelInputs
-from rloo_fast.rewards.values import read_values
+from ..config.paths import user_path
+from ..models.loading import num_embeddings
+from ..models.pretrained import check_whole, damage, load_with_info
+from ..offload.gpu import Gpu
+from ..offload.offloaded_model import OffloadedModel
+from .calls import failed
+from .copies import fresh
+from .model_inputs import ModelInputs
+from .values import read_values
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +38,11 @@ class RewardModel:
     template over all their messages. `label`: number or name in the config's id2label, None: the
     first. `output`: "logit", or "probability": softmax over the labels, sigmoid of a single one.
 
-    Decoders get no special tokens added (as in TRL >= 0.22), encoders, told by their tokenizer's
-    [CLS], get theirs. `position` is where a decoder is read: "last", at the last token that is not
-    its pad token, or "eos", at an EOS that is put behind each completion whose ids end with one of
-    `stop_token_ids` (of the policy; None: the reward tokenizer's EOS), and at the last token of the
-    other texts. A text of more tokens than the model takes loses its beginning.
+    Decoders get no special tokens added (as in TRL >= 0.22); encoders (models whose tokenizer has a
+    [CLS]) get theirs. `position` is where a decoder is read: "last", at the last token that is not
+    its pad token, or "eos", at an EOS that is put behind each completion that ended, and at the
+    last token of those that were cut. A text of more tokens than the model takes loses its
+    beginning.
 
     Texts are sorted by length, padded on the right and run at most `batch_size` at a time, fewer
     where more than half of a batch would be padding; the values are those of a loop over single
@@ -53,7 +58,6 @@ class RewardModel:
         label: int | str | None = None,
         output: str = "logit",
         position: str = "last",
-        stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         batch_size: int | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
@@ -79,37 +83,38 @@ class RewardModel:
             tokenizer,
             config,
             position=position,
-            stop_token_ids=stop_token_ids,
             chat_template_kwargs=chat_template_kwargs,
+            num_embeddings=num_embeddings(model),
         )
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         self.output, self.label = output, _label_number(label, config, self.name)
         one_is_right = getattr(config, "problem_type", None) != "multi_label_classification"
         self._softmax = one_is_right and len(_labels(config)) != 1
-        self.parked: Parked | None = None
+        self.parked: OffloadedModel | None = None
         if getattr(config, "use_cache", False):
             config.use_cache = False  # keys and values of every layer, for nothing
 
     def park(self, device: torch.device, gpu: Gpu | None = None) -> None:
-        """From now on the model waits on the host, and is on `device` only while it scores."""
-        self.parked = Parked(self.model, device, gpu)
+        """Keep the model on the host from now on, and on `device` only while it is run."""
+        self.parked = OffloadedModel(self.model, device, gpu)
 
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
+        ended: Sequence[bool] | None = None,
     ) -> Tensor:
         """-> (B,) float32 on the CPU, in the order given; one transfer.
 
-        `completion_ids`, the policy's, are needed for position "eos" only.
+        `ended`: whether each completion ended (Rollout.finish_reasons) or was cut; needed for
+        position "eos" only.
         """
-        rows = self.inputs.rows(prompts, completions, completion_ids)
+        rows = self.inputs.rows(prompts, completions, ended)
         batches = list(_batches([len(row) for row in rows], self.batch_size))
         with self.parked or nullcontext():
             values = [self._forward([rows[i] for i in batch]) for batch in batches]
             together = torch.cat(values).cpu()
-        in_order = torch.empty(len(rows))
+        in_order = torch.empty_like(together)
         in_order[[i for batch in batches for i in batch]] = together
         return in_order
 
@@ -181,11 +186,12 @@ def call_model(
     model: RewardModel,
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]],
+    ended: Sequence[bool] | None,
 ) -> Tensor:
     """The model's rewards (B,); what it raises names it."""
     try:
-        values = model(prompts, completions, completion_ids)
+        ended = None if ended is None else [*ended]
+        values = model(fresh([*prompts]), fresh([*completions]), ended)
     except ValueError as error:
         error.add_note(f"(in the reward model {model.name!r})")
         raise
@@ -213,27 +219,26 @@ def load_reward_model(
     if dtype is not None:
         kwargs.pop("torch_dtype", None)  # its former name
         kwargs["dtype"] = dtype
-    try:
-        model, info = _load(source, kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Reward model {source!r} could not be loaded: {error}") from error
+    model, info = _load(source, kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{source!r} is not a trained reward model: its checkpoint lacks {', '.join(missing)}, "
             "which would start at random. To use it all the same, load it yourself with "
             "AutoModelForSequenceClassification and pass the model."
         )
+    may_differ = bool(kwargs.get("ignore_mismatched_sizes"))
+    check_whole(model, info, source, "reward model", may_differ=may_differ)
     shared = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     tokenizer_kwargs = {k: kwargs[k] for k in shared if k in kwargs}
     return RewardModel(model, tokenizer, tokenizer_kwargs=tokenizer_kwargs, **options)
 
 
 def _load(source: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    load = AutoModelForSequenceClassification.from_pretrained
-    try:
-        return load(source, output_loading_info=True, **kwargs)
-    except RuntimeError:  # two labels are a config's default; a head of one may not say so
-        return load(source, output_loading_info=True, num_labels=1, **kwargs)
+    load = partial(load_with_info, AutoModelForSequenceClassification, source, "reward model")
+    model, info = load(**kwargs)
+    if info["mismatched_keys"]:  # two labels are a config's default; a head of one may not say so
+        model, info = load(**{"num_labels": 1, **kwargs})
+    return model, info
 
 
 def _load_tokenizer(name: str, source: str, kwargs: dict[str, Any]) -> Any:
@@ -242,7 +247,6 @@ def _load_tokenizer(name: str, source: str, kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"Reward model {name!r} does not say where it came from. {fix}")
     try:
         return AutoTokenizer.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No tokenizer found for reward model {source!r}: {error} {fix}"
-        ) from error
+    except Exception as error:  # of a damaged file, tokenizers raises no narrower one
+        why = damage(user_path(source)) or error
+        raise ValueError(f"No tokenizer found for reward model {source!r}: {why} {fix}") from error

@@ -7,16 +7,18 @@ import functools
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rloo_fast.rewards.batch import Batch
-from rloo_fast.rewards.calls import Caller, Log, daemon
-from rloo_fast.rewards.models import RewardModel, call_model
-from rloo_fast.rewards.processes import Pool, Worker
-from rloo_fast.rewards.values import read_values
+from ..records import Count
+from .batch import Batch
+from .calls import Caller, Log, RewardError, daemon
+from .models import RewardModel, call_model
+from .over_limit import Call, OverLimit
+from .processes import Pool, Worker
+from .values import read_values
 
 # An engine that finishes many rows at once reports them one by one: a thread that took the first
 # would split them into two calls. So a group waits this long for others, or for the end.
@@ -47,12 +49,22 @@ class Busy:
             return self._seconds + running
 
 
+class InLoop(NamedTuple):
+    """A call of an async function, on the event loop since `since`."""
+
+    name: str
+    rows: list[int]
+    future: concurrent.futures.Future
+    log: Log
+    since: float
+
+
 class Scoring:
     """The rewards of one batch.
 
         with rewards.begin(...) as scoring:
             ...  # scoring.finished(row, completion_ids), from one thread
-            rewards = scoring.end(completion_ids)
+            rewards = scoring.end(completion_ids, ended)
 
     A group is scored once all its rows are finished. Functions in this process run in one
     background thread, on all groups that wait as one batch, while the next gather; what is left at
@@ -69,22 +81,28 @@ class Scoring:
         trainer_state: Any,
         caller: Caller,
         pool: Pool | None,
+        over_limit: OverLimit,
     ) -> None:
         self.batch = batch
         self.hidden_s = 0.0  # seconds of reward work before `end`
         self._functions, self._trainer_state = functions, trainer_state
-        self._caller, self._pool = caller, pool
-        kinds: dict[str, list[int]] = {"model": [], "async": [], "sync": []}
+        self._caller, self._pool, self._over_limit = caller, pool, over_limit
+        self._models: list[int] = []
+        self._async: list[int] = []
+        self._sync: list[int] = []
+        self._pooled: list[int] = []
         for i, function in enumerate(functions):
-            is_model = isinstance(function, RewardModel)
-            kinds["model" if is_model else "async" if function.is_async else "sync"].append(i)
-        self._models, self._async = kinds["model"], kinds["async"]
-        self._sync = kinds["sync"] if pool is None else []
-        self._pooled = [] if pool is None else kinds["sync"]
+            if isinstance(function, RewardModel):
+                self._models.append(i)
+            elif function.is_async:
+                self._async.append(i)
+            else:
+                (self._pooled if pool is not None and function.in_workers else self._sync).append(i)
         self._pickled_state = pickle.dumps(trainer_state) if self._pooled else b""
         self._groups = groups
         self._group_of = {row: number for number, group in enumerate(groups) for row in group}
         self._num_missing = [len(group) for group in groups]
+        self._completions_ended: Sequence[bool] | None = None  # known at the end
         self._busy = Busy()
         self._in_workers: list[concurrent.futures.Future] = []
         self._in_loop: list[concurrent.futures.Future] = []  # async calls
@@ -104,7 +122,7 @@ class Scoring:
             self._stop()
 
     def finished(self, row: int, completion_ids: list[int]) -> None:
-        """The row is complete; raises the error of a function that has failed by now."""
+        """The row is complete. Raises the error of a function that has failed by now."""
         self._raise_error()
         assert self.batch.completion_ids[row] is None, row
         self.batch.completion_ids[row] = completion_ids
@@ -116,11 +134,14 @@ class Scoring:
     def end(
         self,
         completion_ids: Sequence[list[int]],
+        ended: Sequence[bool] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
     ) -> Tensor:
         """-> (B, F), as Rewards.__call__. `completion_ids`: of all rows; those that were not
-        reported as finished are now. What was logged is replayed as Batch.replay says."""
+        reported as finished are now. `ended`: see RewardModel. What was logged is replayed as
+        Batch.replay says."""
+        self._completions_ended = ended
         self.hidden_s = self._busy.seconds()
         with self._changed:
             self._ended = True
@@ -143,6 +164,8 @@ class Scoring:
             future.result()
         self.batch.warn_if_unscored()
         self.batch.replay(log_extra or _ignore, log_metric or _ignore)
+        if log_metric is not None and not self._over_limit.ends_the_run:
+            log_metric("over_limit", Count(self.batch.num_over_limit))
         return self.batch.rewards
 
     def _hand_over(self, group: list[int]) -> None:
@@ -191,44 +214,81 @@ class Scoring:
         """One call of every function of this process on these rows, if any, and of the models on
         all rows. Async functions run at the same time as all others."""
         in_loop, sync = (self._async, self._sync) if rows else ([], [])
-        keywords = {**self.batch.keywords(rows), "trainer_state": self._trainer_state}
-        logs = {i: Log() for i in (*in_loop, *sync)}
-        started = time.monotonic()
-        running = {}
-        for i in in_loop:
-            f = self._functions[i]
-            running[f.name] = self._caller.start(f.function, f.name, keywords | logs[i].keywords())
-        self._in_loop = list(running.values())
+        started = {i: self._start(i, rows) for i in in_loop}
+        self._in_loop = [call.future for call in started.values()]
         try:
             for i in (*sorted([*sync, *models]), *in_loop):
                 if self._stopped:
                     return
-                f = self._functions[i]
                 if i in models:
                     self._run_model(i)
-                    continue
-                if i in in_loop:
-                    values = self._caller.wait(f.name, running, started)
+                elif i in in_loop:
+                    self._score(i, rows, lambda some, i=i: self._wait(i, some, started), self._each)
                 else:
-                    values = self._caller.call(f.function, f.name, keywords | logs[i].keywords())
-                prompts, completions = keywords["prompts"], keywords["completions"]
-                values = read_values(values, f.name, prompts, completions, rows)
-                self.batch.put(i, rows, values, logs[i])
+                    self._score(i, rows, lambda some, i=i: self._call(i, some), _none_alone)
         finally:
             for future in self._in_loop:
                 future.cancel()  # those that still run, if another has failed
+
+    def _score(self, i: int, rows: list[int], call: Call, alone: Callable[..., Any]) -> None:
+        name = self._functions[i].name
+        tried = functools.partial(alone, i)
+        self._over_limit.score(self.batch, i, name, rows, call, tried)
+
+    def _keywords(self, rows: list[int], log: Log) -> dict[str, Any]:
+        state = {"trainer_state": self._trainer_state}
+        return self.batch.keywords(rows) | state | log.keywords()
+
+    def _call(self, i: int, rows: list[int]) -> tuple[Tensor, Log]:
+        f, log = self._functions[i], Log()
+        values = self._caller.call(f.function, f.name, self._keywords(rows, log))
+        return self._read(i, rows, values), log
+
+    def _start(self, i: int, rows: list[int]) -> InLoop:
+        f, log = self._functions[i], Log()
+        future = self._caller.start(f.function, f.name, self._keywords(rows, log))
+        return InLoop(f.name, rows, future, log, time.monotonic())
+
+    def _wait(self, i: int, rows: list[int], started: dict[int, InLoop]) -> tuple[Tensor, Log]:
+        """Of the call on these rows; a second one, on fewer of them, is made here."""
+        call = started[i]
+        if call.rows != rows:
+            call = self._start(i, rows)
+            self._in_loop.append(call.future)
+        running = {other.name: other.future for other in started.values()}
+        values = self._caller.wait(call.name, running | {call.name: call.future}, call.since)
+        return self._read(i, rows, values), call.log
+
+    def _each(self, i: int, rows: list[int]) -> Iterator[tuple[int, Exception | None]]:
+        """The async function on every row by itself, at the same time."""
+        calls = {row: self._start(i, [row]) for row in rows}
+        self._in_loop += [call.future for call in calls.values()]
+        for row in rows:
+            yield row, _error_of(lambda row=row: self._wait(i, [row], {i: calls[row]}))
+
+    def _read(self, i: int, rows: list[int], values: Any) -> Tensor:
+        prompts, completions = self.batch.of(rows)
+        return read_values(values, self._functions[i].name, prompts, completions, rows)
 
     def _run_model(self, i: int) -> None:
         rows = list(range(len(self.batch.prompts)))
         batch = self.batch
         completions = batch.completions(rows)
-        values = call_model(self._functions[i], batch.prompts, completions, batch.completion_ids)
+        ended = self._completions_ended
+        values = call_model(self._functions[i], batch.prompts, completions, ended)
         self.batch.put(i, rows, values, Log())
 
     def _run_in_worker(self, i: int, rows: list[int], worker: Worker) -> None:
+        def call(some: list[int]) -> tuple[Tensor, Log]:
+            keywords = self.batch.keywords(some)
+            return worker.call(self._functions[i].name, some, keywords, self._pickled_state)
+
+        def each(i: int, some: list[int]) -> Iterator[tuple[int, Exception | None]]:
+            for row in some:
+                yield row, _error_of(lambda row=row: call([row]))
+
         with self._busy:
-            keywords, name = self.batch.keywords(rows), self._functions[i].name
-            self.batch.put(i, rows, *worker.call(name, rows, keywords, self._pickled_state))
+            self._score(i, rows, call, each)
 
     # Errors
 
@@ -254,6 +314,19 @@ class Scoring:
             future.cancel()
         if self._pool is not None and not all(future.done() for future in self._in_workers):
             self._pool.close()
+
+
+def _error_of(call: Callable[[], Any]) -> Exception | None:
+    try:
+        call()
+    except (RewardError, ValueError) as error:
+        return error
+    return None
+
+
+def _none_alone(i: int, rows: list[int]) -> Iterator[tuple[int, Exception | None]]:
+    """Nothing is tried while the call that was given up still runs, in a thread of this process."""
+    yield from ()
 
 
 def _ignore(name: str, value: Any) -> None:

@@ -26,10 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rloo_fast.rewards.calls import Log, RewardError, daemon, drain, failed, timed_out
-from rloo_fast.rewards.files import files_of, run_file
-from rloo_fast.rewards.values import read_values
+from ..config.code_files import run_file
+from .calls import Log, RewardError, WorkerDied, daemon, drain, failed, timed_out
+from .copies import call_with_copies
+from .files import files_of
+from .values import read_values
 
+SAFE_PATH = "PYTHONSAFEPATH"
 START_LIMIT_S = 300.0  # a process imports torch and the modules of the functions
 
 
@@ -65,8 +68,10 @@ class Worker:
             answered = connection.poll(self.timeout_s)
             answer = pickle.loads(connection.recv_bytes()) if answered else None
         except (EOFError, OSError) as error:
-            raise RewardError(
-                f"The worker process of reward function {name!r} died ({self.end()})."
+            if self._closed:
+                raise RewardError("The rewards were closed.") from error
+            raise WorkerDied(
+                f"The worker process of reward function {name!r} died ({self.end()})"
             ) from error
         if answer is None:
             self.end()
@@ -102,8 +107,15 @@ class Worker:
         with self._lock:
             if self._closed:
                 raise RewardError("The rewards were closed.")
-            self._process = context.Process(target=_serve, args=(theirs, self._payload))
-            self._process.start()
+            safe_path = os.environ.get(SAFE_PATH)
+            arguments = (theirs, self._payload, safe_path)
+            self._process = context.Process(target=_serve, args=arguments)
+            # the server's Python would look for its own modules in the working directory first
+            os.environ[SAFE_PATH] = "1"
+            try:
+                self._process.start()
+            finally:
+                _restore(safe_path)
         theirs.close()
         problem = "it did not answer"
         with suppress(EOFError, OSError):
@@ -137,11 +149,13 @@ class Pool:
         pickled = {name: _pickled(function, name) for name, function in functions.items()}
         self._payload = pickle.dumps((files_of(functions.values()), pickled))
         self._count, self._timeout_s = count, timeout_s
+        self._owner = os.getpid()
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._pairs: list[tuple[Worker, threading.Thread]] = []
 
     def submit(self, task: Callable[[Worker], None]) -> concurrent.futures.Future:
         """Calls task(worker), in a thread, as soon as a worker is free."""
+        self._forget_if_forked()
         if not self._pairs:
             atexit.register(self.close)  # multiprocessing would wait for the processes
             for _ in range(self._count):
@@ -155,6 +169,7 @@ class Pool:
     def close(self) -> None:
         """Kill the processes, whatever they do. A later `submit` starts new ones."""
         atexit.unregister(self.close)
+        self._forget_if_forked()
         pairs, tasks = self._pairs, self._tasks
         self._pairs, self._tasks = [], queue.SimpleQueue()
         with suppress(queue.Empty):
@@ -165,6 +180,11 @@ class Pool:
             worker.close()
         for _, thread in pairs:
             thread.join()
+
+    def _forget_if_forked(self) -> None:
+        """Threads are not forked, and the processes are another's."""
+        if self._owner != os.getpid():
+            self._owner, self._pairs, self._tasks = os.getpid(), [], queue.SimpleQueue()
 
 
 def _drive(worker: Worker, tasks: queue.SimpleQueue) -> None:
@@ -192,7 +212,14 @@ def _pickled(function: Callable[..., Any], name: str) -> bytes:
 # In the worker process
 
 
-def _serve(connection: Connection, payload: bytes) -> None:
+def _restore(safe_path: str | None) -> None:
+    os.environ.pop(SAFE_PATH, None)
+    if safe_path is not None:
+        os.environ[SAFE_PATH] = safe_path
+
+
+def _serve(connection: Connection, payload: bytes, safe_path: str | None) -> None:
+    _restore(safe_path)
     os.setsid()  # Ctrl-C is for the trainer, which ends this; what a function starts ends with it
     torch.set_num_threads(1)  # there are other processes
     functions: dict[str, Callable[..., Any]] = {}
@@ -206,13 +233,16 @@ def _serve(connection: Connection, payload: bytes) -> None:
     except BaseException as error:
         problem = f"loading {loading!r}, {type(error).__name__}: {error}"
     connection.send_bytes(pickle.dumps(problem))
-    state = None
+    state, mine = None, os.getpid()
     with suppress(EOFError):  # the trainer has ended
         while True:
             name, rows, keywords, news = pickle.loads(connection.recv_bytes())
             state = state if news is None else pickle.loads(news)
             keywords["trainer_state"] = state
-            connection.send_bytes(_answer(functions[name], name, rows, keywords))
+            answer = _answer(functions[name], name, rows, keywords)
+            if os.getpid() != mine:  # the function forked: a second answer would be the next call's
+                os._exit(0)
+            connection.send_bytes(answer)
 
 
 def _answer(
@@ -221,7 +251,7 @@ def _answer(
     """Pickled: (rewards, log) or a Failure."""
     prompts, completions, log = keywords["prompts"], keywords["completions"], Log()
     try:
-        values = drain(function(**keywords, **log.keywords()), len(completions))
+        values = drain(call_with_copies(function, keywords | log.keywords()), len(completions))
     except BaseException as error:
         failure = Failure(failed(name, error), _sendable(error))
         failure.error.add_note(f"In the worker process:\n{traceback.format_exc()}")

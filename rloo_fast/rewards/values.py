@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rloo_fast.rewards.builtin import describe_sample
+from .builtin import describe_sample
 
 
 def read_values(
@@ -65,8 +65,8 @@ def read_values(
 def _check_count(got: int, who: str, count: int) -> None:
     if got != count:
         raise ValueError(
-            f"{who} returned {got} rewards for {count} completions; it must return one for each, "
-            "None where it does not apply."
+            f"{who} returned {got} rewards, but {count} were expected: one per completion, None "
+            "where it does not apply."
         )
 
 

@@ -1,23 +1,26 @@
-"""The engine's day: room is made, weights wake, are synced, the KV cache wakes, completions are
-sampled, the engine sleeps, and what was moved out of its way comes back."""
+"""One rollout in order: free GPU memory, wake the weights, sync them, wake the KV cache, generate,
+sleep, and move the trainer's state back."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from ..memory import Room
-from ..reports.metrics import Metrics
-from ..types import Rollout, Sampling
-from .engine import Bucket, EngineState, OnFinished, RolloutEngine
+from ..offload.engine_room import EngineRoom
+from ..records import Bucket, Rollout, Sampling
+from .engine import EngineState, OnFinished, RolloutEngine
+
+OnSync = Callable[[str, float, int], None]  # (mode, seconds that a sync took, bytes sent)
 
 
 class RolloutCycle:
-    """Keeps `engine` in step with the policy, and asleep while the policy is trained.
+    """Loads the policy's weights into `engine` before it samples, and puts it to sleep afterwards.
 
-    `version`: of the policy's weights now. `weights`: a new stream of them, in bounded buckets.
-    `sleep_level`: 0 keeps everything in memory between rollouts, 2 drops weights and KV cache.
-    `room`: what the trainer moves away while the engine is awake, None: nothing.
+    `version()`: that of the policy's weights now. `weights()`: a new stream of them, in bounded
+    buckets. `sleep_level`: 0 keeps everything in memory between rollouts, 2 drops weights and KV
+    cache. `room`: moves the trainer's state to the host while the engine is awake; None: it stays.
+    `on_sync(mode, seconds, num_bytes)` is called after every sync of an engine that holds its own
+    copy of the weights; `mode` is what `generate` was given.
     """
 
     def __init__(
@@ -25,13 +28,13 @@ class RolloutCycle:
         engine: RolloutEngine,
         version: Callable[[], int],
         weights: Callable[[], Iterable[Bucket]],
-        metrics: Metrics,
         *,
         sleep_level: int = 0,
-        room: Room | None = None,
+        room: EngineRoom | None = None,
+        on_sync: OnSync | None = None,
     ):
         self.engine, self.version, self.weights = engine, version, weights
-        self.metrics, self.sleep_level, self.room = metrics, sleep_level, room
+        self.sleep_level, self.room, self.on_sync = sleep_level, room, on_sync
 
     def generate(
         self,
@@ -42,7 +45,7 @@ class RolloutCycle:
         *,
         mode: str = "train",
     ) -> Rollout:
-        """As RolloutEngine.generate, with the policy's weights as they are now."""
+        """RolloutEngine.generate from the policy's weights as they are now."""
         version = self.version()
         self._make_ready(version, mode)
         return self.engine.generate(
@@ -50,9 +53,10 @@ class RolloutCycle:
         )
 
     def sleep(self, *, give_back: bool = True) -> None:
-        """Before anything of the trainer needs the engine's memory; does nothing if it sleeps.
+        """Put the engine to sleep, and move the trainer's state back to the GPU.
 
-        Without `give_back` what was moved out of the engine's way stays away, until the next call.
+        Call it before the trainer needs the memory; an engine that sleeps already stays asleep.
+        give_back=False: the trainer's state stays on the host until the next call.
         """
         if self.engine.state in (EngineState.READY, EngineState.SYNCED):
             self.engine.sleep(self.sleep_level)
@@ -60,7 +64,7 @@ class RolloutCycle:
             self._give_back()
 
     def close(self) -> None:
-        """Give the engine's memory back for good."""
+        """Close the engine for good, and move the trainer's state back."""
         self.engine.close()
         self._give_back()
 
@@ -95,5 +99,5 @@ class RolloutCycle:
 
         start = time.perf_counter()
         self.engine.load_weights(version, counted())
-        seconds = time.perf_counter() - start
-        self.metrics.add(mode, {"time/weight_sync_s": seconds, "sync/gib": sent / 2**30})
+        if self.on_sync is not None:
+            self.on_sync(mode, time.perf_counter() - start, sent)

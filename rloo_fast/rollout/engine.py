@@ -1,4 +1,4 @@
-"""What a rollout engine offers the trainer, and the order in which it may be asked.
+"""What every rollout engine offers the trainer, and the order of calls that it accepts.
 
     ASLEEP -- wake("weights") --> WEIGHTS_AWAKE -- load_weights(v) --> SYNCED
     SYNCED -- wake("kv_cache") --> READY -- generate(version=v) --> READY -- sleep --> ASLEEP
@@ -9,17 +9,15 @@ Any other order raises, and so does `generate` for a version that was not loaded
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
+from typing import Self
 
-from torch import Tensor
+from ..records import Bucket, Rollout, Sampling, SentParts
+from .settings import EngineSettings
 
-from ..config import RLOOConfig, as_dict
-from ..types import Rollout, Sampling
-
-Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor); at least one
 OnFinished = Callable[[int, list[int]], None]  # (index of the prompt, completion ids)
 
 
@@ -40,16 +38,32 @@ class StaleWeights(EngineError):
 
 
 class RolloutEngine(ABC):
-    """Samples completions from weights whose version it knows. Subclasses fill the `_` methods."""
+    """Samples completions from weights whose version it knows.
+
+    A subclass writes `_generate` and `_load`, and where it holds memory or needs settings, the
+    others below them; `registry.py` makes it known by a name.
+    """
 
     shares_weights = False  # it samples with the trainer's own parameters: nothing is sent
+    sleeps_in_process = False  # its memory is on the training processes' own GPUs
+    reads_vllm_settings = False  # use_vllm and vllm_* mean something to it
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        """The engine of a run. Raises ValueError or ImportError where it cannot serve the model."""
+        return cls()
 
     def __init__(self) -> None:
         self.state = EngineState.ASLEEP
         self.version: int | None = None  # of the weights it holds; None: not those of a policy
 
+    @property
+    def wanted(self) -> SentParts:
+        """What the next `load_weights` must bring."""
+        return "merged"
+
     def wake(self, tags: Sequence[str]) -> None:
-        """("weights",) and later ("kv_cache",): memory for them comes back."""
+        """Allocate memory for the "weights", and once those are loaded for the "kv_cache"."""
         for tag in tags:
             if tag == "weights":
                 self._require(EngineState.ASLEEP, doing='wake("weights")')
@@ -64,7 +78,8 @@ class RolloutEngine(ABC):
                 raise ValueError(f"wake knows the tags 'weights' and 'kv_cache', got {tag!r}.")
 
     def load_weights(self, version: int, buckets: Iterable[Bucket]) -> None:
-        """Replace every weight by those of policy `version`; raises if one is not covered."""
+        """Replace every weight by those of policy `version`, or with them the parts that are
+        `wanted`; raises if one is not covered."""
         self._require(EngineState.WEIGHTS_AWAKE, EngineState.SYNCED, doing="load_weights")
         self.state, self.version = EngineState.WEIGHTS_AWAKE, None  # until all of them are there
         self._load(version, buckets)
@@ -94,11 +109,11 @@ class RolloutEngine(ABC):
         if len(seeds) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts need as many seeds, got {len(seeds)}.")
         rollout = self._generate(prompt_ids, sampling, seeds, on_finished or _ignore)
-        rollout.weights_version = version
-        return rollout
+        _check(rollout, len(prompt_ids))
+        return replace(rollout, weights_version=version)
 
     def sleep(self, level: int) -> None:
-        """Give memory back. 0: keep all; 1: weights to the host, no KV cache; 2: drop both."""
+        """Free memory. Level 0: none; 1: weights to the host, drop the KV cache; 2: drop both."""
         if level not in (0, 1, 2):
             raise ValueError(f"sleep levels are 0, 1 and 2, got {level}.")
         self._require(EngineState.READY, EngineState.SYNCED, doing="sleep")
@@ -108,7 +123,7 @@ class RolloutEngine(ABC):
             self.version = None
 
     def close(self) -> None:
-        """Give everything back; may be called in any state, and twice."""
+        """Free everything, for good; may be called in any state, and twice."""
         if self.state is not EngineState.CLOSED:
             self.state, self.version = EngineState.CLOSED, None
             self._close()
@@ -120,7 +135,7 @@ class RolloutEngine(ABC):
                 f"{doing}: the rollout engine must be {expected}, but it is {self.state.value!r}."
             )
 
-    # What an engine fills in; those that hold no memory of their own leave out the first three
+    # What a subclass writes; one that holds no memory of its own leaves out the first three
 
     def _wake(self, tag: str) -> None:
         return
@@ -144,28 +159,28 @@ class RolloutEngine(ABC):
     ) -> Rollout: ...
 
 
+def _check(rollout: Rollout, count: int) -> None:
+    """EngineError for a rollout that is not what `Rollout` says: engines may be a user's own."""
+    ids, reasons, logps = rollout.completion_ids, rollout.finish_reasons, rollout.logps
+    lengths = {len(ids), len(reasons), len(ids if logps is None else logps)}
+    if lengths != {count}:
+        raise EngineError(
+            f"the rollout engine was given {count} prompts and returned {len(ids)} completions, "
+            f"{len(reasons)} finish_reasons"
+            + ("." if logps is None else f" and log-probs of {len(logps)}.")
+        )
+    if unknown := sorted(set(map(str, reasons)) - {"stop", "length"}):
+        raise EngineError(
+            f"the rollout engine returned finish_reasons {unknown}: 'stop' is expected where a "
+            "stop token or a stop string ended the completion, 'length' where it was cut."
+        )
+    for row, values in zip(ids, logps or [], strict=logps is not None):
+        if len(row) != len(values):
+            raise EngineError(
+                f"the rollout engine returned {len(values)} log-probs for a completion of "
+                f"{len(row)} tokens: one per token, or logps=None."
+            )
+
+
 def _ignore(index: int, completion_ids: list[int]) -> None:
     return
-
-
-def step_seed(seed: int, *keys: int) -> int:
-    """A 63-bit seed from the run's seed and where in the run a draw stands; the same everywhere."""
-    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
-
-
-def sampling_of(args: RLOOConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How a configuration wants its completions drawn."""
-    extra = as_dict(args.generation_kwargs)
-    if args.cache_implementation is not None:
-        extra.setdefault("cache_implementation", args.cache_implementation)
-    return Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k or 0,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        max_new_tokens=args.max_completion_length,
-        stop_token_ids=stop_token_ids,
-        extra=extra,
-    )

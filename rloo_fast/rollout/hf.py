@@ -1,4 +1,4 @@
-"""Rollouts with transformers' `generate`, on the policy itself: its weights are always current.
+"""Rollouts with transformers' `generate` on the policy itself, whose weights are always current.
 
 Letters: B rows of a call, P distinct prompts among them, W the longest prompt.
 """
@@ -8,35 +8,61 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import fields
+from itertools import groupby
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..models import base_causal_lm
-from ..types import Rollout, Sampling
-from .engine import Bucket, EngineError, OnFinished, RolloutEngine, step_seed
-from .hf_sampling import Settings
+from ..data.seeds import step_seed
+from ..models.adapters import base_causal_lm
+from ..records import Bucket, Rollout, Sampling
+from .engine import EngineError, OnFinished, RolloutEngine
+from .hf_padding import padding_changes_logits
+from .hf_sampling import TransformersSampling
+from .hf_states import changed_states, kept_states, select_rows, states_put_back
+from .settings import EngineSettings
+from .stops import Stops, StopStringCriterion
 
 logger = logging.getLogger(__name__)
 
+# generate's name for the KV cache, an argument and a field of what it returns; "cache" since 5.24
+CACHE = next(
+    name for name in ("cache", "past_key_values")
+    if name in {f.name for f in fields(GenerateDecoderOnlyOutput)}
+)  # fmt: skip
 PREFILL = GenerationConfig(
     max_new_tokens=1, do_sample=False, return_dict_in_generate=True, disable_compile=True
 )
 
 
 class HFEngine(RolloutEngine):
-    """Left-pads the prompts, samples with a KV cache, cuts every completion at its stop token.
+    """Left-pads the prompts, samples with a KV cache, cuts every completion where it ends.
 
-    A prompt that several rows of a call have runs through the model once: they start from copies of
-    its KV cache. `rows_per_call`: prompts per generate call, of like length, None for all at a
-    time. The model is put into eval mode for the call (no dropout, no gradient checkpointing) and
-    back afterwards; `whole_weights(model)` is open while it samples.
+    A prompt that several rows of a call share runs through the model once: the rows start from
+    copies of its KV cache. `rows_per_call`: prompts per generate call, of like length; None: all.
+    Where padding changes what a model computes, the prompts of a call are of equal length.
+    For the call the model is in eval mode (no dropout, no gradient checkpointing) and inside
+    `whole_weights(model)`.
     """
 
     shares_weights = True
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        return cls(
+            settings.model,
+            settings.tokenizer.pad_token_id,
+            rows_per_call=settings.rows_per_call,
+            pad_to_multiple_of=settings.pad_to_multiple_of,
+            autocast=settings.autocast,
+            whole_weights=settings.whole_weights,
+            tokenizer=settings.tokenizer,
+        )
 
     def __init__(
         self,
@@ -47,12 +73,16 @@ class HFEngine(RolloutEngine):
         pad_to_multiple_of: int | None = None,
         autocast: Callable[[], AbstractContextManager[Any]],
         whole_weights: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        tokenizer: Any = None,
     ):
         super().__init__()
-        self.model, self.pad_token_id = model, pad_token_id
+        self.model: Any = model  # generate is not nn.Module's
+        self.pad_token_id = pad_token_id
         self.rows_per_call, self.pad_to_multiple_of = rows_per_call, pad_to_multiple_of
         self.autocast, self.whole_weights = autocast, whole_weights
+        self.tokenizer = tokenizer  # for stop strings only
         self.cache_can_be_copied = True  # until seen otherwise
+        self.may_pad: bool | None = None  # None: not tried yet
         self.said: set[str] = set()
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
@@ -65,27 +95,48 @@ class HFEngine(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
-        settings = Settings(sampling, self.pad_token_id)
+        settings = TransformersSampling(sampling, self.pad_token_id)
         if not settings.seeded:
             self._say(
                 "generation_kwargs ask transformers for more than sampling: completions depend on "
                 "the rows beside them, and there are no log-probs of the sampler."
             )
-        count = len(prompt_ids)
-        logps = [[] for _ in range(count)] if settings.seeded else None
-        rollout = Rollout([[] for _ in range(count)], [""] * count, logps)
-        # like lengths need little padding; the longest first: what does not fit fails at once
+        count, stops = len(prompt_ids), Stops(sampling, self.tokenizer)
+        ended: dict[int, bool] = {}
+        done: dict[int, tuple[list[int], list[float]]] = {}  # row -> its tokens and their log-probs
+        # rows of like length need little padding; longest first: what does not fit fails at once
         order = sorted(range(count), key=lambda row: -len(prompt_ids[row]))
-        size = self.rows_per_call or max(count, 1)
         with self._inference():
-            for start in range(0, count, size):
-                rows = order[start : start + size]
+            for rows in self._calls(order, prompt_ids):
                 prompts, row_seeds = [prompt_ids[i] for i in rows], [seeds[i] for i in rows]
-                tokens, drawn = self._call(prompts, row_seeds, settings)
-                _store(rollout, rows, tokens, drawn, set(sampling.stop_token_ids))
-                for row in rows:
-                    on_finished(row, rollout.completion_ids[row])
-        return rollout
+                with states_put_back(self.model):
+                    tokens, drawn = self._call(prompts, row_seeds, settings, stops)
+                values = drawn.tolist() if drawn is not None else [[] for _ in rows]
+                for row, ids, logps in zip(rows, tokens.tolist(), values, strict=True):
+                    end = stops.end(prompt_ids[row], ids)
+                    ended[row], done[row] = end is not None, (ids[:end], logps[:end])
+                    on_finished(row, done[row][0])
+        completions = [done[row][0] for row in range(count)]
+        return Rollout(
+            completions,
+            ["stop" if ended[row] else "length" for row in range(count)],
+            [done[row][1] for row in range(count)] if settings.seeded else None,
+        )
+
+    def _calls(self, order: list[int], prompt_ids: list[list[int]]) -> Iterator[list[int]]:
+        """The rows of each generate call: `rows_per_call`, of equal length where none may be
+        padded."""
+        if self.may_pad is None:
+            self.may_pad = not padding_changes_logits(base_causal_lm(self.model), self._run)
+            if not self.may_pad:
+                self._say(
+                    "padding before a prompt changes what the model computes: each call has "
+                    "prompts of one length."
+                )
+        size, lengths = self.rows_per_call or len(order), [len(ids) for ids in prompt_ids]
+        for _, same in groupby(order, key=(lambda _: 0) if self.may_pad else lengths.__getitem__):
+            rows = list(same)
+            yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -105,9 +156,13 @@ class HFEngine(RolloutEngine):
             self.model.train(training)
 
     def _call(
-        self, prompts: list[list[int]], seeds: list[int], settings: Settings
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        settings: TransformersSampling,
+        stops: Stops,
     ) -> tuple[Tensor, Tensor | None]:  # (B, new) tokens, (B, new) log-probs
-        """One generate call; what follows a row's stop token is not cut off yet."""
+        """One generate call; what follows a row's end is not cut off yet."""
         numbers: dict[tuple[int, ...], int] = {}
         index = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts]
         device = self._device()
@@ -115,8 +170,12 @@ class HFEngine(RolloutEngine):
         ids, mask = (part.to(device) for part in self._left_padded(list(numbers), settings))
         inputs: dict[str, Any] = {"input_ids": ids[rows], "attention_mask": mask[rows]}
         width = ids.shape[1]
+        if stops.strings:
+            inputs["stopping_criteria"] = [
+                StopStringCriterion(stops, prompts, width, reorders=not settings.seeded)
+            ]
         if len(numbers) < len(prompts) and width > 1 and self._may_share_prompts(settings):
-            inputs["past_key_values"] = self._prefilled(ids[:, :-1], mask[:, :-1], rows)
+            inputs[CACHE] = self._prefilled(ids[:, :-1], mask[:, :-1], rows)
         if not settings.seeded:
             torch.manual_seed(step_seed(seeds[0], *seeds[1:]))
             return self._run(settings.config, **inputs)[:, width:], None
@@ -131,9 +190,9 @@ class HFEngine(RolloutEngine):
         return sequences[:, width:], logps
 
     def _left_padded(
-        self, prompts: Sequence[Sequence[int]], settings: Settings
+        self, prompts: Sequence[Sequence[int]], settings: TransformersSampling
     ) -> tuple[Tensor, Tensor]:  # (P, W) ids, (P, W) mask
-        multiple = self.pad_to_multiple_of or 1
+        multiple = (self.pad_to_multiple_of or 1) if self.may_pad else 1
         width = -(-max(len(ids) for ids in prompts) // multiple) * multiple
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
         padded = torch.full_like(mask, self.pad_token_id)
@@ -146,7 +205,7 @@ class HFEngine(RolloutEngine):
             mask[row, width - len(ids) :] = 1
         return padded, mask
 
-    def _may_share_prompts(self, settings: Settings) -> bool:
+    def _may_share_prompts(self, settings: TransformersSampling) -> bool:
         kwargs = ("cache_implementation", "prefill_chunk_size", "use_cache")
         values = {name: getattr(settings.config, name) for name in kwargs}
         given = [f"{name}={value}" for name, value in values.items() if value not in (None, True)]
@@ -155,11 +214,17 @@ class HFEngine(RolloutEngine):
         return settings.seeded and not given and self.cache_can_be_copied
 
     def _prefilled(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Any:  # (P, W - 1) twice, (B,)
-        """A KV cache whose line i holds the tokens `ids[rows[i]]`, or None where there is none."""
-        cache = self._run(PREFILL, input_ids=ids, attention_mask=mask).past_key_values
+        """A KV cache whose row i holds the tokens `ids[rows[i]]`; None: it cannot be copied.
+
+        What the modules keep beside it until decoding (such as `rope_deltas`) is given the same
+        rows.
+        """
+        before = kept_states(self.model)
+        cache = getattr(self._run(PREFILL, input_ids=ids, attention_mask=mask), CACHE)
         kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
         copied = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        if copied and cache.get_seq_length() == ids.shape[1]:
+        copied = copied and cache.get_seq_length() == ids.shape[1]
+        if copied and select_rows(changed_states(self.model, before), rows, len(ids)):
             cache.batch_select_indices(rows)
             return cache
         self.cache_can_be_copied = False
@@ -184,23 +249,7 @@ class HFEngine(RolloutEngine):
         # with min_p=0.1 would be sampled with that although none was asked for
         base.generation_config = config
         try:
-            # the weights are whole: processes need not go on until the last of them has finished
-            return self.model.generate(  # pyright: ignore
-                generation_config=config, synced_gpus=False, **inputs
-            )
+            # synced_gpus=False: the weights are whole, so no process waits for another's rows
+            return self.model.generate(generation_config=config, synced_gpus=False, **inputs)
         finally:
             base.generation_config = saved
-
-
-def _store(
-    rollout: Rollout, rows: list[int], tokens: Tensor, logps: Tensor | None, stops: set[int]
-) -> None:
-    """Into `rollout`'s rows `rows`, each cut after its first stop token."""
-    lines = tokens.tolist()
-    for row, ids in zip(rows, lines, strict=True):
-        end = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
-        rollout.completion_ids[row] = ids[:end]
-        rollout.finish_reasons[row] = "length" if end is None else "stop"
-    if logps is not None and rollout.logps is not None:
-        for row, values in zip(rows, logps.tolist(), strict=True):
-            rollout.logps[row] = values[: len(rollout.completion_ids[row])]

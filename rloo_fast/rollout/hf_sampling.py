@@ -1,8 +1,8 @@
-"""Drawing a row's tokens with a seed of its own, inside transformers' `generate`.
+"""Draw each row's tokens with a seed of its own, inside transformers' `generate`.
 
-Letters: B rows of a call, T new tokens, V vocabulary. transformers puts processors that are handed
-to it before its own warpers (temperature, top-p, ...), and draws all rows from one random stream.
-So it is told to search greedily, and `SeededDraw`, the last processor, warps, draws and records.
+Letters: B rows of a call, T new tokens, V vocabulary. transformers runs the caller's processors
+before its own warpers (temperature, top-p, ...), and draws all rows from one random stream. So it
+is told to search greedily, and `SeededDraw`, the last processor, warps, draws and records.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from ..types import Sampling
+from ..records import Sampling
 
 # in transformers' order: (setting, values that change nothing, what it does to the scores)
 WARPERS: list[tuple[str, tuple[float | None, ...], Callable[[Any, torch.device], Any]]] = [
@@ -44,8 +44,8 @@ WARPERS: list[tuple[str, tuple[float | None, ...], Callable[[Any, torch.device],
 DRAWN_BY_TRANSFORMERS = ("watermarking_config", "penalty_alpha")
 
 
-class Settings:
-    """A `Sampling` in transformers' terms.
+class TransformersSampling:
+    """A `Sampling` as the GenerationConfig and the warpers of one generate call.
 
     `seeded`: `SeededDraw` picks the tokens. Otherwise (beam search, assistants, watermarks)
     transformers does, and there are neither per-row seeds nor log-probs.
@@ -93,8 +93,8 @@ class Settings:
 class SeededDraw(LogitsProcessor):
     """Warps the scores, picks one token per row, and leaves it all the probability.
 
-    `uniforms` (B, T): token t of row i is where the cumulated probabilities pass uniforms[i, t];
-    None: the likeliest token.
+    `uniforms` (B, T): token t of row i is the one at which the cumulative probability passes
+    uniforms[i, t]; None: the likeliest token.
     """
 
     def __init__(self, warpers: LogitsProcessorList, uniforms: Tensor | None):
@@ -116,7 +116,7 @@ class SeededDraw(LogitsProcessor):
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:  # -> (B, length), float64 in [0, 1)
-    """Row i: the first numbers of the generator seeded with seeds[i]; drawn on the CPU."""
+    """Row i: the first `length` numbers of a CPU generator seeded with seeds[i]."""
     rows = [
         torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in seeds
@@ -125,12 +125,12 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:  # -> (B, length), fl
 
 
 def pick(probs: Tensor, u: Tensor) -> Tensor:  # (B, V), (B, 1) -> (B, 1) int64
-    """The token at which the cumulated probabilities pass u; never one of probability 0.
+    """The token at which the cumulative probability passes u; never one of probability 0.
 
-    In integers, whose sums are exact on every device: a token without probability adds nothing,
-    and u < 1 times the total stays below the total.
+    Computed in integers, whose sums are exact on every device: a token of probability 0 adds
+    nothing, and u < 1 times the total stays below the total.
     """
     mass = (probs * 2.0**52).long().cumsum_(-1)  # float32 holds the product exactly
     goal = (u * mass[:, -1:]).long()
-    # the minimum is for NaN, which the caller reports: it leaves no order to search in
+    # NaN, which the caller reports, has no order to search in: the clamp keeps the index valid
     return torch.searchsorted(mass, goal, right=True).clamp_(max=probs.shape[-1] - 1)

@@ -1,8 +1,8 @@
-"""Rollouts by a running `vllm serve`, asked over HTTP; it pulls the policy's weights the same way.
+"""Rollouts by a running `vllm serve` over HTTP; it fetches the policy's weights over HTTP too.
 
-Every load gives the server's weights a label that no other run can give them. It is read before
-and after every rollout: completions of weights that another trainer, or a restart of the server,
-has put there are never returned. See `vllm_plugin.py` for what runs inside the server.
+Every load labels the server's weights with the version and this run's own id. The label is read
+before and after every rollout, so completions from other weights (another trainer loaded them, or
+the server was restarted) are never returned. `vllm_plugin.py` runs inside the server.
 """
 
 from __future__ import annotations
@@ -10,40 +10,57 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, Self
 
-from ..types import Rollout, Sampling
-from .engine import Bucket, EngineError, OnFinished, RolloutEngine, StaleWeights
-from .transport import BACKEND, PROTOCOL, BucketServer, Endpoint, Refused, ServerGone
+from ..models.adapters import base_causal_lm
+from ..records import Bucket, Rollout, Sampling, SentParts
+from ..weight_sync.unmerged import AdapterShape, adapter_shape
+from . import vllm_adapter
+from .engine import EngineError, OnFinished, RolloutEngine, StaleWeights
+from .settings import EngineSettings
 from .vllm import sampling_fields
+from .vllm_answers import Completion, OddAnswer, most_bytes, read_completion
+from .vllm_fit import COMMAND, CONNECT_S, check_fit, wait_until_up
+from .vllm_http import KEY, NOT_FETCHED, TRAINER_HOST, api_key
+from .vllm_offers import BucketServer
+from .vllm_pack import Packed, pack
+from .vllm_transport import Endpoint, Refused, ServerGone
 
-COMMAND = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode "
-    f"""processed_logprobs --weight-transfer-config '{{"backend": "{BACKEND}"}}'"""
-)
-CONNECT_S = 30.0
 RESET_S = 10.0
 # fields of a request that are not the user's to set: one prompt, one answer, its ids and log-probs
 RESERVED = {"prompt", "prompt_embeds", "n", "seed", "stream", "echo", "model"}
-RESERVED |= {"logprobs", "return_token_ids", "use_beam_search"}
-
-
-class _Completion(NamedTuple):
-    ids: list[int]
-    logps: list[float]
-    finish_reason: str
+RESERVED |= {"logprobs", "return_token_ids", "use_beam_search", "request_id"}
+COMPLETIONS = "/v1/completions"
+SCHEMA = "components.schemas.CompletionRequest.properties"
 
 
 class VLLMServer(RolloutEngine):
-    """One server for all processes of a run: the main one loads weights, each asks its own prompts.
+    """One server for all processes: the main one loads weights, each sends its own prompts.
 
     `timeout_s`: how long to wait for the server to come up. `barrier`: returns when every process
-    has called it. `trainer_host`: address at which the server reaches the main process, default:
-    that of the network which leads to the server. `sleeps`: the server runs on the trainer's own
-    GPUs with --enable-sleep-mode. `num_requests`: most under way at a time, per process.
+    has called it. `trainer_host`: address at which the server reaches the main process; default:
+    this machine's on the network that leads to the server. `sleeps`: the server runs on the
+    trainer's GPUs with --enable-sleep-mode. `num_requests`: most open requests of a process.
+    `vocab_size`: tokens that the policy knows; None: not checked. `adapter`: it is sent apart from
+    the weights. The key of the server is read
+    from the environment (`api_key`), never from a configuration, which is written to files.
     """
+
+    reads_vllm_settings = True
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        return cls(
+            settings.server.base_url,
+            timeout_s=settings.server.timeout_s,
+            sleeps=settings.sleeps,
+            is_main=settings.is_main_process,
+            barrier=settings.barrier,
+            vocab_size=base_causal_lm(settings.model).config.get_text_config().vocab_size,
+            adapter=adapter_shape(settings.model) if settings.sends_adapter else None,
+        )
 
     def __init__(
         self,
@@ -55,65 +72,35 @@ class VLLMServer(RolloutEngine):
         trainer_host: str | None = None,
         sleeps: bool = False,
         num_requests: int = 256,
+        vocab_size: int | None = None,
+        adapter: AdapterShape | None = None,
     ):
         super().__init__()
-        self._server = Endpoint(base_url, CONNECT_S)
+        self._server = Endpoint(base_url, CONNECT_S, api_key())
         self._is_main, self._barrier = is_main, barrier
         self._sleeps = sleeps
-        self._num_requests = num_requests
+        self._sends_adapter, self._has_base = adapter is not None, False
+        self._num_requests, self._vocab_size = num_requests, vocab_size
         self._run = secrets.token_hex(8)  # tells the weights of this run from those of others
         self._label = ""  # of the weights that the server holds for this run
         self._buckets: BucketServer | None = None
-        self._wait_until_up(timeout_s)
+        wait_until_up(self._server, timeout_s)
         with self._explained():
-            self._max_model_len = self._check_server()
+            self._max_model_len, self.sent_dtype = check_fit(
+                self._server, sleeps=sleeps, adapter=adapter
+            )
             # it may be: a run was killed after it had put the server to sleep
-            self._asleep = sleeps and self._server.get("/is_sleeping")["is_sleeping"]
-            schemas = self._server.get("/openapi.json")["components"]["schemas"]
+            self._asleep = sleeps and self._server.value("/is_sleeping", "is_sleeping", bool)
+            fields = self._server.value("/openapi.json", SCHEMA, dict)
             if is_main:
                 self._buckets = BucketServer(trainer_host or self._server.local_address())
-        self._fields = set(schemas["CompletionRequest"]["properties"]) - RESERVED
+        self._fields = set(fields) - RESERVED
 
-    def _wait_until_up(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self._server.get("/health")
-                return
-            except EngineError as error:
-                if time.monotonic() > deadline:
-                    raise ConnectionError(
-                        f"no vLLM server answered at {self._server.base_url} within {timeout_s:g} "
-                        f"s ({error}). Start one with\n  {COMMAND}\nand see to "
-                        "vllm_server_base_url (or vllm_server_host and vllm_server_port) and "
-                        "vllm_server_timeout."
-                    ) from None
-            time.sleep(0.5)
-
-    def _check_server(self) -> int:
-        """The most tokens of a sequence; EngineError if the server was started unfit for us."""
-        try:
-            info = self._server.get("/server_info?config_format=json")
-            self._server.post("/init_weight_transfer_engine", init_info={"protocol": PROTOCOL})
-            self._server.get("/weight_info")
-        except Refused as error:
-            raise self._unfit(f"{error} (HTTP {error.status})") from error
-        config = info["vllm_config"]["model_config"]
-        needed: dict[str, Any] = {"logprobs_mode": "processed_logprobs"}
-        needed |= {"generation_config": "vllm"}  # else the model's own settings join in
-        if self._sleeps:
-            needed |= {"enable_sleep_mode": True}
-        for name, value in needed.items():
-            if config[name] != value:
-                raise self._unfit(f"its {name} is {config[name]}, not {value}")
-        return config["max_model_len"]
-
-    def _unfit(self, reason: str) -> EngineError:
-        return EngineError(
-            f"the server at {self._server.base_url} cannot be used for rollouts: {reason}. Start "
-            "vLLM 0.32 or newer, on a machine that has rloo_fast installed, with\n  "
-            f"{COMMAND}{' --enable-sleep-mode' if self._sleeps else ''}"
-        )
+    @property
+    def wanted(self) -> SentParts:
+        if not self._sends_adapter:
+            return "merged"
+        return "adapter" if self._has_base else "base+adapter"
 
     # Sleeping
 
@@ -126,6 +113,7 @@ class VLLMServer(RolloutEngine):
         if self._sleeps and level > 0:
             self._by_main_process(f"/sleep?level={level}")
             self._asleep = True
+            self._has_base = self._has_base and level < 2
 
     def _by_main_process(self, path: str) -> None:
         self._barrier()  # nobody's completions are under way
@@ -142,9 +130,12 @@ class VLLMServer(RolloutEngine):
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
         self._barrier()  # nobody's completions are under way
+        if self.wanted == "adapter":
+            self._check_label()  # of the weights that it belongs to
+        parts, self._has_base = self.wanted, False
         if self._buckets is not None:
             with self._explained():
-                self._send(f"{version}@{self._run}", buckets, self._buckets)
+                self._send(f"{version}@{self._run}", parts, buckets, self._buckets)
         else:
             for _ in buckets:  # every process takes part in gathering a sharded one
                 pass
@@ -152,18 +143,54 @@ class VLLMServer(RolloutEngine):
         self._label = self._label_now()
         if self._label.partition("@")[0] != str(version):
             raise StaleWeights(self._changed(f"{version}@..."))
+        self._has_base = self._sends_adapter
 
-    def _send(self, label: str, buckets: Iterable[Bucket], offers: BucketServer) -> None:
+    def _send(
+        self, label: str, parts: SentParts, buckets: Iterable[Bucket], offers: BucketServer
+    ) -> None:
         self._server.post("/update_weight_version", new_version=f"loading {label}")
         self._start_update()
-        folder = offers.new_folder()
-        for number, bucket in enumerate(buckets):
-            with offers.offer(f"{folder}/{number}", bucket) as url:
-                self._server.post("/update_weights", update_info={"url": url})
+        self._send_buckets(parts, buckets, offers)
         self._reset_prefix_cache()
         self._server.post("/finish_weight_update", weight_version=label)
         if self._label_now() != label:
             raise StaleWeights(self._changed(label))
+
+    def _send_buckets(
+        self, parts: SentParts, buckets: Iterable[Bucket], offers: BucketServer
+    ) -> None:
+        """While the server fetches and loads a bucket, the next is gathered and packed: two of them
+        at most are on the host. The gathering stays in this thread, in step with other processes.
+        """
+        folder = offers.new_folder()
+
+        def offer(path: str, bucket: Packed) -> None:
+            with offers.offer(path, bucket) as url:
+                self._take(url, parts, offers.address)
+
+        with ThreadPoolExecutor(1) as sender:
+            on_its_way: Future[None] | None = None
+            for number, bucket in enumerate(buckets):
+                packed = pack(bucket, self.sent_dtype)
+                if on_its_way is not None:
+                    on_its_way.result()
+                on_its_way = sender.submit(offer, f"{folder}/{number}", packed)
+                del packed  # it goes when the server has it
+            if on_its_way is not None:
+                on_its_way.result()
+
+    def _take(self, url: str, parts: SentParts, address: str) -> None:
+        try:
+            self._server.ask("/update_weights", {"update_info": {"url": url, "parts": parts}})
+        except Refused as error:
+            if NOT_FETCHED not in str(error):
+                raise
+            raise EngineError(
+                f"the server at {self._server.base_url} could not fetch weights from this machine, "
+                f"and its log says why. If it runs on another one, start it with "
+                f"{TRAINER_HOST}={address} and a {KEY}, and let no firewall stop connections to "
+                "that address."
+            ) from error
 
     def _start_update(self) -> None:
         try:
@@ -175,9 +202,10 @@ class VLLMServer(RolloutEngine):
             self._server.post("/start_weight_update")
 
     def _reset_prefix_cache(self) -> None:
-        """Forget the keys and values of the former weights."""
+        """Drop the keys and values that were computed with the former weights."""
         deadline = time.monotonic() + RESET_S
-        while not self._server.post("/reset_prefix_cache")["success"]:
+        path = "/reset_prefix_cache"
+        while not self._server.field(self._server.post(path), path, "success", bool):
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"the server at {self._server.base_url} cannot drop what its cache holds of "
@@ -188,7 +216,7 @@ class VLLMServer(RolloutEngine):
 
     def _label_now(self) -> str:
         with self._explained():
-            return self._server.get("/weight_info")["weight_version"]
+            return self._server.value("/weight_info", "weight_version", str)
 
     def _changed(self, expected: str) -> str:
         return (
@@ -209,7 +237,7 @@ class VLLMServer(RolloutEngine):
         fields = self._request_fields(sampling)
         self._check_lengths(prompt_ids, fields["max_tokens"])
         self._check_label()
-        done: dict[int, _Completion] = {}
+        done: dict[int, Completion] = {}
         pool = ThreadPoolExecutor(self._num_requests)
         try:
             asked = {
@@ -240,9 +268,11 @@ class VLLMServer(RolloutEngine):
                 f"generation_kwargs: {', '.join(unknown)} cannot be set in a request to vLLM's "
                 "/v1/completions; leave it out."
             )
+        named = {"model": vllm_adapter.NAME} if self._sends_adapter else {}
         return {
             **sampling_fields(sampling),
             "return_token_ids": True,
+            **named,
             **sampling.extra,
         }
 
@@ -259,24 +289,31 @@ class VLLMServer(RolloutEngine):
         if self._label_now() != self._label:
             raise StaleWeights(self._changed(self._label))
 
-    def _complete(self, ids: list[int], seed: int, fields: dict[str, Any]) -> _Completion:
-        answer = self._server.post("/v1/completions", prompt=ids, seed=seed, **fields)
-        [choice] = answer["choices"]
-        completion = _Completion(
-            choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
-        )
-        cut = completion.finish_reason == "length" and len(completion.ids) < fields["max_tokens"]
-        if cut or completion.finish_reason not in ("stop", "length"):
+    def _complete(self, ids: list[int], seed: int, fields: dict[str, Any]) -> Completion:
+        request_id, max_tokens = secrets.token_hex(16), fields["max_tokens"]
+        asked = {**fields, "prompt": ids, "seed": seed, "request_id": request_id}
+        size = most_bytes(len(ids), max_tokens)
+        answer = self._server.ask(COMPLETIONS, asked, most_bytes=size)
+        try:
+            completion = read_completion(
+                answer,
+                request_id=request_id,
+                prompt_ids=ids,
+                max_tokens=max_tokens,
+                vocab_size=self._vocab_size,
+            )
+        except OddAnswer as error:
+            raise self._server.odd(COMPLETIONS, str(error)) from error
+        if answer["choices"][0]["finish_reason"] == "length" and len(completion.ids) < max_tokens:
             raise EngineError(
-                f"the server ended a completion after {len(completion.ids)} of "
-                f"{fields['max_tokens']} tokens, finish reason {completion.finish_reason!r}. Was "
-                f"it started with\n  {COMMAND}"
+                f"the server cut a completion after {len(completion.ids)} of {max_tokens} tokens. "
+                f"Was it started with\n  {COMMAND}"
             )
         return completion
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What went wrong on the way to the server, in the words of who runs the trainer."""
+        """Turn errors of the connection into EngineErrors that say what to do."""
         try:
             yield
         except ServerGone as error:

@@ -1,9 +1,9 @@
-"""Running what a model wrote: `Sandbox().check(program, tests)` -> Verdict.
+"""A program that a model wrote and its tests in, a Verdict out: `Sandbox().check(program, tests)`.
 
-docs/sandbox.md says what is kept from what. Linux only.
+Linux only. docs/sandbox.md says what a program can and cannot reach.
 """
 
-from rloo_fast.sandbox.client import SandboxError, capabilities
-from rloo_fast.sandbox.pool import Sandbox, Verdict
+from .client import SandboxError, capabilities
+from .pool import Sandbox, Verdict
 
 __all__ = ["Sandbox", "SandboxError", "Verdict", "capabilities"]

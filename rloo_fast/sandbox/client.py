@@ -1,4 +1,4 @@
-"""A warden as the trainer sees it: a process to which one job at a time is given."""
+"""The trainer's side of a warden: a process that is given one job at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rloo_fast.sandbox.inside import jail, seccomp
-from rloo_fast.sandbox.inside.jail import Limits
-from rloo_fast.sandbox.inside.tester import RECORD_BYTES
+from .inside import jail, seccomp
+from .inside.jail import Limits
+from .inside.setup import Setup
+from .inside.tester import RECORD_BYTES
+from .inside.warden import TICK_S
 
 START = "import sys; sys.path.insert(0, {!r}); from inside.warden import main; del sys.path[0]; "
 START = START.format(str(Path(__file__).parent)) + "main()"
@@ -32,19 +34,20 @@ class SandboxError(RuntimeError):
 
 
 def capabilities() -> dict[str, Any]:
-    """{"available", "why": not, "landlock": its ABI, "network": what keeps it away} of this
-    machine, as found by shutting a process in."""
-    found = {"available": False, "why": unsuited(), "landlock": 0, "network": ""}
+    """{"available", "why": not, "landlock": its ABI, "network": what keeps it away, "disk": who
+    bounds what is written} of this machine, as found by shutting a process in."""
+    found = {"available": False, "why": unsuited(), "landlock": 0, "network": "", "disk": ""}
     if found["why"]:
         return found
     found["landlock"] = jail.landlock_version()
     try:
         with Warden() as warden:
-            namespaces = warden.namespaces
+            namespaces, bounds_disk = warden.namespaces, warden.bounds_disk
     except SandboxError as error:
         return found | {"why": str(error)}
     walls = ["no sockets (seccomp)", *(["a namespace without network"] if namespaces else [])]
-    return found | {"available": True, "network": ", ".join(walls)}
+    disk = "the kernel" if bounds_disk else f"a look every {TICK_S * 1000:.0f} ms"
+    return found | {"available": True, "network": ", ".join(walls), "disk": disk}
 
 
 def unsuited() -> str:
@@ -90,6 +93,7 @@ class Warden:
             self.close()
             raise SandboxError(f"A process cannot be shut in on this machine: {hello['error']}.")
         self.namespaces: bool = hello["namespaces"]
+        self.bounds_disk: bool = hello["disk"]
 
     def __enter__(self) -> Warden:
         return self
@@ -104,7 +108,7 @@ class Warden:
         cannot find its test in the memory of the process that it comes from.
         """
         files = [
-            _file({"program": program, "setup": setup}),
+            _file({"program": program, "shared": Setup(setup).shared()}),
             _file({"test": test, "setup": setup}),
             os.memfd_create("result"),
         ]

@@ -1,7 +1,8 @@
-"""Verdicts on programs, several at a time, each identical question asked once."""
+"""Verdicts on several programs at a time; the same program and tests are run once."""
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -14,8 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rloo_fast.sandbox.client import SandboxError, Warden, unsuited
-from rloo_fast.sandbox.inside.jail import Limits
+from .client import SandboxError, Warden, unsuited
+from .inside.jail import Limits
+
+logger = logging.getLogger(__name__)
 
 MAX_CACHED = 4096  # verdicts
 MAX_DEFAULT_WORKERS = 16
@@ -25,7 +28,7 @@ SIGNALS = {
     -signal.SIGXCPU: "timeout",
 }
 END_LIMIT_S = 2.0  # for a thread; its processes end with this one at the latest
-PASSING = ("timeout", "crashed", "ended")  # what the load of the machine may have caused
+TRANSIENT = ("timeout", "crashed", "ended")  # the load of the machine may have caused these
 
 Question = tuple[str, tuple[str, ...], str]  # program, tests, setup
 Jobs = queue.SimpleQueue  # of (Future, Question), None: the end
@@ -105,7 +108,7 @@ class Sandbox:
             if len(self._verdicts) > MAX_CACHED:
                 self._verdicts.popitem(last=False)
         self._jobs.put((future, question))
-        future.add_done_callback(lambda done: self._forget_passing(question, done))
+        future.add_done_callback(lambda done: self._forget_transient(question, done))
         return future
 
     def close(self) -> None:
@@ -118,8 +121,8 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _forget_passing(self, question: Question, done: Future[Verdict]) -> None:
-        if done.cancelled() or done.exception() or done.result().why in PASSING:
+    def _forget_transient(self, question: Question, done: Future[Verdict]) -> None:
+        if done.cancelled() or done.exception() or done.result().why in TRANSIENT:
             with self._lock:
                 self._verdicts.pop(question, None)
 
@@ -139,7 +142,12 @@ def _work(jobs: Jobs, limits: Limits) -> None:
             continue
         try:
             warden = warden or Warden()
-            verdict = _judge(warden, question, limits)
+            try:
+                verdict = _judge(warden, question, limits)
+            except SandboxError as error:  # of a machine without memory, say: once more
+                logger.warning("%s It is started anew, and the program run again.", error)
+                warden = Warden()
+                verdict = _judge(warden, question, limits)
         except BaseException as error:
             warden = None
             future.set_exception(error)

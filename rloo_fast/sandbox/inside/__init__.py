@@ -1,1 +1,4 @@
-"""What runs in the sandbox's own processes, in a Python that imports nothing else of rloo_fast."""
+"""A program and a test in, a record of how they ended out: the sandbox's own processes.
+
+Their Python imports nothing else of rloo_fast.
+"""

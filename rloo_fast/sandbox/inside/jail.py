@@ -1,4 +1,4 @@
-"""The walls around a process of the sandbox; once in, it cannot get out.
+"""Confine this process for the rest of its life; there is no call that undoes it.
 
 In order: a session of its own, no descriptors but the given ones, resource limits, Landlock (which
 files it may open), no capabilities, and the filter of system calls.
@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from . import seccomp
@@ -33,7 +34,11 @@ READABLE = (
 )
 CAPABILITIES_VERSION_3 = 0x20080522
 CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
+CLONE_NEWNS, CLONE_NEWUTS = 0x00020000, 0x04000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH = 2, 4, 8, 2
 PR_SET_PDEATHSIG = 1
+HOST_NAME = b"sandbox"
+OOM_SCORE_ADJ = "1000"  # the first to end when the machine has no memory left
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,49 @@ def landlock_version() -> int:
     return max(0, libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), GET_VERSION))
 
 
-def leave_networks() -> bool:
-    """Put this process and its children into user, network and IPC namespaces of their own.
+def leave_namespaces() -> bool:
+    """Put this process and its children into user, network, IPC, mount and host name namespaces.
 
     A second wall: the filter refuses sockets by itself. False where the machine does not allow it.
     """
-    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
+    user, group = os.geteuid(), os.getegid()
+    kinds = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS | CLONE_NEWUTS
+    if libc.unshare(kinds):
+        return False
+    for file, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {user} 1"),
+        ("gid_map", f"{group} {group} 1"),
+    ):
+        with suppress(OSError), open(f"/proc/self/{file}", "w") as stream:
+            stream.write(text)
+    libc.sethostname(HOST_NAME, len(HOST_NAME))
+    return True
 
 
-def enter(limits: Limits, descriptors: Iterable[int], folder: str | None, parent: int) -> None:
-    """This process, for the rest of its life. Only `folder` is writable, nothing without one.
+def bound_disk(folder: str, limits: Limits) -> bool:
+    """Mount a file system of `disk_mib` and `num_files` at the folder; this process's alone.
+
+    False where the machine does not allow it, or without a mount namespace of its own.
+    """
+    size = f"size={limits.disk_mib}m,nr_inodes={limits.num_files + 1},mode=0700"  # 1: the folder
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    return not libc.mount(b"tmpfs", folder.encode(), b"tmpfs", flags, size.encode())
+
+
+def unbound_disk(folder: str) -> None:
+    _checked(libc.umount2(folder.encode(), MNT_DETACH), "umount")
+
+
+def enter(
+    limits: Limits,
+    descriptors: Iterable[int],
+    folder: str | None,
+    parent: int,
+    readable: Iterable[str] = (),
+) -> None:
+    """This process, for the rest of its life. Only `folder` is writable, nothing without one;
+    `readable` is beside READABLE.
 
     It dies with `parent`, the process that forked it. Raises OSError if a wall is missing.
     """
@@ -71,9 +109,11 @@ def enter(limits: Limits, descriptors: Iterable[int], folder: str | None, parent
     _keep_only(descriptors)
     os.chdir(folder or "/")
     os.environ.clear()
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write(OOM_SCORE_ADJ)
     _limit(limits)
     seccomp.prctl(seccomp.PR_SET_NO_NEW_PRIVS, 1)  # which Landlock asks for
-    _restrict_files(folder)
+    _restrict_files(folder, readable)
     _drop_capabilities()
     seccomp.enter()
 
@@ -102,14 +142,17 @@ def _limit(limits: Limits) -> None:
         (resource.RLIMIT_MSGQUEUE, 0, 0),
     ):
         resource.setrlimit(kind, (soft, hard))
+    # Recursion through C (a cached function) takes more than the usual 8 MiB.
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (most if most >= 0 else memory // 2, most))
 
 
-def _restrict_files(folder: str | None) -> None:
+def _restrict_files(folder: str | None, readable: Iterable[str]) -> None:
     version = landlock_version()
     handled = next((rights for abi, rights in reversed(ALL_RIGHTS.items()) if version >= abi), 0)
     attribute = struct.pack("Q", handled)
     ruleset = _checked(libc.syscall(CREATE_RULESET, attribute, ctypes.c_size_t(8), 0), "Landlock")
-    for path in READABLE:
+    for path in (*READABLE, *readable):
         if os.path.exists(path):
             rights = READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE
             _allow(ruleset, path, rights | (WRITE_FILE if path == os.devnull else 0))

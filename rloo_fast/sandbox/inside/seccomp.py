@@ -1,8 +1,8 @@
 """The system calls that code in the sandbox may make; the kernel refuses or kills at all others.
 
-Allowed: to compute, to allocate, and to use files that Landlock lets it open. Fatal: whatever is
-only of use to get out, or to other processes (programs, signals). The rest is EPERM; sockets, too,
-as a C library may try one by itself, to ask for a user's name.
+Allowed: to compute, to allocate, and to use files that Landlock lets it open. Fatal: calls that
+serve only to escape, to start programs or to signal other processes. All others return EPERM, also
+those that make a socket: a C library may try one by itself, to look up a user's name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FATAL: dict[str, tuple[int, int | None]] = {
     **{"unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280)},
     **{"io_uring_setup": (425, 425)},
 }
-OPEN, OPENAT, FCNTL = (2, None), (257, 56), (72, 25)
+OPEN, OPENAT, FCNTL, PRLIMIT64 = (2, None), (257, 56), (72, 25), (302, 261)
 # To duplicate a descriptor, and to read and set its flags; not F_SETOWN, which sends signals.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 O_TMPFILE, O_TRUNC, O_ACCMODE = 0o20000000, 0o1000, 0o3
@@ -96,6 +96,8 @@ def build_filter() -> bytes:
     number = FCNTL[column]
     assert number is not None
     rules.append(_when(number, [_argument(1), *commands, _op(RETURN, REFUSE)]))
+    own = _when(0, [_op(RETURN, ALLOW)])  # this process's limits, which can be lowered
+    rules.append(_when(PRLIMIT64[column], [_argument(0), own, _op(RETURN, REFUSE)]))
     return b"".join([*rules, _op(RETURN, REFUSE)])
 
 

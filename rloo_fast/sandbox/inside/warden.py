@@ -34,14 +34,16 @@ COMMON += ("itertools", "math", "operator", "re", "statistics", "string", "typin
 def main() -> None:
     """`python -c ... CONTROL FOLDER`: serve the socket with number CONTROL until it is closed.
 
-    The first message says what this machine gives: {"namespaces": bool, "error": str}.
+    The first message says what this machine gives: {"namespaces": bool, "disk": is it bounded by
+    the kernel, "error": str}.
     """
     control = socket.socket(fileno=int(sys.argv[1]))
     for name in COMMON:  # once here, instead of in every process
         importlib.import_module(name)
-    namespaces = jail.leave_networks()
-    warden = Warden(control, sys.argv[2])
-    control.send(json.dumps({"namespaces": namespaces, "error": probe()}).encode())
+    namespaces = jail.leave_namespaces()
+    warden = Warden(control, sys.argv[2], namespaces)
+    hello = {"namespaces": namespaces, "disk": warden.bounds_disk(), "error": probe()}
+    control.send(json.dumps(hello).encode())
     gc.freeze()  # forked processes then leave these pages as they are
     with suppress(ConnectionError):
         while warden.serve_one():
@@ -68,11 +70,21 @@ def probe() -> str:
 
 
 class Warden:
-    """`folder`: where the temporary directories of candidates are made."""
+    """`folder`: where the temporary directories of candidates are made.
 
-    def __init__(self, control: socket.socket, folder: str) -> None:
-        self._control, self._folder = control, folder
+    With `namespaces` of its own, each of them is a file system of the size allowed, if it can be.
+    """
+
+    def __init__(self, control: socket.socket, folder: str, namespaces: bool) -> None:
+        self._control, self._folder, self._namespaces = control, folder, namespaces
         self._pid, self._pool = os.getpid(), os.getppid()
+
+    def bounds_disk(self) -> bool:
+        """Whether the kernel bounds what a candidate writes, or only the warden's look at it."""
+        bounded = self._namespaces and jail.bound_disk(self._folder, Limits())
+        if bounded:
+            jail.unbound_disk(self._folder)
+        return bounded
 
     def serve_one(self) -> bool:
         """Wait for a job and do it; False at the end of the pool."""
@@ -94,6 +106,7 @@ class Warden:
         """{"ended": "" | "timeout" | "disk", the two exit statuses: -N where signal N killed}."""
         folder = f"{self._folder}/{self._pid}"
         os.mkdir(folder, 0o700)
+        bounded = self._namespaces and jail.bound_disk(folder, limits)
         asked, ask = os.pipe()
         answered, answer = os.pipe()
 
@@ -115,6 +128,8 @@ class Warden:
             ended = self._watch(pids[1], folder, limits)
         finally:
             statuses = [_kill(pid) for pid in pids]
+            if bounded:
+                jail.unbound_disk(folder)
             for name in os.listdir(folder):
                 os.unlink(f"{folder}/{name}")
             os.rmdir(folder)

@@ -74,8 +74,8 @@ KINDS: dict[str, Kind] = {  # a type after those derived from it
 }
 
 
-class Garbled(Exception):
-    """What came over the pipe is no message."""
+class Garbled(BaseException):
+    """What came over the pipe is no message. `except Exception` of a test does not catch it."""
 
 
 def encode(value: Any, other: Callable[[Any], list], depth: int = MAX_DEPTH) -> Any:

@@ -1,0 +1,1 @@
+"""Attention of one layer, prompts shared, packed or padded."""

@@ -1,0 +1,1 @@
+"""What every benchmark shares: the machine, fair timing, memory, models of real sizes, plots."""

@@ -1,0 +1,1 @@
+"""The RLOO loss beside its peers."""

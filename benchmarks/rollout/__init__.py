@@ -1,0 +1,1 @@
+"""Completion tokens per second, our engines beside TRL's way."""

@@ -1,0 +1,1 @@
+"""One update of a model split over processes, beside TRL's."""

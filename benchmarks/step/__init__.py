@@ -1,0 +1,1 @@
+"""One RLOO update, and one whole step, beside TRL's."""

@@ -1,0 +1,1 @@
+"""Seconds to bring the policy's weights into a rollout engine."""

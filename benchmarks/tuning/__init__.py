@@ -1,0 +1,1 @@
+"""Numerics and tiles of the kernels on a GPU."""

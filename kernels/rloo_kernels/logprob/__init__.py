@@ -1,0 +1,1 @@
+"""Logits in, the log-prob of one token per row and the row's entropy out."""

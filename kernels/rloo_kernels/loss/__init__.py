@@ -1,0 +1,1 @@
+"""Per-token log-probs and rewards in, advantages and the RLOO objective out."""

@@ -1,0 +1,76 @@
+"""Units of rows -> the tensors of a micro-batch, in a layout.
+
+Not run are: padding in the layouts of one line, the last counted token of a completion (nothing is
+predicted from it), and rows of which no token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rloo_kernels.transfer import to_device
+
+from ..records import GenerationBatch, MicroBatch, Unit
+from .compiled_sizes import CompiledSizes
+from .layouts import Layout, UnitIds
+from .segments import make_segments
+
+
+def run_lengths(batch: GenerationBatch, every_token: bool) -> list[int]:
+    """Completion tokens of each row that are put through the model.
+
+    `every_token`: also those from which nothing is predicted, as a load-balancing loss wants.
+    """
+    if every_token:
+        return [len(ids) for ids in batch.completion_ids]
+    return [max(n - 1, 0) for n in batch.num_tokens]
+
+
+def make_micro_batch(
+    batch: GenerationBatch,
+    units: Sequence[Unit],
+    layout: Layout,
+    *,
+    device: torch.device,
+    pad_token_id: int,
+    every_token: bool = False,
+    multiple_of: int = 1,
+    sizes: CompiledSizes | None = None,
+) -> MicroBatch:
+    """The micro-batch of `units`; without units a filler, which runs one token and weighs nothing.
+
+    Made on the host and queued for the device, so that it can be built while the one before runs.
+    Lines are lengthened to a multiple of `multiple_of` tokens, or to one of `sizes`.
+    """
+    counted, run = batch.num_tokens, run_lengths(batch, every_token)
+    targets: list[int] = []
+    parts: list[UnitIds] = []
+    for unit in units:
+        rows = [r for r in unit if counted[r] or every_token]
+        for r in rows:
+            targets += batch.completion_ids[r][: counted[r]]
+        if rows:
+            completions = [batch.completion_ids[r][: run[r]] for r in rows]
+            parts.append(
+                UnitIds(batch.prompt_ids[rows[0]], completions, [counted[r] for r in rows])
+            )
+    lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
+    segments = None
+    if lines.segment_lengths is not None:
+        segments = make_segments(
+            lines.segment_lengths, lines.prefixes or [], device, **(lines.padded_segments or {})
+        )
+    rows = [r for unit in units for r in unit]
+    lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
+    positions = lines.positions
+    return MicroBatch(
+        rows=rows,
+        input_ids=to_device(torch.tensor(lines.input_ids), device),
+        logit_index=to_device(torch.tensor(lines.logit_index, dtype=torch.long), device),
+        targets=to_device(torch.tensor(targets, dtype=torch.long), device),
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        token_weights=to_device(torch.tensor(lines.weights), device),
+        position_ids=(None if positions is None else to_device(torch.tensor([positions]), device)),
+        segments=segments,
+    )

@@ -1,0 +1,51 @@
+"""What a dataset's rows are, seen by looking at them: `column_names` are those of its storage.
+
+`set_transform` and `with_transform` make the columns when a row is read, and a stream from a
+generator knows none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+from .row_functions import Row
+
+
+def is_transformed(dataset: Any) -> bool:
+    """Whether the rows are made when they are read, of columns that may have other names."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def first_row(dataset: Any) -> Row | None:
+    """None: the dataset is empty."""
+    row: Any = next(iter(dataset), None)
+    return row
+
+
+def columns_of(dataset: Any, name: str, *, look: bool = True) -> list[str] | None:
+    """The columns that a row has; read from its first row only where the dataset does not know.
+
+    Without `look` (the first row may be one that is skipped) None there. Raises ValueError for a
+    dataset that is empty, or whose first row is not a dict.
+    """
+    names = dataset.column_names
+    if names is not None and not is_transformed(dataset):
+        return list(names)
+    if not look:
+        return None
+    row = first_row(dataset)
+    if row is None:
+        raise ValueError(f"{name} is empty: it ended without a single row.")
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{name} gives {type(row).__name__} for a row, where a dict of its columns is needed."
+        )
+    return list(row)
+
+
+def prompts_of(dataset: Dataset, start: int, stop: int) -> list[Any]:
+    """The prompts of these rows, other columns unread where they can be."""
+    rows: Any = dataset if is_transformed(dataset) else dataset.select_columns("prompt")
+    return list(rows[start:stop]["prompt"])

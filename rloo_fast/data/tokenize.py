@@ -1,0 +1,242 @@
+"""Dataset rows -> prompts with token ids; conversations go through the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.rloo_config import RLOOConfig, as_dict
+from ..models.chat_templates import TemplateLimit, apply_template
+from ..records import Prompt
+from .row_errors import UnreadableRow, UnusableRow
+from .row_functions import Row
+
+OPTION = " skip_unusable_rows=True leaves such rows out and counts them."
+
+
+def is_conversational(text: Any) -> bool:
+    return isinstance(text, list) and bool(text) and isinstance(text[0], dict) and "role" in text[0]
+
+
+def tokenize(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template_kwargs: dict[str, Any],
+    max_prompt_tokens: int | None,
+    num_embeddings: int | None = None,
+    keep_columns: bool = True,
+    length_option: str = "max_completion_length",
+    engine_length: int | None = None,
+) -> list[Prompt]:
+    """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
+
+    Raises UnusableRow (a ValueError) for a prompt that is missing, empty, of a wrong type, has
+    token ids that are not < num_embeddings, or leaves no room for the completion in the model's
+    context, or in `engine_length`; ValueError for rows of both kinds. `length_option`: the setting
+    of the longest completion, as the caller's user knows it. `engine_length`: the longest prompt
+    that the rollout engine's memory was laid out for, where the user did not say.
+    """
+    if len({is_conversational(row.get("prompt")) for row in rows}) > 1:
+        raise ValueError(
+            "some prompts are conversations and some are not: make all of them strings, or all "
+            "of them lists of messages."
+        )
+    prompts = []
+    for row in rows:
+        if "prompt" not in row:
+            raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
+        text = row["prompt"]
+        ids = _encode(text, tokenizer, chat_template_kwargs)
+        if not ids or text == "":
+            raise UnusableRow(
+                f"a prompt {'is empty' if text in ('', []) else 'has no tokens'} "
+                f"({_shown(text)}): there is no token to continue. "
+                "Drop such rows from the dataset."
+            )
+        if num_embeddings is not None and max(ids) >= num_embeddings:
+            raise UnusableRow(_beyond(max(ids), num_embeddings, tokenizer, text))
+        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            raise UnusableRow(
+                f"a prompt has {len(ids)} tokens, but only {max_prompt_tokens} fit into the "
+                f"model's context beside {length_option}: shorten or drop it, or lower "
+                f"{length_option}. The prompt begins {_shown(text)}."
+            )
+        if engine_length is not None and len(ids) > engine_length:
+            raise UnusableRow(
+                f"a prompt has {len(ids)} tokens, but the rollout engine was started for prompts "
+                f"of at most {engine_length}, from those that were there to see: set "
+                f"vllm_max_model_length to the longest prompt plus {length_option}, or "
+                f"max_prompt_length to leave longer prompts out. The prompt begins {_shown(text)}."
+            )
+        columns = {
+            k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
+        }
+        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
+    return prompts
+
+
+def _beyond(token_id: int, num_embeddings: int, tokenizer: Any, text: Any) -> str:
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f"a prompt has the token id {token_id} ({token!r}), but the model has embeddings for ids "
+        f"below {num_embeddings} only, the tokenizer {len(tokenizer)} tokens: call "
+        "model.resize_token_embeddings(len(tokenizer)) before the trainer is made, or pass the "
+        f"tokenizer that belongs to the model. The prompt begins {_shown(text)}."
+    )
+
+
+def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> list[int]:
+    if is_conversational(text):
+        return _apply_template(text, tokenizer, kwargs)
+    if isinstance(text, str):
+        return tokenizer(text).input_ids
+    raise UnusableRow(
+        "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
+        f"got {_shown(text)}."
+    )
+
+
+def _apply_template(
+    messages: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]
+) -> list[int]:
+    if tokenizer.chat_template is None and "chat_template" not in kwargs:
+        raise ValueError(
+            "a prompt is a conversation, but the tokenizer has no chat template: set "
+            "tokenizer.chat_template, or make the prompts strings."
+        )
+    try:
+        encoded: Any = apply_template(
+            tokenizer, messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+            **kwargs,
+        )  # fmt: skip
+    except TemplateLimit as error:
+        raise ValueError(f"{error} The prompt is {_shown(messages)}.") from error
+    except Exception as error:  # whatever the template's code runs into
+        raise UnusableRow(
+            f"the chat template fails on a prompt ({type(error).__name__}: {error}). The prompt "
+            f"is {_shown(messages)}."
+        ) from error
+    return encoded["input_ids"]
+
+
+class RowTokenizer:
+    """`tokenize` with a run's settings: dataset rows -> prompts.
+
+    num_embeddings: rows of the model's embedding matrix, None: not known. check_columns: raises
+    ValueError for names of dataset columns that do not suit the reward functions.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context_length: int | None,
+        max_completion_length: int,
+        chat_template_kwargs: dict[str, Any],
+        keep_columns: bool,
+        num_embeddings: int | None = None,
+        check_columns: Callable[[Iterable[str]], None] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.chat_template_kwargs, self.keep_columns = chat_template_kwargs, keep_columns
+        self.num_embeddings, self._check_columns = num_embeddings, check_columns
+        self._good_columns: set[frozenset[str]] = set()
+        self.engine_length: int | None = None  # see `tokenize`; set once the data were looked at
+        self.max_prompt_tokens = None
+        if context_length is not None:
+            self.max_prompt_tokens = context_length - max_completion_length
+            if self.max_prompt_tokens < 1:
+                raise ValueError(
+                    f"max_completion_length={max_completion_length} leaves no room for a prompt "
+                    f"in the model's context of {context_length} tokens: lower it."
+                )
+
+    @classmethod
+    def from_config(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int | None,
+        args: RLOOConfig,
+        *,
+        num_embeddings: int | None = None,
+        check_columns: Callable[[Iterable[str]], None] | None = None,
+    ) -> RowTokenizer:
+        return cls(
+            tokenizer,
+            context_length=context_length,
+            max_completion_length=args.max_completion_length,
+            chat_template_kwargs=as_dict(args.chat_template_kwargs),
+            keep_columns=not args.remove_unused_columns,
+            num_embeddings=num_embeddings,
+            check_columns=check_columns,
+        )
+
+    def __call__(self, rows: Sequence[Row | UnreadableRow]) -> list[Prompt]:
+        """Raises UnusableRow for a row that was not read, lacks a column that the reward functions
+        need, or whose prompt cannot be used; ValueError as `tokenize`."""
+        with _naming_the_option():
+            whole = [self._whole(row) for row in rows]
+        return self.prompts(whole)
+
+    def prompts(self, rows: Sequence[Row]) -> list[Prompt]:
+        """`tokenize` these rows, of which the other columns may have been left out."""
+        with _naming_the_option():
+            return tokenize(
+                rows,
+                self.tokenizer,
+                chat_template_kwargs=self.chat_template_kwargs,
+                max_prompt_tokens=self.max_prompt_tokens,
+                num_embeddings=self.num_embeddings,
+                keep_columns=self.keep_columns,
+                engine_length=self.engine_length,
+            )
+
+    def _whole(self, row: Row | UnreadableRow) -> Row:
+        """The row, which was read and has every column that the reward functions need."""
+        if isinstance(row, UnreadableRow):
+            raise row
+        if not isinstance(row, Mapping):
+            raise UnusableRow(
+                f"a row is a dict of its columns, but the dataset gave {type(row).__name__}: call "
+                "dataset.with_format(None)."
+            )
+        columns = frozenset(row)
+        if self._check_columns is not None and columns not in self._good_columns:
+            try:
+                self._check_columns(columns if self.keep_columns else ())
+            except ValueError as error:
+                raise UnusableRow(f"{error} (The prompt: {_shown(row.get('prompt'))}.)") from error
+            self._good_columns.add(columns)
+        return row
+
+    def num_tokens(self, texts: list[Any]) -> list[int]:
+        """Tokens of each prompt, chat template included; 0 for one that cannot be tokenised."""
+        if all(isinstance(text, str) for text in texts):
+            return [len(ids) for ids in self.tokenizer(texts).input_ids]
+        return [self._num_tokens(text) for text in texts]
+
+    def _num_tokens(self, text: Any) -> int:
+        try:
+            return len(_encode(text, self.tokenizer, self.chat_template_kwargs))
+        except UnusableRow:
+            return 0
+
+
+@contextmanager
+def _naming_the_option() -> Iterator[None]:
+    try:
+        yield
+    except UnreadableRow:
+        raise  # a stream that broke cannot be read any further
+    except UnusableRow as error:
+        error.args = (f"{error}{OPTION}",)
+        raise
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."

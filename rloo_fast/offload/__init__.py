@@ -1,0 +1,1 @@
+"""Tensors of the trainer on the GPU in, the same tensors on the host out, and back again."""

@@ -1,0 +1,1 @@
+"""Queries, keys and values of packed segments in, attention outputs out, for any model."""

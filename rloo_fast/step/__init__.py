@@ -1,0 +1,1 @@
+"""Stage 7: prompts in, one optimizer step's gradients and records out: collect, prepare, update."""

@@ -1,0 +1,168 @@
+"""Load: what RLOOTrainer is given in, models, tokenizer, rewards and datasets out.
+
+In the order of their cost: what is wrong with an argument is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from ..checkpoint.files import check_output_dir
+from ..config.rloo_config import RLOOConfig, as_dict
+from ..config.rollout_engine import engine_name
+from ..data.checks import check_datasets, check_prompts, check_reward_columns
+from ..data.longest_prompt import longest_prompt
+from ..data.prompt_lengths import drop_long_prompts
+from ..data.skipping import Skipping
+from ..data.tokenize import RowTokenizer
+from ..masking import masked_errors
+from ..models.adapters import add_adapters, check_peft_config
+from ..models.dropout import disable_dropout
+from ..models.loading import check_model_path, context_length, load_policy, num_embeddings
+from ..models.reference import make_reference
+from ..models.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from ..rewards import Rewards, RewardSources
+from ..rollout.engine import RolloutEngine
+from ..rollout.registry import find_engine
+
+
+class Loaded(NamedTuple):
+    """What a run is made of."""
+
+    policy: Any  # nn.Module, with its adapters
+    reference: nn.Module | None  # a frozen copy; None: not needed, or a policy with adapters
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]  # each ends a completion
+    tokenize: RowTokenizer
+    skipping: Skipping | None  # None: a row that cannot be used ends the run
+    rewards: Rewards
+    train_dataset: Any
+    eval_dataset: Any
+    engine_class: type[RolloutEngine]
+    longest: int | None  # prompt plus completion; None: the engine need not know, or the user said
+
+
+@masked_errors()
+def load_run(
+    model: Any,
+    reward_funcs: Any,
+    args: RLOOConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    *,
+    processing_class: Any,
+    reward_processing_classes: Any,
+    quantization_config: Any,
+    peft_config: Any,
+) -> Loaded:
+    """Arguments as those of RLOOTrainer. Raises ValueError or TypeError with what to write."""
+    check_output_dir(str(args.output_dir))
+    engine_class = find_engine(engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode))
+    if args.use_vllm and not engine_class.reads_vllm_settings:
+        raise ValueError(
+            f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
+            "have the vllm_* settings: leave them out, or, if the engine reads them, write "
+            "reads_vllm_settings = True in its class."
+        )
+    check_datasets(train_dataset, eval_dataset, args)
+    if isinstance(model, str):
+        check_model_path(model)
+    check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
+    sources = reward_funcs
+    if not isinstance(sources, RewardSources):
+        sources = RewardSources.from_config(reward_funcs, reward_processing_classes, args)
+    check_reward_columns(
+        sources.check_columns,
+        train_dataset,
+        eval_dataset,
+        keep_columns=not args.remove_unused_columns,
+        look=not args.skip_unusable_rows,
+    )
+    rewards = sources.load()
+    set_seed(args.seed)  # new adapters are drawn at random
+    policy: Any = load_policy(
+        model,
+        model_init_kwargs=as_dict(args.model_init_kwargs),
+        quantization_config=quantization_config,
+        trust_remote_code=args.trust_remote_code,
+        merge_adapter=args.merge_adapter,
+        num_processes=args.world_size,
+    )
+    tokenizer = load_tokenizer(
+        processing_class,
+        policy,
+        revision=as_dict(args.model_init_kwargs).get("revision"),
+        trust_remote_code=args.trust_remote_code,
+    )
+    stop_ids = stop_token_ids(policy, tokenizer, args.stop_token_id, args.stop or ())
+    size, context = num_embeddings(policy), _context(policy, args)
+    check_token_ids(tokenizer, size, args.stop_token_id)
+    tokenize = RowTokenizer.from_config(
+        tokenizer, context, args, num_embeddings=size, check_columns=sources.check_columns
+    )
+    train_dataset, eval_dataset = drop_long_prompts(
+        train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
+    )
+    skipping = Skipping(tokenize) if args.skip_unusable_rows else None
+    check_prompts(train_dataset, eval_dataset, tokenize, skipping, args.prompts_per_generation)
+    longest = _lay_out(engine_class, args, tokenize, train_dataset, eval_dataset)
+    policy = add_adapters(
+        policy,
+        peft_config,
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+    )
+    if args.disable_dropout:
+        disable_dropout(policy)
+    reference = make_reference(
+        policy,
+        beta=args.beta,
+        sync_ref_model=args.sync_ref_model,
+        use_liger_kernel=args.use_liger_kernel,
+        liger_kernel_config=args.liger_kernel_config,
+    )
+    return Loaded(
+        policy,
+        reference,
+        tokenizer,
+        stop_ids,
+        tokenize,
+        skipping,
+        rewards,
+        train_dataset,
+        eval_dataset,
+        engine_class,
+        longest,
+    )
+
+
+def _context(policy: Any, args: RLOOConfig) -> int | None:
+    """Tokens of the longest sequence that model and engine take, where they say."""
+    lengths = [context_length(policy), _told_length(args)]  # vLLM takes other values as well
+    return min((n for n in lengths if isinstance(n, int) and n > 0), default=None)
+
+
+def _lay_out(
+    engine: type[RolloutEngine],
+    args: RLOOConfig,
+    tokenize: RowTokenizer,
+    train: Any,
+    evaluation: Any,
+) -> int | None:
+    """Tokens of the longest prompt and completion; `tokenize` refuses longer prompts then.
+
+    None: the engine has no memory to lay out in this process, or the user says how long.
+    """
+    if not engine.sleeps_in_process or _told_length(args):
+        return None
+    prompt = longest_prompt(train, evaluation, tokenize, args.max_prompt_length)
+    prompt = min(prompt, tokenize.max_prompt_tokens or prompt)  # what the model's context leaves
+    tokenize.engine_length = prompt
+    return prompt + args.max_completion_length
+
+
+def _told_length(args: RLOOConfig) -> Any:
+    """The longest sequence of a vLLM engine, where the user says it."""
+    return as_dict(args.vllm_engine_kwargs).get("max_model_len", args.vllm_max_model_length)

@@ -1,0 +1,1 @@
+"""Stage 8: the policy's weights in, an engine that samples from exactly these out."""
