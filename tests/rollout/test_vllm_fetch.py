@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from rloo_fast.rollout import vllm_fetch, vllm_http, vllm_offers
-from rloo_fast.rollout.vllm_fetch import SMALL_BYTES, NotFetched, fetch, most_bytes, read_hosts
-from rloo_fast.rollout.vllm_http import NOT_FETCHED
-from rloo_fast.rollout.vllm_offers import BucketServer
-from rloo_fast.rollout.vllm_pack import pack
+from rloo_fast.rollout.vllm import fetch as vllm_fetch
+from rloo_fast.rollout.vllm import http as vllm_http
+from rloo_fast.rollout.vllm import offers as vllm_offers
+from rloo_fast.rollout.vllm.fetch import SMALL_BYTES, NotFetched, fetch, most_bytes, read_hosts
+from rloo_fast.rollout.vllm.http import NOT_FETCHED
+from rloo_fast.rollout.vllm.offers import BucketServer
+from rloo_fast.rollout.vllm.pack import pack
 
 TOKEN = "t" * 43
 ROOM = 2**20

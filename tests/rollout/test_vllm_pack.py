@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from rloo_fast.rollout.vllm_offers import BucketServer
-from rloo_fast.rollout.vllm_pack import pack
-from rloo_fast.rollout.vllm_server import VLLMServer
+from rloo_fast.rollout.vllm.offers import BucketServer
+from rloo_fast.rollout.vllm.pack import pack
+from rloo_fast.rollout.vllm.server import VLLMServer
 
 
 def unpacked(bucket, dtype=None):

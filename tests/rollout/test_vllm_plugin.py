@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from rloo_fast.rollout.vllm_fetch import NotFetched
+from rloo_fast.rollout.vllm.fetch import NotFetched
 from tests.support.tiny import require_vllm
 
 require_vllm()
@@ -39,7 +39,7 @@ class Group:
 @pytest.fixture
 def fetched_by(monkeypatch):
     """fetched_by(fetch): what each of two workers has after it, or its error."""
-    from rloo_fast.rollout import vllm_plugin
+    from rloo_fast.rollout.vllm import plugin as vllm_plugin
 
     def run(fetch):
         group, found, asked = Group(), [], []

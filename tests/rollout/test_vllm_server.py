@@ -27,11 +27,11 @@ from rloo_fast.data.seeds import step_seed
 from rloo_fast.records import Bucket, Rollout, Sampling
 from rloo_fast.rollout.engine import EngineError, StaleWeights
 from rloo_fast.rollout.stops import Stops
-from rloo_fast.rollout.vllm_http import NOT_FETCHED
-from rloo_fast.rollout.vllm_offers import BucketServer
-from rloo_fast.rollout.vllm_pack import pack
-from rloo_fast.rollout.vllm_server import VLLMServer
-from rloo_fast.rollout.vllm_transport import Endpoint, Refused
+from rloo_fast.rollout.vllm.http import NOT_FETCHED
+from rloo_fast.rollout.vllm.offers import BucketServer
+from rloo_fast.rollout.vllm.pack import pack
+from rloo_fast.rollout.vllm.server import VLLMServer
+from rloo_fast.rollout.vllm.transport import Endpoint, Refused
 from rloo_fast.weight_sync.coverage import poison, uncovered
 from rloo_fast.weight_sync.unmerged import AdapterShape, adapter_shape, policy_buckets
 from tests.support.launch import free_port

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from .vllm_host import host_unchanged
+from .host import host_unchanged
 
 OLDEST = "0.32"  # that it has been tested with
 

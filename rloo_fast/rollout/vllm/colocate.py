@@ -17,20 +17,20 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from ..models.adapters import base_causal_lm
-from ..offload.memory_plan import LEAST_SHARE, MOST_SHARE
-from ..records import Bucket, Rollout, Sampling, SentParts
-from ..weight_sync.coverage import poison, uncovered
-from ..weight_sync.unmerged import AdapterShape, Parted, adapter_shape
-from . import vllm_adapter
-from .engine import EngineError, OnFinished, RolloutEngine
-from .settings import EngineSettings
-from .vllm_files import saved_configuration
-from .vllm_host import host_unchanged
-from .vllm_model import LooseTensors, kept_in_another_form
-from .vllm_package import import_vllm, runs_on_cpu
-from .vllm_placement import check_all_reduce, launched_as_here, placement
-from .vllm_ranks import tensor_parallel_group, together, unlink_shared_memory
+from ...models.adapters import base_causal_lm
+from ...offload.memory_plan import LEAST_SHARE, MOST_SHARE
+from ...records import Bucket, Rollout, Sampling, SentParts
+from ...weight_sync.coverage import poison, uncovered
+from ...weight_sync.unmerged import AdapterShape, Parted, adapter_shape
+from ..engine import EngineError, OnFinished, RolloutEngine
+from ..settings import EngineSettings
+from . import lora
+from .files import saved_configuration
+from .host import host_unchanged
+from .model import LooseTensors, kept_in_another_form
+from .package import import_vllm, runs_on_cpu
+from .placement import check_all_reduce, launched_as_here, placement
+from .ranks import tensor_parallel_group, together, unlink_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class VLLMEngine(RolloutEngine):
         self._count = 0  # requests ever made: their ids are never reused
         self._files = tempfile.TemporaryDirectory(prefix="rloo_fast-vllm-")
         self._loose = LooseTensors()
-        self._adapter = None if adapter is None else vllm_adapter.request()
+        self._adapter = None if adapter is None else lora.request()
         self._has_base = False  # the weights that the adapter belongs to are there
         self._found_group = dist.is_initialized()  # else vLLM makes one, of this process alone
         settings: dict[str, Any] = {
@@ -156,10 +156,10 @@ class VLLMEngine(RolloutEngine):
             on_cpu=on_cpu, sleeps=self.sleeps, tensor_parallel_size=tensor_parallel_size
         )
         if adapter is not None:
-            settings |= vllm_adapter.settings(adapter)
+            settings |= lora.settings(adapter)
         settings |= engine_kwargs or {}
         if adapter is not None:
-            vllm_adapter.check_settings(settings)
+            lora.check_settings(settings)
         check_all_reduce(settings)
         with host_unchanged(model), launched_as_here(on_cpu=on_cpu), _explained("starting vLLM"):
             self.llm = self._vllm.LLM(**settings)
@@ -226,7 +226,7 @@ class VLLMEngine(RolloutEngine):
 
     def _load_base(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         def load(model: Any) -> list[str]:
-            with vllm_adapter.without_adapters(model):
+            with lora.without_adapters(model):
                 poison(model)
                 model.load_weights(weights)
                 return uncovered(model)
@@ -241,7 +241,7 @@ class VLLMEngine(RolloutEngine):
 
     def _load_adapter(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         with torch.no_grad(), _explained("loading the adapter into vLLM"):
-            for reason in self.llm.apply_model(lambda model: vllm_adapter.hold(model, tensors)):
+            for reason in self.llm.apply_model(lambda model: lora.hold(model, tensors)):
                 if reason is not None:
                     raise EngineError(f"the adapter of policy version {version}: {reason}.")
             self.llm.llm_engine.add_lora(self._adapter)
@@ -268,14 +268,14 @@ class VLLMEngine(RolloutEngine):
     ) -> Iterator[tuple[int, Any]]:
         """(index, vLLM's completion) as they are finished."""
         engine, waiting = self.llm.llm_engine, {}
-        lora = {} if self._adapter is None else {"lora_request": self._adapter}
+        named = {} if self._adapter is None else {"lora_request": self._adapter}
         try:
             with _explained("generating with vLLM"):
                 for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
                     request = f"rloo-{self._count}"
                     self._count += 1
                     engine.add_request(
-                        request, {"prompt_token_ids": ids}, self._params(sampling, seed), **lora
+                        request, {"prompt_token_ids": ids}, self._params(sampling, seed), **named
                     )
                     waiting[request] = index
             while waiting:

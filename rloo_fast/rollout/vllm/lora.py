@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..weight_sync.unmerged import AdapterShape
+from ...weight_sync.unmerged import AdapterShape
 
 NAME = "rloo_fast"  # of the adapter, in requests
 ID = 2**30  # that of no adapter of a server's own: those are counted from 1

@@ -19,7 +19,7 @@ from io import BytesIO
 
 from torch import nn
 
-from .vllm_http import NOT_FETCHED, TRAINER_HOST, hang_up_after, patience_s
+from .http import NOT_FETCHED, TRAINER_HOST, hang_up_after, patience_s
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from .vllm_http import hang_up_after, patience_s
-from .vllm_pack import Packed
+from .http import hang_up_after, patience_s
+from .pack import Packed
 
 REQUEST_S = 10.0  # that a client may take to say what it wants
 MOST_CLIENTS = 256  # at a time; every worker of a server is one

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..weight_sync.unmerged import AdapterShape
-from .engine import EngineError
-from .vllm_adapter import room_for
-from .vllm_http import BACKEND, KEY, PROTOCOL, WIDER
-from .vllm_transport import Endpoint, Refused
+from ...weight_sync.unmerged import AdapterShape
+from ..engine import EngineError
+from .http import BACKEND, KEY, PROTOCOL, WIDER
+from .lora import room_for
+from .transport import Endpoint, Refused
 
 logger = logging.getLogger(__name__)
 

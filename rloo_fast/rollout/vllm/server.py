@@ -2,7 +2,7 @@
 
 Every load labels the server's weights with the version and this run's own id. The label is read
 before and after every rollout, so completions from other weights (another trainer loaded them, or
-the server was restarted) are never returned. `vllm_plugin.py` runs inside the server.
+the server was restarted) are never returned. `plugin.py` runs inside the server.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from typing import Any, Self
 
-from ..models.adapters import base_causal_lm
-from ..records import Bucket, Rollout, Sampling, SentParts
-from ..weight_sync.unmerged import AdapterShape, adapter_shape
-from . import vllm_adapter
-from .engine import EngineError, OnFinished, RolloutEngine, StaleWeights
-from .settings import EngineSettings
-from .vllm import sampling_fields
-from .vllm_answers import Completion, OddAnswer, most_bytes, read_completion
-from .vllm_fit import COMMAND, CONNECT_S, check_fit, wait_until_up
-from .vllm_http import KEY, NOT_FETCHED, TRAINER_HOST, api_key
-from .vllm_offers import BucketServer
-from .vllm_pack import Packed, pack
-from .vllm_transport import Endpoint, Refused, ServerGone
+from ...models.adapters import base_causal_lm
+from ...records import Bucket, Rollout, Sampling, SentParts
+from ...weight_sync.unmerged import AdapterShape, adapter_shape
+from ..engine import EngineError, OnFinished, RolloutEngine, StaleWeights
+from ..settings import EngineSettings
+from . import lora
+from .answers import Completion, OddAnswer, most_bytes, read_completion
+from .colocate import sampling_fields
+from .fit import COMMAND, CONNECT_S, check_fit, wait_until_up
+from .http import KEY, NOT_FETCHED, TRAINER_HOST, api_key
+from .offers import BucketServer
+from .pack import Packed, pack
+from .transport import Endpoint, Refused, ServerGone
 
 RESET_S = 10.0
 # fields of a request that are not the user's to set: one prompt, one answer, its ids and log-probs
@@ -268,7 +268,7 @@ class VLLMServer(RolloutEngine):
                 f"generation_kwargs: {', '.join(unknown)} cannot be set in a request to vLLM's "
                 "/v1/completions; leave it out."
             )
-        named = {"model": vllm_adapter.NAME} if self._sends_adapter else {}
+        named = {"model": lora.NAME} if self._sends_adapter else {}
         return {
             **sampling_fields(sampling),
             "return_token_ids": True,

@@ -18,9 +18,9 @@ from hmac import compare_digest
 from importlib import import_module
 from typing import Any
 
-from . import vllm_adapter
-from .vllm_fetch import read_hosts
-from .vllm_http import BACKEND, KEY, KEY_FILE, TRAINER_HOST, api_key
+from . import lora
+from .fetch import read_hosts
+from .http import BACKEND, KEY, KEY_FILE, TRAINER_HOST, api_key
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def install() -> None:
         original(args, app, *rest, **named)
         if _backend(args) == BACKEND:
             if getattr(args, "enable_lora", False):
-                app.add_middleware(vllm_adapter.Named)
+                app.add_middleware(lora.Named)
             app.add_middleware(Guard, keys=_keys(args))  # the last one is the first to be asked
 
     register.init_entrypoints_middleware = guarded

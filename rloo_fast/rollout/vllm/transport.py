@@ -8,9 +8,9 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, NoReturn
 
-from ..config.server_address import read_address
-from .engine import EngineError
-from .vllm_http import KEY, KEY_FILE, hang_up_after
+from ...config.server_address import read_address
+from ..engine import EngineError
+from .http import KEY, KEY_FILE, hang_up_after
 
 CONTROL_S = 600.0  # longest that the server may take for what is no completion
 BODY_S = 120.0  # longest from an answer's first byte to its last

@@ -23,13 +23,13 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
     WeightTransferUpdateInfo,
 )
 
-from ..records import SentParts
-from ..weight_sync.coverage import poison, uncovered
-from ..weight_sync.unmerged import Parted
-from . import vllm_adapter, vllm_guard
-from .vllm_fetch import NotFetched, fetch, most_bytes
-from .vllm_http import BACKEND, PROTOCOL, TRAINER_HOST, WIDER
-from .vllm_package import runs_on_cpu
+from ...records import SentParts
+from ...weight_sync.coverage import poison, uncovered
+from ...weight_sync.unmerged import Parted
+from . import guard, lora
+from .fetch import NotFetched, fetch, most_bytes
+from .http import BACKEND, PROTOCOL, TRAINER_HOST, WIDER
+from .package import runs_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def register() -> None:
     with suppress(ValueError):  # called before: it is known
         WeightTransferEngineFactory.register_engine(BACKEND, PulledWeights)
     with suppress(ImportError):  # a vLLM without servers as we know them may still run in process
-        vllm_guard.install()
+        guard.install()
     runs_on_cpu()
 
 
@@ -67,7 +67,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
     _has_base = False  # the parameters are those of an adapter that may come alone
 
     def __init__(self, *args: Any):
-        vllm_guard.install()  # or this server must not start
+        guard.install()  # or this server must not start
         super().__init__(*args)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -94,7 +94,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._token = None
         num_workers = self.parallel_config.world_size_across_dp
         self._room = most_bytes(self.model, num_workers)
-        self._room += 4 * num_workers * vllm_adapter.most_numbers(self.model)
+        self._room += 4 * num_workers * lora.most_numbers(self.model)
         self._adapter: dict[str, Tensor] = {}
 
     def _begin(self, parts: str) -> None:
@@ -103,7 +103,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if parts != "merged":
             if not hasattr(self.model, "lora_manager"):
                 raise RuntimeError("an adapter was sent, and the server has no --enable-lora.")
-            vllm_adapter.install()
+            lora.install()
         if parts == "adapter" and not self._has_base:
             raise RuntimeError("an adapter was sent without the weights that it belongs to.")
         self._parts = parts
@@ -123,7 +123,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         parted = Parted([list(weights.items())])
         model: Any = self.model  # vLLM's models have load_weights, which nn.Module has not
         if self._parts != "adapter":
-            with vllm_adapter.without_adapters(model):
+            with lora.without_adapters(model):
                 model.load_weights(iter(parted))
         if unexpected := [name for name, _ in parted]:
             raise ValueError(f"{unexpected[0]} was sent in an update of the adapter alone.")
@@ -162,12 +162,12 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._parts != "adapter":
             self._check_coverage()
         if self._parts != "merged":
-            if (reason := vllm_adapter.hold(self.model, self._adapter)) is not None:
+            if (reason := lora.hold(self.model, self._adapter)) is not None:
                 raise RuntimeError(f"the adapter: {reason}.")
             self._has_base = True
 
     def _check_coverage(self) -> None:
-        with vllm_adapter.without_adapters(self.model):
+        with lora.without_adapters(self.model):
             missing = uncovered(self.model)
         if missing:
             raise RuntimeError(

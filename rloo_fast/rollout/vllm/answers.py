@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .vllm import REASONS, finish_reason
+from .colocate import REASONS, finish_reason
 
 # probabilities of float32 logits may come out above 1 by rounding, never by this much
 HIGHEST = 1e-3
