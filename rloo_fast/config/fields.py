@@ -298,7 +298,12 @@ class RLOOFields(Names2024, TrainingArguments):
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
+    vllm_group_port: int = _field(51216, "Not offered: the system gives free ports.")
+    vllm_weight_transfer: str = _field(
+        "auto",
+        "How weights reach a server: nccl: from GPU to GPU, none of them shared | gloo: between "
+        "hosts | http | auto: nccl where it can be, gloo between CPUs, else http.",
+    )
     vllm_gpu_memory_utilization: float = _field(
         DefaultShare(0.3),
         "Share of the GPU's memory for the engine: weights and KV cache. Default: 0.3; with "

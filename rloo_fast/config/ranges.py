@@ -147,6 +147,10 @@ RANGES: Ranges = {
     "log_format": (lambda name: name in ("dict", "line"), "'dict' or 'line'"),
     "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
     "vllm_lora": (lambda way: way in ("merged", "adapter"), "'merged' or 'adapter'"),
+    "vllm_weight_transfer": (
+        lambda way: way in ("auto", "nccl", "gloo", "http"),
+        "'auto', 'nccl', 'gloo' or 'http'",
+    ),
     "vllm_model_impl": (
         lambda name: name in ("vllm", "transformers", "auto"),
         "'vllm', 'transformers' or 'auto'",

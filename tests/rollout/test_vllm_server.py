@@ -35,6 +35,7 @@ from rloo_fast.rollout.vllm.transport import Endpoint, Refused
 from rloo_fast.weight_sync.coverage import poison, uncovered
 from rloo_fast.weight_sync.unmerged import AdapterShape, adapter_shape, policy_buckets
 from tests.support.launch import free_port
+from tests.support.offered import offered
 from tests.support.tiny import make_model, make_tokenizer, require_vllm
 
 MAX_MODEL_LEN = 128
@@ -72,7 +73,7 @@ def test_one_missing_element_is_enough():
 def test_a_bucket_can_be_fetched_only_while_it_is_offered():
     shelf = BucketServer("127.0.0.1")
     matrix = torch.randn(3, 4).T  # as a checkpoint's tensors may be: not contiguous
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", matrix)])) as url:
+    with offered(shelf, pack([("w", matrix)])) as url:
         fetched = safetensors.torch.load(urlopen(url).read())
         with pytest.raises(HTTPError, match="404"):
             urlopen(url + "1")
@@ -300,8 +301,8 @@ def refusal(url: str, parts: str, tensors: Bucket) -> str:
     control.post("/start_weight_update")
     try:
         if tensors:
-            with shelf.offer(f"{shelf.new_folder()}/0", pack(tensors)) as offered:
-                control.post("/update_weights", update_info={"url": offered, "parts": parts})
+            with offered(shelf, pack(tensors)) as offer:
+                control.post("/update_weights", update_info={"url": offer, "parts": parts})
         control.post("/finish_weight_update", weight_version="refused")
     except Refused as error:
         return str(error)
@@ -361,7 +362,7 @@ def test_whatever_is_wrong_with_a_url_the_server_says_the_same_and_asks_nobody(s
         f"http://8.8.8.8:{port}/{token}/0", f"http://127.0.0.1:{free_port()}/{token}/0",
         f"http://127.0.0.1:{server.url.rpartition(':')[2]}/{token}/0", 5, None, [], {},
     ]  # fmt: skip
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", torch.ones(3))])) as url:
+    with offered(shelf, pack([("w", torch.ones(3))])) as url:
         for each in [*urls, url + "1"]:
             control.post("/start_weight_update")
             with pytest.raises(Refused, match=NOT_FETCHED) as caught:
@@ -379,11 +380,10 @@ def test_whatever_is_wrong_with_a_url_the_server_says_the_same_and_asks_nobody(s
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_an_address_that_the_server_may_not_open_is_named_to_the_user(server, monkeypatch):
-    monkeypatch.setattr(BucketServer, "offer", lambda *_: nullcontext("http://8.8.8.8:4444/x/0"))
-    engine = VLLMServer(server.url)
-    engine.wake(("weights",))
+    address = f"http://8.8.8.8:4444/{'t' * 43}/0"
+    monkeypatch.setattr(BucketServer, "meeting", lambda *_: nullcontext((address, None)))
     with pytest.raises(EngineError, match=r"start it with RLOO_FAST_TRAINER_HOST=127\.0\.0\.1"):
-        engine.load_weights(1, buckets_of(tiny(1)))
+        VLLMServer(server.url)
 
 
 @pytest.mark.slow
@@ -396,13 +396,13 @@ def test_more_bytes_than_the_model_has_are_not_read(server):
     control.post("/start_weight_update")
     too_much = [("w", torch.ones((most + padding) // 4))]
     with (
-        shelf.offer(f"{shelf.new_folder()}/0", pack(too_much)) as url,
+        offered(shelf, pack(too_much)) as url,
         pytest.raises(Refused, match=NOT_FETCHED),
     ):
         control.post("/update_weights", update_info={"url": url})
     weights = list(model.state_dict().items())
     control.post("/start_weight_update")
-    with shelf.offer(f"{shelf.new_folder()}/0", pack(weights)) as url:
+    with offered(shelf, pack(weights)) as url:
         with urlopen(url) as response:
             size, taken = len(response.read()), 0
         with suppress(Refused):
@@ -503,23 +503,24 @@ def test_weights_that_change_during_a_rollout_are_noticed(server):
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_two_runs_cannot_mix_their_weights(server):
-    model = tiny(1)
-    foreign = BucketServer("127.0.0.1")
-
-    def interrupted():
-        first, *rest = buckets_of(model)
-        yield first
-        with (
-            foreign.offer(f"{foreign.new_folder()}/0", pack(buckets_of(tiny(2))[0])) as url,
-            pytest.raises(Refused, match="two trainers"),
-        ):
-            Endpoint(server.url, 5, KEY).post("/update_weights", update_info={"url": url})
-        yield from rest
-
+    foreign, control = BucketServer("127.0.0.1"), Endpoint(server.url, 5, KEY)
     engine = VLLMServer(server.url)
     engine.wake(("weights",))
-    with pytest.raises(EngineError, match="start_weight_update must be called"):
-        engine.load_weights(1, interrupted())
+    with offered(foreign, pack(buckets_of(tiny(2))[0])) as url, ThreadPoolExecutor(1) as pool:
+
+        def interrupted():
+            first, *rest = buckets_of(tiny(1))
+            yield first
+            asked.append(pool.submit(control.post, "/update_weights", update_info={"url": url}))
+            time.sleep(0.5)
+            yield from rest
+
+        asked = []
+        with pytest.raises(EngineError, match="without a matching start_weight_update"):
+            engine.load_weights(1, interrupted())
+        with pytest.raises(Refused, match="two trainers"):
+            asked[0].result()
+    foreign.close()
 
 
 @pytest.mark.slow
