@@ -2,7 +2,8 @@
 
 It is none of torch.distributed's named groups, so neither the trainer's nor vLLM's know of it. NCCL
 between GPUs, gloo between hosts. Nothing in it waits for ever: after a time limit the group is
-aborted, and with it whatever it was doing on a GPU.
+closed. What NCCL was doing on a GPU is aborted; gloo has no such call, but whoever waits for a
+process whose end of the group is gone is told at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +26,7 @@ from .pack import Packed
 Backend = Literal["nccl", "gloo"]
 T = TypeVar("T")
 
-LATER = timedelta(days=30)  # torch's own limits are never met: meeting one may end the process
+LATER = timedelta(days=1)  # torch's own limits are never met: meeting one may end the process
 TRAINER = 0  # its rank
 POLL_S = 0.0002, 0.002  # first and longest time between two looks at a transfer
 # NCCL's watchdog throws where nobody catches, which would end vLLM when a trainer dies
@@ -62,9 +63,11 @@ class Group:
         self.device = device if backend == "nccl" else torch.device("cpu")
         self._store = store  # torch calls it, and does not keep it
         self._is_closed = threading.Event()
+        self._group: Any = None
         with self._told():
             make = {"nccl": _nccl, "gloo": _gloo}[backend]
-            self._group: Any = _within(SILENT_S, lambda: make(store, rank, size, address))
+            self._group = _within(SILENT_S, lambda: make(store, rank, size, address))
+            self._group.set_timeout(LATER)
             # NCCL connects in the first of them
             _within(SILENT_S, lambda: self._broadcast(torch.zeros(1, dtype=torch.uint8), SILENT_S))
 
@@ -92,11 +95,14 @@ class Group:
             return Packed(header.cpu().numpy().tobytes(), data)
 
     def close(self) -> None:
-        """Abort what is under way, here and, as they notice, in the other processes."""
+        """Give up what is under way, here and, as they notice, in the other processes."""
         if not self._is_closed.is_set():
             self._is_closed.set()
-            with suppress(RuntimeError, AttributeError):  # nothing was made
-                self._group.abort()
+            left, self._group = [self._group], None
+            if self.device.type == "cuda" and left[0] is not None:
+                left[0].abort()
+            # its end waits for what is under way, which only the other end may be able to end
+            threading.Thread(target=left.clear, daemon=True).start()
 
     def _broadcast(self, tensor: Tensor, limit_s: float) -> Tensor:
         """The trainer's tensor, in all processes; small ones come back on the host."""
@@ -104,17 +110,22 @@ class Group:
             torch.cuda.set_device(self.device)  # this may be another thread
         there = tensor.to(self.device)
         options: Any = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = TRAINER, 0, LATER
+        options.rootRank, options.rootTensor = TRAINER, 0
+        if self._is_closed.is_set():
+            raise GroupBroken("it was closed")
         work = self._group.broadcast([there], options)
         due, pause = time.monotonic() + limit_s, POLL_S[0]
-        while not work.is_completed():
-            if self._is_closed.is_set():
-                raise GroupBroken("it was closed")
-            if time.monotonic() > due:
-                raise GroupBroken(f"nothing came through within {limit_s:.0f} s")
-            time.sleep(pause)
-            pause = min(2 * pause, POLL_S[1])
-        work.wait()
+        try:
+            while not work.is_completed():
+                if self._is_closed.is_set():
+                    raise GroupBroken("it was closed")
+                if time.monotonic() > due:
+                    raise GroupBroken(f"nothing came through within {limit_s:.0f} s")
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_S[1])
+            work.wait()
+        finally:
+            del work  # it keeps the connections, and an error keeps this frame
         return there
 
     @contextmanager
@@ -127,7 +138,10 @@ class Group:
             raise
         except Exception as error:
             self.close()
-            raise GroupBroken(f"{type(error).__name__}: {str(error)[:300]}") from error
+            raise GroupBroken(
+                "another process of the group of trainer and workers hung up, or never came "
+                f"({type(error).__name__}: {str(error)[:160]})"
+            ) from error
 
 
 def _gloo(store: dist.Store, rank: int, size: int, address: str) -> Any:

@@ -22,8 +22,6 @@ from .ways import End, Way, choose
 
 logger = logging.getLogger(__name__)
 
-INIT = "/init_weight_transfer_engine"
-
 
 class WeightSender:
     """Sends updates to one server. It belongs to the main process.
@@ -103,7 +101,8 @@ class WeightSender:
 
     def _init(self, **fields: Any) -> None:
         try:
-            self._server.post(INIT, init_info={"protocol": PROTOCOL, **fields})
+            info = {"protocol": PROTOCOL, **fields}
+            self._server.post("/init_weight_transfer_engine", init_info=info)
         except Refused as error:
             raise self._explained(error) from error
 
