@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -36,10 +31,9 @@ from rloo_fast.weight_sync.coverage import poison, uncovered
 from rloo_fast.weight_sync.unmerged import AdapterShape, adapter_shape, policy_buckets
 from tests.support.launch import free_port
 from tests.support.offered import offered
-from tests.support.tiny import make_model, make_tokenizer, require_vllm
+from tests.support.serving import KEY, MAX_MODEL_LEN, serving, tiny
+from tests.support.tiny import make_model, make_tokenizer
 
-MAX_MODEL_LEN = 128
-KEY = "key-of-the-server"
 PROMPTS = [[6 + (3 * i + j) % 26 for j in range(4 + i)] for i in range(6)]
 LONG = [[6 + (5 * i + j) % 26 for j in range(70 + i)] for i in range(3)]  # of several cache blocks
 
@@ -96,60 +90,11 @@ def test_an_address_without_http_is_refused():
 # With one
 
 
-def tiny(seed: int):
-    """vLLM on a CPU has no heads smaller than 32."""
-    return make_model(seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1).eval()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A vLLM server with a key that has never seen a weight of the policy."""
-    require_vllm()
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    (folder / "key").write_text(KEY)
-    tiny(0).config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--tokenizer", str(folder / "tokenizer")]
-    command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
-    command += ["--weight-transfer-config", '{"backend": "rloo_fast"}', "--load-format", "dummy"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"]
-    command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
-    command += ["--distributed-executor-backend", "uni"]  # a process less to start
-    command += ["--enable-lora", "--max-lora-rank", "8"]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"RLOO_FAST_API_KEY_FILE": str(folder / "key"), "VLLM_API_KEY": ""}
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_up(url, process, log)
-        with pytest.MonkeyPatch.context() as patch:  # a trainer finds the key in its environment
-            patch.setenv("VLLM_API_KEY", KEY)
-            yield SimpleNamespace(url=url, process=process, log=log)
-    finally:
-        kill(process)
-
-
-def wait_until_up(url: str, process: subprocess.Popen, log) -> None:
-    for _ in range(900):
-        try:
-            Endpoint(url, 5).get("/health")
-            return
-        except EngineError:
-            assert process.poll() is None, log.read_text()[-4000:]
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-4000:])
-
-
-def kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with serving(tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 def buckets_of(model: nn.Module, without: str = "") -> list[Bucket]:
@@ -663,7 +608,7 @@ def test_a_server_that_dies_is_named_with_what_to_do(server):  # the last test t
     def on_finished(index: int, ids: list[int]) -> None:
         if not killed:
             killed.append(index)
-            kill(server.process)
+            server.kill()
 
     long = sampling(max_new_tokens=MAX_MODEL_LEN - 2, stop_token_ids=())
     with pytest.raises(EngineError, match=r"is gone .*resume_from_checkpoint"):

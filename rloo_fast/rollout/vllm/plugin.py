@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from ...records import SentParts
 from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import Parted
-from . import guard, lora
+from . import executor, guard, lora
 from .fetch import most_bytes
 from .http import BACKEND, PROTOCOL, WIDER
 from .package import runs_on_cpu
@@ -36,6 +36,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, PulledWeights)
     with suppress(ImportError):  # a vLLM without servers as we know them may still run in process
         guard.install()
+        executor.install()
     runs_on_cpu()
 
 
@@ -87,18 +88,20 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"--quantization {self.model_config.quantization}: start it without."
             )
 
-        for name, tensor in self.model.state_dict().items():
-            if (
-                init_info.dtype
-                and tensor.is_floating_point()
-                and _is_wider(tensor, init_info.dtype)
-            ):
-                raise ValueError(f"{WIDER} than {init_info.dtype}: {name} is {tensor.dtype}.")
+        if init_info.dtype:
+            self._check_width(init_info.dtype)
         if get_tp_group().rank_in_group == 0:  # the others get what it gets
             if init_info.meet:
                 self._receiver.meet(init_info.meet, init_info.group)
             if init_info.trainer:
                 self._receiver.check_met(init_info.trainer)
+
+    def _check_width(self, dtype: str) -> None:
+        """Raise ValueError for a weight that is wider; no checkpoint has names like `_k_scale`."""
+        for name, tensor in self.model.state_dict().items():
+            is_own = name.rpartition(".")[2].startswith("_")
+            if not is_own and tensor.is_floating_point() and _is_wider(tensor, dtype):
+                raise ValueError(f"{WIDER} than {dtype}: {name} is {tensor.dtype}.")
 
     def start_weight_update(self) -> None:
         self._token = None
