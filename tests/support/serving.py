@@ -63,6 +63,7 @@ def serving(
     command += ["--distributed-executor-backend", executor]
     command += ["--enable-lora", "--max-lora-rank", "8", *options]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers may share a core
     environment |= {"RLOO_FAST_API_KEY_FILE": str(folder / "key"), "VLLM_API_KEY": ""}
     with log.open("w") as out:
         process = subprocess.Popen(
