@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from ..compiled_sizes import CompiledSizes
+from ..prefix_tree import Shares
 
 UnitLengths = tuple[int, Sequence[int]]  # (P, [L of each row]) of a unit
 
@@ -31,6 +32,17 @@ class UnitIds(NamedTuple):
     num_targets: list[int]  # counted tokens of each: log-probs are read for so many
 
 
+class Sharing(NamedTuple):
+    """Tokens that a layout runs once for several rows, beside each group's prompt for the group."""
+
+    groups: Shares  # of groups, by their prompts
+    rows: list[Shares]  # of the rows of each group, each row counted from its prompt's start
+
+    def saved(self, group: int, prompt: int) -> int:
+        """Completion tokens of a group that are not run again."""
+        return sum(cut - prompt for cut in self.rows[group].cuts)
+
+
 class Lines(NamedTuple):
     """A micro-batch in Python numbers."""
 
@@ -39,7 +51,7 @@ class Lines(NamedTuple):
     logit_index: list[int]  # flattened positions that predict the counted tokens, row after row
     positions: list[int] | None = None  # (T,) of one line; None: from 0 in every line
     segment_lengths: list[int] | None = None  # one line: None where each token sees all before it
-    prefixes: list[tuple[int, int]] | None = None  # tokens each segment sees beside its own
+    parents: list[int] | None = None  # number of the segment that each continues, -1: none
     padded_segments: dict[str, int] | None = None  # of make_segments, for compiled models
 
 
@@ -91,6 +103,13 @@ class Layout(ABC):
     def row_demands(self, prompt: int, completions: Sequence[int], budget: int) -> list[Demand]:
         """Likewise of each row of a group that is cut: rows that fit together form a unit."""
         return [self.demand(prompt, [length], budget) for length in completions]
+
+    def sharing(
+        self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]
+    ) -> Sharing | None:
+        """What groups share, from the token ids of their prompts and completions as far as they are
+        run; None for a layout that counts each group by its lengths."""
+        return None
 
     def refusal(self, model: Any) -> str | None:
         """Why a causal language model of transformers cannot run in this layout, or None: as far
