@@ -16,6 +16,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 EVERY = 3
@@ -58,7 +59,7 @@ def shared(keys: Sequence[bytes], *, behind: int = 0, ends: bool = True) -> Shar
     """
     order = sorted(range(len(keys)), key=keys.__getitem__)
     cuts: list[int] = []
-    for a, b in zip(order[:-1], order[1:], strict=True):
+    for a, b in pairwise(order):
         if ends and keys[b].startswith(keys[a]):
             cuts.append(behind + len(keys[a]) // _TOKEN)
         else:

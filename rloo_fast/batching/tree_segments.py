@@ -18,6 +18,7 @@ class TreeRow(NamedTuple):
     ids: list[int]  # prompt and completion
     prompt: int  # tokens of the prompt
     unit: int  # rows of one have one prompt, which they share whatever its length
+    alone: bool = False  # they share it, and nothing else with any row
 
 
 class TreeSegment(NamedTuple):
@@ -80,7 +81,7 @@ def _ends(row: TreeRow, start: int) -> list[int]:
 def _hosts(rows: Sequence[TreeRow]) -> tuple[list[int], Shares]:
     """(the row whose tokens each row runs: its own, or those of one that begins with it; what these
     rows share)"""
-    order, cuts = shared([key_of(row.ids) for row in rows])
+    order, cuts = shared([_key(row, number) for number, row in enumerate(rows)])
     places: dict[int, list[int]] = {}
     for place, row in enumerate(order):
         places.setdefault(rows[row].unit, []).append(place)
@@ -97,3 +98,10 @@ def _hosts(rows: Sequence[TreeRow]) -> tuple[list[int], Shares]:
         hosts[row] = kept[-1][0]
     kept.reverse()
     return hosts, Shares([row for row, _ in kept], [cut for _, cut in kept[:-1]])
+
+
+def _key(row: TreeRow, number: int) -> bytes:
+    if not row.alone:
+        return key_of(row.ids)
+    prompt, rest = [-1 - row.unit] * row.prompt, [-1 - number] * (len(row.ids) - row.prompt)
+    return key_of(prompt + rest)  # ids that no token has, one for the unit and one for the row

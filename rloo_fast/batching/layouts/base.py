@@ -25,22 +25,27 @@ class Demand(NamedTuple):
 
 
 class UnitIds(NamedTuple):
-    """The token ids of a unit."""
+    """The token ids of a unit. `alone`: these do not say all (there are images), so that its rows
+    have their prompt in common, and nothing else with any."""
 
     prompt: list[int]
     completions: list[list[int]]  # as far as they are run
     num_targets: list[int]  # counted tokens of each: log-probs are read for so many
+    alone: bool = False
 
 
 class Sharing(NamedTuple):
-    """Tokens that a layout runs once for several rows, beside each group's prompt for the group."""
+    """Tokens that a layout runs once for several rows: not only a prompt for its group."""
 
-    groups: Shares  # of groups, by their prompts
-    rows: list[Shares]  # of the rows of each group, each row counted from its prompt's start
+    groups: Shares  # of groups, what their prompts begin with
+    rows: list[Shares]  # of the rows of each group, in tokens from their prompt's start
+    joins: list[int]  # tokens that each group's prompt has in common with another's, at most
 
-    def saved(self, group: int, prompt: int) -> int:
-        """Completion tokens of a group that are not run again."""
-        return sum(cut - prompt for cut in self.rows[group].cuts)
+    def group_tokens(self, group: int, prompt: int, completions: Sequence[int]) -> int:
+        """P + sum L less what completions share; but at least sum L beside what prompts share, so
+        that a micro-batch predicts no more tokens than it may hold."""
+        saved = sum(cut - prompt for cut in self.rows[group].cuts)
+        return max(prompt + sum(completions) - saved, self.joins[group] + sum(completions))
 
 
 class Lines(NamedTuple):

@@ -1,13 +1,14 @@
 """Layout `shared_prefix`: what rows begin with alike is run once, and what follows attends to it.
 
-Rows of a group share their prompt; rows of any groups in a micro-batch what their prompts begin
-with, a system prompt or examples, and completions what they begin with. The line is that tree, depth
-first: a segment, then each one that continues it.
+Rows of a group share their prompt; groups of a micro-batch what their prompts begin with, a system
+prompt or examples; completions what they begin with. The line is that tree, depth first: a segment,
+then each one that continues it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ..prefix_tree import key_of, shared
 from ..tree_segments import NONE, TreeRow, tree_segments
@@ -35,33 +36,35 @@ class SharedPrefix(OneLine):
     def sharing(
         self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]
     ) -> Sharing:
-        return Sharing(
-            shared([key_of(ids) for ids in prompts], ends=False),
-            [
-                shared([key_of(ids) for ids in rows], behind=len(prompt))
-                for prompt, rows in zip(prompts, completions, strict=True)
-            ],
-        )
+        groups = shared([key_of(ids) for ids in prompts], ends=False)
+        rows = [
+            shared([key_of(ids) for ids in rows], behind=len(prompt))
+            for prompt, rows in zip(prompts, completions, strict=True)
+        ]
+        joins = [0] * len(prompts)
+        for (a, b), cut in zip(pairwise(groups.order), groups.cuts, strict=True):
+            joins[a], joins[b] = max(joins[a], cut), cut
+        return Sharing(groups, rows, joins)
 
     def put(self, line: Line, unit: UnitIds) -> None:
         self.fill(line, [unit])
 
     def fill(self, line: Line, units: Sequence[UnitIds]) -> None:
         rows = [
-            (TreeRow(unit.prompt + ids, len(unit.prompt), number), n)
+            (TreeRow(unit.prompt + ids, len(unit.prompt), number, unit.alone), n)
             for number, unit in enumerate(units)
             for ids, n in zip(unit.completions, unit.num_targets, strict=True)
         ]
         before = len(line.parents)
         segments, paths = tree_segments([row for row, _ in rows])
         shifts: list[int] = []  # from positions of a segment's rows to places in the line
-        for row, start, stop, parent, _ in segments:
-            shifts.append(len(line.ids) - start)
+        for segment in segments:
+            shifts.append(len(line.ids) - segment.start)
             line.add(
-                rows[row][0].ids[start:stop],
-                position=start,
-                weights=segments[len(shifts) - 1].weights(),
-                parent=NONE if parent == NONE else before + parent,
+                rows[segment.row][0].ids[segment.start : segment.stop],
+                position=segment.start,
+                weights=segment.weights(),
+                parent=NONE if segment.parent == NONE else before + segment.parent,
             )
         for (row, num_targets), path in zip(rows, paths, strict=True):
             first = row.prompt - 1  # the first target is predicted by the prompt's last token

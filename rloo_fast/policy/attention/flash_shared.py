@@ -4,8 +4,8 @@
     shared, d  every run of neighbours that continue one segment of depth d, directly or not,
                against that segment, all of it: no mask. Prompts alone: one such call
 
-The softmax of a query over the keys of several calls is made of the softmaxes (o1, lse1), (o2, lse2)
-over each, one after the other:
+The softmax of a query over the keys of two calls is made of the softmaxes (o1, lse1) and (o2, lse2)
+over each, and so on with the next call:
 
     lse = log(e^lse1 + e^lse2)      out = e^(lse1 - lse) o1 + e^(lse2 - lse) o2
 

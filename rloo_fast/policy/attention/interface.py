@@ -3,7 +3,7 @@
 A micro-batch is one row of T tokens, prompt | completion | completion | prompt | ..., cut into
 segments, a tree: segment s owns tokens bounds[s]:bounds[s + 1] and sees the segment that it
 continues (a completion its prompt, a prompt what it begins with like others), all that this one
-sees, and itself, causally. Positions count along such a path, and so does a sliding window. Called as
+sees, and itself, causally. Positions count along such a path; so does a sliding window. Called as
 
     with segment_attention(model):
         out = model.base_model(input_ids=ids, position_ids=pos, use_cache=False, segments=segments)

@@ -1,4 +1,4 @@
-"""A tree of segments in FlashAttention calls, one per depth, with stand-ins for what they compute."""
+"""A tree of segments in FlashAttention calls, one per depth, by stand-ins for the kernels."""
 
 from __future__ import annotations
 
