@@ -244,7 +244,7 @@ class StepPlan:
 
 class SharedRuns(NamedTuple):
     """Sequences b of queries cu_q[b]:cu_q[b + 1] that see the keys cu_k[b]:cu_k[b + 1], all of
-    them: neighbouring segments with one prefix, and empty ones between them."""
+    them: neighbouring segments and the one that all of them continue, and empty ones between."""
 
     cu_q: Tensor  # int32, on the device
     cu_k: Tensor
@@ -253,17 +253,18 @@ class SharedRuns(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """S attention segments of one line of T tokens. Made by `batching.segments.make_segments`;
+    """S attention segments of one line of T tokens, a tree: a segment continues its parent, and
+    sees it and all that it sees. They come depth first. Made by `batching.segments.make_segments`;
     torch.compile traces through it."""
 
     bounds: Tensor  # (S + 1,) int32, CPU
-    prefix: Tensor  # (S, 2) int32, CPU: first and last + 1 of the tokens seen before its own
-    key_index: Tensor | None  # (M,) tokens that are keys, per segment prefix then own; None: all
+    parents: Tensor  # (S,) int32, CPU: number of the segment that it continues, -1: none
+    key_index: Tensor | None  # (M,) tokens that are keys, per segment its path, then own; None: all
     cu_q: Tensor  # (S + 1,) int32: bounds, on the device
     cu_k: Tensor  # (S + 1,) int32: where the segments' keys begin in key_index
     max_q: int  # no segment has more tokens, and none more keys; rounded up to powers of two,
     max_k: int  # so that a compiled graph seldom sees a new one
-    shared: SharedRuns | None = None  # None: no prefixes, or in another order than the segments
+    shared: tuple[SharedRuns, ...] = ()  # by depth: segments without parent, those after them, ...
 
 
 @dataclass(frozen=True, eq=False)

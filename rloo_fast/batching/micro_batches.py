@@ -59,7 +59,7 @@ def make_micro_batch(
     segments = None
     if lines.segment_lengths is not None:
         segments = make_segments(
-            lines.segment_lengths, lines.prefixes or [], device, **(lines.padded_segments or {})
+            lines.segment_lengths, lines.parents or [], device, **(lines.padded_segments or {})
         )
     rows = [r for unit in units for r in unit]
     lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
