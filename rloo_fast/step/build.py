@@ -179,7 +179,10 @@ def build_collector(
     clock: StepClock,
 ) -> Collector:
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
-    shown = args.log_completions or args.log_completions_csv or args.num_sample_generations
+    shown = (
+        args.log_completions or args.log_completions_csv or args.num_sample_generations
+        or args.view_mib
+    )  # fmt: skip
     return Collector(
         rollouts,
         tokenize,
