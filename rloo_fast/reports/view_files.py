@@ -1,14 +1,10 @@
-"""_view/: the completions of a run with their tokens, and what the run is, for `rloo-fast view`.
-
-A name that begins with an underscore is not uploaded by push_to_hub: prompts may be private.
-"""
+"""_view/: the completions of a run with their tokens, and what the run is, for `rloo-fast view`."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,23 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .metrics_file import RunFile, write_atomically
+from .view_format import FOLDER, FORMAT, RUN, SUMMARY, step_file, step_files
 
 logger = logging.getLogger(__name__)
 
-FOLDER, RUN = "_view", "run.json"
-SUMMARY = b"rloo_fast"  # key of a file's metadata
-FORMAT = 1
-NAME = re.compile(r"step-(\d{8,})\.parquet")
 NUM_RECENT = 8  # newest steps that are thinned out last
 SHARE_OF_STEP = 32  # a step takes at most this part of what all may take
 MIB = 1 << 20
-
-
-def step_files(run_dir: str | Path) -> dict[int, Path]:
-    """step -> file of the steps that are kept, in order; none where a run keeps none."""
-    found = (Path(run_dir) / FOLDER).glob("step-*.parquet")
-    steps = {int(m[1]): path for path in found if (m := NAME.fullmatch(path.name))}
-    return dict(sorted(steps.items()))
 
 
 class ViewWriter:
@@ -45,14 +31,15 @@ class ViewWriter:
     """
 
     def __init__(self, run_dir: str | Path, max_mib: int, resume_step: int | None = None):
-        self.folder, self.max_bytes = Path(run_dir) / FOLDER, max_mib * MIB
+        self.run_dir, self.max_bytes = Path(run_dir), max_mib * MIB
+        self.folder = self.run_dir / FOLDER
         self._file = RunFile(self.folder / RUN)
         if resume_step is None and any(self.folder.iterdir()):
             self._put_aside()
-        for step, path in step_files(run_dir).items():
+        for step, path in step_files(self.run_dir).items():
             if resume_step is not None and step > resume_step:
                 path.unlink()
-        self._sizes = {step: path.stat().st_size for step, path in step_files(run_dir).items()}
+        self._sizes = {step: path.stat().st_size for step, path in step_files(self.run_dir).items()}
 
     def _put_aside(self) -> None:
         names = (self.folder.with_name(f"{FOLDER}.{n}") for n in itertools.count(1))
@@ -71,7 +58,7 @@ class ViewWriter:
         """The completions of a step, whole or not at all; then what is too much is dropped."""
         about = {"format": FORMAT, "step": step, **summary}
         table = table.replace_schema_metadata({SUMMARY: json.dumps(about)})
-        path = self._path(step)
+        path = step_file(self.run_dir, step)
         beside = path.with_name(f".{path.name}.tmp")
         with self._file.reporting():
             try:
@@ -84,11 +71,8 @@ class ViewWriter:
 
     def _thin_out(self) -> None:
         for step in to_drop(self._sizes, self.max_bytes):
-            self._path(step).unlink(missing_ok=True)
+            step_file(self.run_dir, step).unlink(missing_ok=True)
             del self._sizes[step]
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.parquet"
 
 
 def to_drop(sizes: Mapping[int, int], max_bytes: int) -> list[int]:

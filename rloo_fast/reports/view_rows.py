@@ -5,7 +5,6 @@ R rows of the generation batch, N tokens of the rows of this process.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -21,10 +20,9 @@ from ..distributed.collectives import gather_objects
 from ..masking import masked_known
 from ..records import CompletionTexts, PreparedBatch
 from .completions import message_text
+from .view_format import OF_TOKENS, QUANTILES, prompt_id
 
 BYTES_PER_TOKEN = 12  # on disk: four float16, and what texts come to
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-OF_TOKENS = ("logp", "entropy", "kl", "sampler_diff")
 BROKEN = "\ufffd"  # what a part of a character decodes to
 MOST_PARTS = 4  # tokens of one character: UTF-8 has at most four bytes
 
@@ -139,22 +137,21 @@ def view_table(
 ) -> pa.Table:
     """A row per completion that has `tokens`; see docs/looking.md for the columns."""
     kept = sorted(tokens)
-    prompts = [_text(message_text(texts.prompts[row])) for row in kept]
+    prompts = _shown([message_text(texts.prompts[row]) for row in kept])
 
     def numbers(column: Sequence[Any]) -> pa.Array:
         values = np.array([np.nan if column[row] is None else column[row] for row in kept], float)
         return pa.array(values)
 
-    extra = [{name: texts.extra[name][row] for name in texts.extra} for row in kept]
+    extra = [{name: texts.extra[name][row] for name in texts.extra} or None for row in kept]
+    pieces = [tokens[row]["text"] for row in kept]
     columns: dict[str, Any] = {
         "group": pa.array([row // num_generations for row in kept], pa.int32()),
         "sample": pa.array([row % num_generations for row in kept], pa.int32()),
         "prompt_id": [prompt_id(prompt) for prompt in prompts],
         "prompt": prompts,
-        "completion": [_text(message_text(texts.completions[row])) for row in kept],
-        "messages": pa.array(
-            [_messages(texts.prompts[row], texts.completions[row]) for row in kept], pa.string()
-        ),
+        "completion": _shown([message_text(texts.completions[row]) for row in kept]),
+        "messages": pa.array(_json([_messages(texts, row) for row in kept]), pa.string()),
         "reward": numbers(rows["reward"].tolist()),
         **{f"reward/{name}": numbers(values) for name, values in texts.rewards.items()},
         "score": numbers(rows["score"].tolist()),
@@ -162,8 +159,11 @@ def view_table(
         "kl": numbers(rows["kl"].tolist()),
         "length": numbers(rows["length"].tolist()).cast(pa.int32()),
         "end": ["length" if rows["truncated"][row] else "stop" for row in kept],
-        "extra": pa.array([_json(one) if one else None for one in extra], pa.string()),
-        "token/text": [[_text(piece) for piece in tokens[row]["text"]] for row in kept],
+        "extra": pa.array(_json(extra), pa.string()),
+        "token/text": [
+            one if "".join(one) == whole else [whole, *("" for _ in one[1:])]  # a secret is whole
+            for one, whole in zip(pieces, _shown(["".join(one) for one in pieces]), strict=True)
+        ],
     }
     for name in OF_TOKENS:
         values = [tokens[row][name] for row in kept]
@@ -173,24 +173,24 @@ def view_table(
 
 
 def step_summary(texts: CompletionTexts, rows: Mapping[str, Tensor], k: int) -> dict[str, Any]:
-    """What a step says of all its completions, kept or not: quantiles, and texts that repeat."""
-    distinct = {message_text(completion) for completion in texts.completions}
+    """What a step says of all its completions, kept or not. frac_repeated: of those whose text
+    answers another prompt, too."""
+    prompts_of: dict[str, set[int]] = {}
+    said = [message_text(completion) for completion in texts.completions]
+    for row, text in enumerate(said):
+        prompts_of.setdefault(text, set()).add(row // k)
+    repeated = sum(len(prompts_of[text]) > 1 for text in said)
     reward = rows["reward"].view(-1, k)
     flat = (reward - reward[:, :1]).abs().amax(1) < 1e-6
     return {
-        "num_rows": len(texts.completions),
+        "num_rows": len(said),
         "num_groups": len(reward),
         "num_generations": k,
         "reward": _quantiles(rows["reward"]),
         "length": _quantiles(rows["length"]),
-        "frac_repeated": 1 - len(distinct) / max(len(texts.completions), 1),
+        "frac_repeated": repeated / max(len(said), 1),
         "frac_zero_signal": flat.double().mean().item(),
     }
-
-
-def prompt_id(text: str) -> str:
-    """Names a prompt over steps and runs."""
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _quantiles(values: Tensor) -> list[float] | None:
@@ -200,17 +200,23 @@ def _quantiles(values: Tensor) -> list[float] | None:
     return torch.quantile(known, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
 
 
-def _messages(prompt: Any, completion: Any) -> str | None:
-    """Both as JSON where one is a conversation."""
+def _messages(texts: CompletionTexts, row: int) -> dict[str, Any] | None:
+    """Prompt and completion where one is a conversation."""
+    prompt, completion = texts.prompts[row], texts.completions[row]
     if isinstance(prompt, str) and isinstance(completion, str):
         return None
-    return _json({"prompt": prompt, "completion": completion})
+    return {"prompt": prompt, "completion": completion}
 
 
-def _json(value: Any) -> str:
-    return masked_known(json.dumps(value, default=str))
+def _json(values: list[Any]) -> list[str | None]:
+    shown = iter(_shown([json.dumps(value, default=str) for value in values if value is not None]))
+    return [None if value is None else next(shown) for value in values]
 
 
-def _text(text: str) -> str:
-    """Without secrets, and without half a character, which no Parquet file may hold."""
-    return masked_known(text).encode(errors="backslashreplace").decode()
+def _shown(texts: list[str]) -> list[str]:
+    """Without secrets, looked for in all at once, and without half a character, which no Parquet
+    file may hold."""
+    together = "\0".join(texts)
+    if masked_known(together) != together:
+        texts = [masked_known(text) for text in texts]
+    return [text.encode(errors="backslashreplace").decode() for text in texts]

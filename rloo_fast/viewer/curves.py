@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def thinned(values: Sequence[float], max_points: int) -> list[int]:
     array = np.asarray(values, dtype=float)
     bounds = np.linspace(0, number, (max_points - 2) // 2 + 1).astype(int)
     kept = {0, number - 1}
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         part = array[start:end]
         kept |= {int(start + part.argmin()), int(start + part.argmax())}
     return sorted(kept)

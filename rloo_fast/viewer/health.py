@@ -148,12 +148,13 @@ CHECKS = (
         "frac_repeated",
         "Repeated texts",
         "share of completions",
-        "Completions of a step that another one repeats word for word. When it rises with the "
-        "reward, the policy has found one answer that pays everywhere: the most common look of "
-        "reward hacking. Short answers repeat by nature. The line is a rule of thumb.",
+        "Completions that answer another prompt of their step word for word, too. When they rise "
+        "with the reward, the policy has found one answer that pays everywhere: the most common "
+        "look of reward hacking. Where many prompts have one right answer, they repeat by nature. "
+        "The line is a rule of thumb.",
         source="steps",
         is_bad=above,
-        lines=fixed(half=0.5),
+        lines=fixed(a_third=0.33),
     ),
     Check(
         "completions/mean_length",

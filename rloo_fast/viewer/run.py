@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..reports.metric_names import is_user_metric
 from ..reports.metrics_file import read_metrics
-from ..reports.panels import Rows, eval_prefixes, present
-from ..reports.view_files import FOLDER, RUN
+from ..reports.panels import LEARNING, RUN, Rows, eval_prefixes, kind_of, present
+from ..reports.view_format import FOLDER
+from ..reports.view_format import RUN as ABOUT
 from . import health
 from .curves import curves
 from .status import seconds_left, status
@@ -51,7 +53,7 @@ class Run:
     def about(self) -> dict[str, Any]:
         """run.json; empty where a run has none."""
         try:
-            return json.loads((self.run_dir / FOLDER / RUN).read_text())
+            return json.loads((self.run_dir / FOLDER / ABOUT).read_text())
         except (OSError, ValueError):
             return {}
 
@@ -76,7 +78,17 @@ class Run:
 
     def curves(self) -> dict[str, Any]:
         rows = self.rows
-        return {**curves(rows), "eval_prefixes": eval_prefixes(present(rows)) if rows else []}
+        logged = present(rows)
+        prefixes = eval_prefixes(logged)
+        bare = {key.removeprefix(next(filter(key.startswith, prefixes), "")) for key in logged}
+        users = sorted(name for name in bare if is_user_metric(name) and name not in LEARNING)
+        kinds = {name: kind_of(name, prefixes) for name in [*LEARNING, *users, *RUN]}
+        return {
+            **curves(rows),
+            "eval_prefixes": prefixes,
+            "main": list(kinds),
+            "titles": {name: [kind.title, kind.unit] for name, kind in kinds.items()},
+        }
 
     def summaries(self) -> list[dict[str, Any]]:
         return self.steps.summaries() if self.steps else []
@@ -88,7 +100,7 @@ class Run:
 def open_runs(run_dirs: list[Path], names: list[str], labels: list[str]) -> list[Run]:
     """ValueError for a directory that has nothing of a run."""
     for run_dir in run_dirs:
-        has = [run_dir / "metrics.jsonl", run_dir / FOLDER / RUN, run_dir / ".rloo_lock"]
+        has = [run_dir / "metrics.jsonl", run_dir / FOLDER / ABOUT, run_dir / ".rloo_lock"]
         if not any(path.exists() for path in has):
             what = "has no files of a run" if run_dir.is_dir() else "is no directory"
             raise ValueError(

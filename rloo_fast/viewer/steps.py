@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..reports.completions import MARKS
-from ..reports.view_files import SUMMARY, step_files
-from ..reports.view_rows import prompt_id
+from ..reports.columns import MARKS
+from ..reports.view_format import SUMMARY, prompt_id, step_files
 
 TOKENS = "token/"
 HEAVY = ("messages",)  # of a row, sent where it is opened
@@ -31,14 +30,14 @@ class KeptSteps:
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
-        self._summaries: dict[int, dict[str, Any]] = {}
+        self._summaries: dict[int, dict[str, Any] | None] = {}
+        self._tokens: tuple[int, pa.Table] | None = None  # of the step asked for last
 
     def summaries(self) -> list[dict[str, Any]]:
         """What each step says of all its completions, and the prompts of those that are kept."""
         files = step_files(self.run_dir)
-        known = {step: self._summaries.get(step) for step in files}
         self._summaries = {
-            step: summary or _summary(files[step]) for step, summary in known.items()
+            step: self._summaries.get(step) or _summary(path) for step, path in files.items()
         }
         return [summary for summary in self._summaries.values() if summary]
 
@@ -51,13 +50,22 @@ class KeptSteps:
     def tokens(self, step: int, row: int) -> dict[str, list[Any]]:
         """text, logp, entropy, kl and sampler_diff of the tokens of a row of `rows`; None where a
         value is not known, a name where no row has one left out."""
-        path = self._path(step)
-        names = [n for n in pq.read_schema(path).names if n.startswith(TOKENS)]
-        table = pq.read_table(path, columns=names)
+        table = self._tokens_of(step)
         if not 0 <= row < len(table):
             raise ValueError(f"step {step} has {len(table)} rows, got row {row}.")
         one = table.slice(row, 1)
-        return {n.removeprefix(TOKENS): [_number(v) for v in one[n][0].as_py()] for n in names}
+        return {
+            name.removeprefix(TOKENS): [_number(value) for value in one[name][0].as_py()]
+            for name in table.column_names
+        }
+
+    def _tokens_of(self, step: int) -> pa.Table:
+        kept = self._tokens
+        if kept is None or kept[0] != step:
+            path = self._path(step)
+            names = [n for n in pq.read_schema(path).names if n.startswith(TOKENS)]
+            kept = self._tokens = step, pq.read_table(path, columns=names)
+        return kept[1]
 
     def with_prompt(self, wanted: str) -> list[tuple[int, list[Row]]]:
         """(step, rows) of the completions of this prompt, over the run."""
