@@ -8,7 +8,7 @@ from typing import Any
 
 from ..reports.metric_names import is_user_metric
 from ..reports.metrics_file import read_metrics
-from ..reports.panels import LEARNING, RUN, Rows, eval_prefixes, kind_of, present
+from ..reports.panels import LEARNING, MAX_USER_PANELS, RUN, Rows, eval_prefixes, kind_of, present
 from ..reports.view_format import FOLDER
 from ..reports.view_format import RUN as ABOUT
 from . import health
@@ -82,11 +82,12 @@ class Run:
         prefixes = eval_prefixes(logged)
         bare = {key.removeprefix(next(filter(key.startswith, prefixes), "")) for key in logged}
         users = sorted(name for name in bare if is_user_metric(name) and name not in LEARNING)
-        kinds = {name: kind_of(name, prefixes) for name in [*LEARNING, *users, *RUN]}
+        main = [*LEARNING, *users[:MAX_USER_PANELS], *RUN]
+        kinds = {name: kind_of(name, prefixes) for name in main}
         return {
             **curves(rows),
             "eval_prefixes": prefixes,
-            "main": list(kinds),
+            "main": main,
             "titles": {name: [kind.title, kind.unit] for name, kind in kinds.items()},
         }
 

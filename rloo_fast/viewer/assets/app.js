@@ -100,7 +100,7 @@ function nextGroup(by) {
 }
 
 function pressed(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return event.key === "Escape" ? event.target.blur() : undefined;
   const acts = {
     1: () => go("overview"), 2: () => go("completions"), 3: () => go("health"), 4: () => go("time"),

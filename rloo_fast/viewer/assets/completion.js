@@ -12,7 +12,7 @@ export const rewardNames = (row) => Object.keys(row).filter((name) => name.start
 export function card({ run, step, number, row, shade, isChosen, open }) {
   const text = h("div", { class: "text" }, row.completion.length > FOLDED ? `${row.completion.slice(0, FOLDED)}…` : row.completion);
   const parts = rewardNames(row);
-  const element = h("article", { class: isChosen ? "card chosen" : "card", "aria-label": inWords(row) },
+  const element = h("article", { class: isChosen ? "card chosen" : "card", "aria-label": cardWords(row) },
     h("button", { type: "button", class: "cardtop", onclick: open, title: "The whole completion" },
       h("b", { class: "reward" }, figure(row.reward)),
       h("span", { class: `advantage ${row.advantage > 0 ? "up" : row.advantage < 0 ? "down" : ""}`, title: "advantage" }, signed(row.advantage)),
@@ -29,11 +29,11 @@ export function card({ run, step, number, row, shade, isChosen, open }) {
   return element;
 }
 
-const inWords = (row) =>
+const cardWords = (row) =>
   `Sample ${row.sample + 1} of group ${row.group + 1}: reward ${figure(row.reward)}, advantage ${signed(row.advantage)}`;
 
 export async function openCompletion({ run, step, number, row, prompt, shade, close, next }) {
-  const dialog = h("dialog", { class: "whole", "aria-label": inWords(row) });
+  const dialog = h("dialog", { class: "whole", "aria-label": cardWords(row) });
   const body = h("div");
   let tokens = {};
   const draw = (chosen) => {
@@ -46,19 +46,23 @@ export async function openCompletion({ run, step, number, row, prompt, shade, cl
         legend(chosen)),
       chosen && tokens.text ? shadedText(tokens, chosen) : completionText);
   };
-  const step1 = (by) => { dialog.close(); next(by); };
+  const aside = (by) => { dialog.close(); next(by); };
   let completionText = foldedMarks(row.completion);
   dialog.append(
     h("div", { class: "dialogtop" }, h("h2", {}, `Step ${step} · group ${row.group + 1} · sample ${row.sample + 1}`),
       h("span", { class: "grow" }),
-      h("button", { type: "button", onclick: () => step1(-1), "aria-label": "The sample before" }, "←"),
-      h("button", { type: "button", onclick: () => step1(1), "aria-label": "The next sample" }, "→"),
+      h("button", { type: "button", onclick: () => aside(-1), "aria-label": "The sample before" }, "←"),
+      h("button", { type: "button", onclick: () => aside(1), "aria-label": "The next sample" }, "→"),
       h("button", { type: "button", onclick: () => dialog.close(), "aria-label": "Close", autofocus: true }, "✕")),
     facts(row), h("h3", {}, "Prompt"), h("div", { class: "text prompt" }, prompt), h("h3", {}, "Completion"), body);
-  dialog.addEventListener("close", () => { dialog.remove(); close(); });
-  dialog.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") step1(event.key === "ArrowLeft" ? -1 : 1);
-    event.stopPropagation();
+  const pressed = (event) => {
+    if (event.key === "ArrowLeft" || event.key === "ArrowRight") aside(event.key === "ArrowLeft" ? -1 : 1);
+  };
+  window.addEventListener("keydown", pressed); // a button that was drawn anew has lost the focus
+  dialog.addEventListener("close", () => {
+    window.removeEventListener("keydown", pressed);
+    dialog.remove();
+    close();
   });
   document.body.append(dialog);
   draw("");
