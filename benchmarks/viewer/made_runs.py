@@ -1,4 +1,4 @@
-"""Runs without a model: their files are written by the trainer's own writers, their numbers drawn."""
+"""Runs without a model: files by the trainer's own writers, numbers that are drawn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from rloo_fast.reports.metrics_file import MetricsWriter
 from rloo_fast.reports.view_files import ViewWriter
 from rloo_fast.reports.view_rows import step_summary, view_table
 
-WORDS = (
+TEXT = (
     "so the sum of two numbers is even if both are odd or both are even we add them and check "
     "that each step follows from the one before it which gives the answer once more as needed"
-).split()
+)
+WORDS = TEXT.split(" ")
 
 Say = Callable[[int, int, int], str]  # (step, group, sample) -> a completion
 

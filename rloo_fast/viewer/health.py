@@ -7,6 +7,7 @@ of thumb, and say so.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,6 +16,15 @@ from ..reports.panels import Rows, is_value
 
 NUM_FIRST = 5  # logs that say what a run began with
 NUM_NEWEST = 5  # logs that say how it is
+
+
+PART = re.compile(r"rewards/.+/mean")
+PARTS_WHY = (
+    "The reward and what it is made of. When it rises while one of its parts, or the accuracy, "
+    "falls below half of its best, the policy is paid for something else than you mean: the surest "
+    "sign of reward hacking. Give what you care about as a reward of its own, with weight 0 if it "
+    "is not to be trained on."
+)
 
 
 class Check(NamedTuple):
@@ -171,7 +181,28 @@ CHECKS = (
 def health(rows: Rows, steps: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[dict]:
     """Each check: its words, its lines, its newest value, and ok | worry | unknown."""
     facts = Facts(rows, steps, config)
-    return [_judged(check, facts) for check in CHECKS]
+    return [_parts(rows), *(_judged(check, facts) for check in CHECKS)]
+
+
+def _parts(rows: Rows) -> dict[str, Any]:
+    """Whether the reward rises while a part of it, or the accuracy, falls to less than half of what
+    it was."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if is_value(value) and (key in ("reward", "accuracy") or PART.fullmatch(key)):
+                found.setdefault(key, []).append(value)
+    ends = {key: (median(v[:NUM_FIRST]), median(v[-NUM_NEWEST:])) for key, v in found.items()}
+    first, newest = ends.get("reward", (0.0, 0.0))
+    bests = {key: max(values) for key, values in found.items() if key != "reward"}
+    fell = [key for key, best in bests.items() if best > 0 and ends[key][1] < 0.5 * best]
+    known = bool(bests) and len(rows) > NUM_FIRST
+    state = ("worry" if fell and newest > first else "ok") if known else "unknown"
+    return {
+        "key": "parts", "title": "Parts of the reward", "unit": "mean", "why": PARTS_WHY,
+        "source": "parts", "lines": {}, "newest": newest, "state": state,
+        "series": sorted(found, key=lambda key: (key != "reward", key != "accuracy", key)),
+    }  # fmt: skip
 
 
 def _judged(check: Check, facts: Facts) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from rloo_fast.viewer.health import CHECKS, health
 
 GOOD = {
+    "reward": 0.5, "rewards/f/mean": 0.5,
     "sampling/logp_diff_judged": 1e-6, "frac_reward_zero_std": 0.1, "kl": 0.05, "entropy": 1.0,
     "completions/clipped_ratio": 0.02, "grad_norm": 0.7, "completions/mean_length": 100.0,
 }  # fmt: skip
@@ -42,6 +43,23 @@ def test_what_goes_wrong_is_the_one_worry(change):
 
 def test_texts_that_repeat_over_prompts_are_a_worry():
     assert states(step={"frac_repeated": 0.9})["frac_repeated"] == "worry"
+
+
+def parts(reward, part):
+    rows = [
+        {"step": i, "reward": reward[0 if i < 9 else 1], "rewards/f/mean": part[0 if i < 9 else 1]}
+        for i in range(20)
+    ]
+    found = next(check for check in health(rows, [], {}) if check["key"] == "parts")
+    assert found["series"] == ["reward", "rewards/f/mean"]
+    return found["state"]
+
+
+def test_a_part_that_falls_while_the_reward_rises_is_a_worry():
+    assert parts(reward=(1.0, 3.0), part=(0.8, 0.1)) == "worry"
+    assert parts(reward=(1.0, 0.5), part=(0.8, 0.1)) == "ok"
+    assert parts(reward=(1.0, 3.0), part=(0.8, 0.7)) == "ok"
+    assert parts(reward=(1.0, 3.0), part=(-0.8, -0.1)) == "ok"
 
 
 def test_one_odd_log_is_no_worry():

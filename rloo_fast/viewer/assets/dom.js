@@ -39,6 +39,15 @@ export function picker(label, options, value, change) {
     h("select", { onchange: (event) => change(event.target.value) }, entries));
 }
 
+// What the colours of lines stand for.
+export function keyOf(names, colourOf) {
+  return h("p", { class: "key" }, names.map((name, i) => {
+    const dot = h("i", { class: "dot" });
+    dot.style.background = colourOf(i);
+    return h("span", {}, dot, name);
+  }));
+}
+
 // Items that are drawn when they come near the window, and dropped when they are far from it.
 export function lazyList(items, estimate, render) {
   const boxes = items.map((item) => {

@@ -2,7 +2,7 @@
 
 import { ask } from "./data.js";
 import { chart, smoothed } from "./charts.js";
-import { h, picker } from "./dom.js";
+import { h, keyOf, picker } from "./dom.js";
 import { colour, faded } from "./format.js";
 import { chosenRun, go, state } from "./state.js";
 
@@ -29,6 +29,7 @@ export async function healthView(query) {
 }
 
 function checkCard(check, curves, steps, run) {
+  if (check.source === "parts") return parts(check, curves);
   const own = colour(run);
   const line = check.source === "steps"
     ? { x: steps.map((s) => s.step), y: steps.map((s) => s[check.key] ?? null) }
@@ -41,6 +42,17 @@ function checkCard(check, curves, steps, run) {
   return h("section", { class: "check", "data-key": check.key, "data-state": check.state },
     chart({ title: check.title, unit: check.unit, lines, limits: check.lines, badge }),
     h("p", { class: "why" }, check.why));
+}
+
+function parts(check, curves) {
+  const names = check.series.map((key) => key.replace(/^rewards\/(.+)\/mean$/, "$1"));
+  const lines = check.series.map((key, i) => {
+    const [at, y] = curves.series[key];
+    return { name: names[i], x: at.map((n) => curves.x.step[n]), y: smoothed(y, y.length > 30 ? 0.06 : 0), colour: colour(i), points: y.length < 3 };
+  });
+  const badge = h("span", { class: `badge ${check.state}` }, WORDS[check.state]);
+  return h("section", { class: "check", "data-key": check.key, "data-state": check.state },
+    chart({ title: check.title, unit: check.unit, lines, badge }), keyOf(names, colour), h("p", { class: "why" }, check.why));
 }
 
 // Quantiles of each step: least, 10 %, 25 %, median, 75 %, 90 %, largest

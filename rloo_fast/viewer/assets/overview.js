@@ -2,7 +2,7 @@
 
 import { ask } from "./data.js";
 import { band, chart, smoothed, zoom } from "./charts.js";
-import { choices, h } from "./dom.js";
+import { choices, h, keyOf } from "./dom.js";
 import { colour, duration, faded, figure } from "./format.js";
 import { change, shownRuns, state } from "./state.js";
 
@@ -33,7 +33,7 @@ export async function overview(query) {
       })),
       h("button", { type: "button", class: "quiet", disabled: state.zoom === null, id: "unzoom", onclick: () => zoom(null) }, "Whole run")),
     main.length || others.length ? null : h("p", { class: "nothing" }, sought ? `No metric has “${sought}” in its name.` : "Nothing is logged yet: the first curves come with the first log."),
-    groups.length === 1 && curves.length === 1 && curves[0].eval_prefixes.some((p) => curves[0].series[`${p}reward`]) ? key() : null,
+    groups.length === 1 && curves.length === 1 && curves[0].eval_prefixes.some((p) => curves[0].series[`${p}reward`]) ? keyOf(["training", "evaluation"], colour) : null,
     h("div", { class: "grid" }, main.map(draw)),
     others.length ? h("details", { class: "more", open: Boolean(sought) || query.more === "1", ontoggle: (event) => {
       const grid = event.target.querySelector(".grid");
@@ -41,14 +41,6 @@ export async function overview(query) {
     } }, h("summary", {}, `${others.length} more metrics`), h("div", { class: "grid" })) : null,
     settings(runs),
   ];
-}
-
-function key() {
-  return h("p", { class: "key" }, ["training", "evaluation"].map((words, i) => {
-    const dot = h("i", { class: "dot" });
-    dot.style.background = colour(i);
-    return h("span", {}, dot, words);
-  }));
 }
 
 function figures(run, curves) {
