@@ -197,6 +197,7 @@ class PreparedBatch:
     ref_logps: Tensor | None = None  # (N,)
     old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
     old_entropy: Tensor | None = None  # (R,) sum_t H_t, where a pass before the update found it
+    token_entropy: Tensor | None = None  # (N,) H_t, of the pass or update that made old_logps
     # (R,), or (N,) with a KL to go; None: they come out of the update's own forward
     advantages: Tensor | None = None
     policy_rows: PolicyRows | None = None

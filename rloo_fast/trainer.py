@@ -230,8 +230,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             advantages_per_token=self.update.settings.advantages_per_token,
             num_real=num_real,
         )
-        k, seen = batch.generation.num_generations, self.state.num_input_tokens_seen
-        self.recorder.record_rollout(rows, mode, k, seen)
+        self.recorder.record_rollout(rows, mode, batch, self.state.num_input_tokens_seen)
         return rows
 
     def _record_evaluated(self, batch: PreparedBatch, num_real: int) -> None:
@@ -414,6 +413,8 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             self.metrics,
             self.callback_handler.callbacks,
             reward_names=self.rewards.names,
+            tokenizer=tokenizer,
+            limits=self.sampler_check.limits,
         )
         self.card = RunCard.from_config(
             self.args,

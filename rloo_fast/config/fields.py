@@ -254,6 +254,12 @@ class RLOOFields(Names2024, TrainingArguments):
         "At every log, append the samples that log_completions would print to completions.csv in "
         "output_dir; it prints nothing itself.",
     )
+    view_mib: int = _field(
+        0,
+        "Keep the completions of the steps in _view/ of output_dir, with log-prob, entropy, KL and "
+        "sampler's difference of each token, for `rloo-fast view`: at most this many MiB; beyond, "
+        "every second step is dropped. 0: none are kept. `rloo-fast train` takes 256.",
+    )
     num_completions_to_print: int | None = _field(
         None, "How many of them, drawn at random. Default: all."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from ..policy.forward import Policy
 from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
 from ..records import Sampling
+from ..reports.progress import rollout_bar
 from ..rewards import Rewards
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
@@ -179,7 +181,10 @@ def build_collector(
     clock: StepClock,
 ) -> Collector:
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
-    shown = args.log_completions or args.log_completions_csv or args.num_sample_generations
+    shown = (
+        args.log_completions or args.log_completions_csv or args.num_sample_generations
+        or args.view_mib
+    )  # fmt: skip
     return Collector(
         rollouts,
         tokenize,
@@ -196,6 +201,7 @@ def build_collector(
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
+        progress=partial(rollout_bar, is_shown=args.should_log and not args.disable_tqdm),
     )
 
 

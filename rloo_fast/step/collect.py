@@ -64,7 +64,8 @@ class Collector:
 
     `stage(name)`: a context that times what runs in it. `hidden(seconds)`: is told what of the
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
-    of all processes are gathered for whoever looks at them.
+    of all processes are gathered for whoever looks at them. `progress(completions)`: a context that
+    is told the tokens of each that is finished.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Collector:
         tokens_per_pair: float,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
+        progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     ):
         self.rollouts, self.tokenize, self.rewards = rollouts, tokenize, rewards
         self.tokenizer = tokenize.tokenizer
@@ -90,6 +92,7 @@ class Collector:
         self.scores, self.mask_truncated = scores, mask_truncated
         self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
+        self.progress = progress
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.failed = False  # the newest rollout or its rewards, on some process
 
@@ -153,15 +156,17 @@ class Collector:
         mode: str,
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
-            scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
+            show(len(ids))
+            if self.overlap_rewards:
+                scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
 
         with scoring:
-            with self.stage("rollout"):
+            with self.stage("rollout"), self.progress(len(seeds)) as show:
                 sampled = self.rollouts.generate(
                     [[*ids] for ids in kept.prompt_ids],  # an engine may be anyone's
                     self.sampling,
                     seeds,
-                    finished if self.overlap_rewards else None,
+                    finished,
                     mode=mode,
                 )
                 rollout = kept.rollout(sampled)
