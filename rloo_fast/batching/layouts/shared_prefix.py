@@ -11,6 +11,7 @@ from .one_line import Line, OneLine
 @register_layout
 class SharedPrefix(OneLine):
     name, rank = "shared_prefix", 0
+    shares_prompts = True
     help = "one line, a prompt is run once for all its completions"
 
     def tokens(self, prompt: int, completions: Sequence[int]) -> int:
