@@ -18,6 +18,7 @@ from datasets import Dataset
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.records import Rollout
 from tests.parity.test_trl import EOS, MAX_NEW, Injected, Recorder, first_reward, relative
+from tests.support.tiny import WORDS
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,7 @@ def rows(with_empty: bool) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": " ".join(f"w{i + j}" for j in range(i % 4))}],
+                "prompt": [{"role": "user", "content": " ".join(WORDS[i : i + i % 4])}],
                 "images": [picture(10 * i + j, 16 + 8 * j) for j in range(numbers[i % 3])],
             }
             for i in range(1, 13)
@@ -106,7 +107,8 @@ def differences(name: str, tmp: Path) -> dict[str, float]:
     theirs, their_weights = run(TRLTrainer, TRLConfig, family, tmp / "model", tmp / "trl", case)
     assert len(ours.gradients) == len(theirs.gradients) == STEPS
     tower = [n for n in theirs.gradients[0] if "vis" in n]
-    assert tower and any(theirs.gradients[0][n].norm() > 0 for n in tower)
+    assert tower
+    assert any(theirs.gradients[0][n].norm() > 0 for n in tower)
     scale = max(max(abs(log["loss"]), log["reward_std"]) for log in theirs.logs)
     usual = {n: max(g[n].norm() for g in theirs.gradients) for n in theirs.gradients[0]}
     pairs = list(zip(ours.logs, theirs.logs, strict=True))
