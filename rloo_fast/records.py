@@ -48,6 +48,11 @@ Unit = list[int]  # rows of one group that run together, ascending
 Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor), at least one
 # what an engine is sent: the weights with their adapters, or apart from them, or these alone
 SentParts = Literal["merged", "base+adapter", "adapter"]
+# what a model's forward takes of a prompt beside its ids, by the names there: pixel_values, grids,
+# sizes; per token of the prompt (L,) PER_TOKEN_INPUTS and (3, L) position_ids, where it counts
+# them in three directions. Rows of one prompt share one object, which nobody writes into
+ImageInputs = dict[str, Tensor]
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NAN = float("nan")
 
 
@@ -78,6 +83,7 @@ class Prompt:
     text: PromptText  # as in the dataset's `prompt` column
     ids: list[int]
     columns: dict[str, Any]  # every other dataset column, for the reward functions
+    inputs: ImageInputs | None = None  # None: a text run
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ class GenerationBatch:
     num_generations: int = 0  # K
     whole_groups: bool = True  # on every process, all K rows of each of its prompts
     sampler_logps: Tensor | None = per_token(default=None)  # (N,) as the engine sampled them
+    inputs: list[ImageInputs] | None = per_row(default=None)  # of its prompt; None: a text run
     weights_version: int | None = None  # of the policy that sampled
     sizes: BatchSizes = BatchSizes()
 
@@ -284,8 +291,10 @@ class MicroBatch:
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (R + 1,) on the CPU; row r owns tokens cu_seqlens[r]:cu_seqlens[r + 1]
     token_weights: Tensor  # as input_ids: rows that a token stands for, 0 for padding
-    position_ids: Tensor | None = None  # (1, T) None: from 0 in every line
+    # (1, T), or (3, R, T) of a model that counts in three directions; None: from 0 in every line
+    position_ids: Tensor | None = None
     segments: Segments | None = None  # which tokens see which; None: all before them in the line
+    inputs: ImageInputs | None = None  # of its images, in their tokens' order, for forward
 
 
 class LossInputs(NamedTuple):

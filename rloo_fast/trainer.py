@@ -115,7 +115,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             data_collator=_unchanged,
             train_dataset=loaded.train_dataset,
             eval_dataset=loaded.eval_dataset,
-            processing_class=loaded.tokenizer,
+            processing_class=loaded.processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -202,7 +202,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         planner = self.update.planner
         if not planner.layout_name:
             planner.layout_name, why = choose_layout(
-                self.args.layout, self.policy, model, self.accelerator
+                self.args.layout, self.policy, model, self.accelerator, self.collector.seen
             )
             self._say_once(f"Micro-batches: {why}.")
 

@@ -49,7 +49,7 @@ def _spread(
         [ids[:n] for ids, n in zip(batch.completion_ids[start : start + k], lengths, strict=True)]
         for start, lengths in zip(starts, counted, strict=True)
     ]
-    sharing = layout.sharing(prompts, completions)
+    sharing = None if batch.inputs is not None else layout.sharing(prompts, completions)
     if sharing is None:
         return balance(costs, num_ranks)
 

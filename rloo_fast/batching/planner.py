@@ -89,6 +89,8 @@ class Planner:
         return [len(ids) for ids in batch.prompt_ids], run_lengths(batch, self.every_token)
 
     def _sharing(self, batch: GenerationBatch, groups: Sequence[Unit]) -> Sharing | None:
+        if batch.inputs is not None:  # rows have a prompt in common, and nothing else: UnitIds.alone
+            return None
         run = run_lengths(batch, self.every_token)
         return self.layout.sharing(
             [batch.prompt_ids[rows[0]] for rows in groups],

@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from ..batching.balance import balance_rows, with_sizes
 from ..batching.planner import Planner
+from ..data.images import without_images
 from ..data.seeds import step_seed
 from ..data.tokenize import RowTokenizer, is_conversational
 from ..distributed.collectives import gather_objects, gather_rows
@@ -26,6 +27,7 @@ from ..records import (
     CompletionTexts,
     Count,
     GenerationBatch,
+    ImageInputs,
     Prompt,
     Rollout,
     RolloutRows,
@@ -87,7 +89,7 @@ class Collector:
         progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     ):
         self.rollouts, self.tokenize, self.rewards = rollouts, tokenize, rewards
-        self.tokenizer = tokenize.tokenizer
+        self.tokenizer, self.seen = tokenize.tokenizer, tokenize.seen
         self.sampling, self.planner, self.accelerator = sampling, planner, accelerator
         self.scores, self.mask_truncated = scores, mask_truncated
         self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
@@ -126,7 +128,9 @@ class Collector:
         with self._failing_together():
             groups = [prompt for prompt, _ in places]
             scoring = self._begin_rewards(rows, groups, kept.texts, state)
-            rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
+            rollout, per_function = self._sample_and_score(
+                kept, seeds, scoring, given, mode, _inputs(rows)
+            )
         self.rollouts.sleep()
         texts = None
         if self.with_texts:
@@ -154,6 +158,7 @@ class Collector:
         scoring: Scoring,
         given: _GivenByRewards,
         mode: str,
+        inputs: list[ImageInputs] | None,
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
             show(len(ids))
@@ -168,6 +173,7 @@ class Collector:
                     seeds,
                     finished,
                     mode=mode,
+                    inputs=inputs,
                 )
                 rollout = kept.rollout(sampled)
             if self.rewards.offloaded:
@@ -258,6 +264,7 @@ class Collector:
             num_generations=num_generations,
             whole_groups=len(rows) % num_generations == 0,
             sampler_logps=_packed(rollout.logps, counted),
+            inputs=_inputs(rows),
             weights_version=rollout.weights_version,
         )
 
@@ -286,7 +293,7 @@ class Collector:
         extra: dict[str, list[Any]],
     ) -> CompletionTexts:
         mine = {
-            "prompts": [row.text for row in rows],
+            "prompts": [without_images(row.text) for row in rows],
             "completions": completions,
             "rewards": rewards.tolist(),
             "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
@@ -317,6 +324,12 @@ class _GivenByRewards:
 
     extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _inputs(rows: list[Prompt]) -> list[ImageInputs] | None:
+    """What the rows' prompts bring beside their ids; None in a text run."""
+    inputs = [row.inputs for row in rows if row.inputs is not None]
+    return inputs if len(inputs) == len(rows) else None
 
 
 def _packed(logps: list[list[float]] | None, counted: list[int]) -> Tensor | None:
