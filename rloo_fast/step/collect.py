@@ -109,7 +109,7 @@ class Collector:
         about as much to compute.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        with self._failing_together():  # before anything that waits for the others
+        with self.failing_together():  # before anything that waits for the others
             prompts = self.tokenize(dataset_rows)
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
         assert len(rows) % world == 0, (len(rows), world)
@@ -120,7 +120,7 @@ class Collector:
         kept = KeptRows(self.stops, [[*row.ids] for row in rows])
         seeds = [step_seed(seed, *place) for place in places]
         given = _GivenByRewards()
-        with self._failing_together():
+        with self.failing_together():
             groups = [prompt for prompt, _ in places]
             scoring = self._begin_rewards(rows, groups, kept.texts, state)
             rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
@@ -178,7 +178,7 @@ class Collector:
         return rollout, per_function
 
     @contextmanager
-    def _failing_together(self) -> Iterator[None]:
+    def failing_together(self) -> Iterator[None]:
         """What one process raises ends the others too, rather than letting them wait for it."""
         failure, self.failed = None, False
         try:
