@@ -271,8 +271,9 @@ class Collector:
             ),
             num_generations=num_generations,
             whole_groups=len(rows) % num_generations == 0,
-            sampler_logps=_packed(rollout.logps, counted),
-            weights_version=rollout.weights_version,
+            sampler_logps=_packed(rollout.logps, counted, torch.float32),
+            token_versions=_packed(_versions(rollout), counted, torch.int32),
+            weights_version=self.rollouts.version(),
         )
 
     def _num_tokens(self, rows: list[Prompt], rollout: Rollout) -> int:
@@ -336,9 +337,18 @@ def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:
     )
 
 
-def _packed(logps: list[list[float]] | None, counted: list[int]) -> Tensor | None:
-    """The first counted[i] log-probs of every row i, one row after another: (N,)."""
-    if logps is None:
+def _versions(rollout: Rollout) -> list[list[int]] | None:
+    """Per token; None: the engine does not say."""
+    if rollout.token_versions is not None or rollout.weights_version is None:
+        return rollout.token_versions
+    return [[rollout.weights_version] * len(ids) for ids in rollout.completion_ids]
+
+
+def _packed(
+    per_token: Sequence[Sequence[float]] | None, counted: list[int], dtype: torch.dtype
+) -> Tensor | None:
+    """The first counted[i] values of every row i, one row after another: (N,)."""
+    if per_token is None:
         return None
-    kept = [row[:count] for row, count in zip(logps, counted, strict=True)]
-    return torch.tensor(list(chain(*kept)), dtype=torch.float32)
+    kept = [row[:count] for row, count in zip(per_token, counted, strict=True)]
+    return torch.tensor(list(chain(*kept)), dtype=dtype)

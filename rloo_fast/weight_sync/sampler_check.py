@@ -5,6 +5,9 @@
 Drawn from the whole distribution, d_t is 0 but for rounding. Drawn from a part of it that holds the
 mass m_t (top-p, top-k, min-p, ...), d_t = -log m_t >= 0; with top-p alone m_t >= top_p. What lies
 outside of [0, bound] is the violation, and only that is judged.
+
+Rows that an older policy sampled have log-probs of that policy: what d_t is there says how far the
+trainer has moved since. It is logged apart, and never judged.
 """
 
 from __future__ import annotations
@@ -109,17 +112,21 @@ class SamplerCheck:
         if trainer is None:  # no row was run
             trainer = torch.full_like(sampler, float("nan"))
         sampler, trainer = sampler.double(), trainer.double()
-        finite, known = sampler.isfinite(), ~trainer.isnan()
-        diff = torch.where(finite & known, sampler - trainer, 0.0)
+        owner = segment_ids(generation.cu_seqlens, len(sampler))
+        finite, stale = sampler.isfinite(), generation.stale_rows[owner]
+        known = finite & ~trainer.isnan()
+        whole = torch.where(known, sampler - trainer, 0.0)
+        diff = torch.where(stale, 0.0, whole)  # both of the same weights
         outside = torch.maximum(-diff, diff - self.bound).clamp(min=0)
         per_token = {
-            "logp_diff_tokens": (finite & known).double(),
+            "logp_diff_tokens": (known & ~stale).double(),
             "logp_diff_sum": diff.abs(),
             "logp_diff_outside": outside,
             "sampler_not_finite": (~finite).double(),
+            "stale_diff_tokens": (known & stale).double(),
+            "stale_diff_sum": torch.where(stale, whole, 0.0).abs(),
         }
         columns = {name: segment_sum(x, generation.cu_seqlens) for name, x in per_token.items()}
-        owner = segment_ids(generation.cu_seqlens, len(diff))
         columns["logp_diff_max"] = _largest(diff.abs(), owner, generation.num_rows)
         if self.level is not None:
             columns |= _importance_columns(batch, self.level, self.cap)
