@@ -58,7 +58,8 @@ class RolloutCycle:
         Call it before the trainer needs the memory; an engine that sleeps already stays asleep.
         give_back=False: the trainer's state stays on the host until the next call.
         """
-        self._put_to_sleep()
+        if self.engine.state in (EngineState.READY, EngineState.SYNCED):
+            self.engine.sleep(self.sleep_level)
         if give_back and self.engine.state is EngineState.ASLEEP:
             self._give_back()
 
@@ -66,10 +67,6 @@ class RolloutCycle:
         """Close the engine for good, and move the trainer's state back."""
         self.engine.close()
         self._give_back()
-
-    def _put_to_sleep(self) -> None:
-        if self.engine.state in (EngineState.READY, EngineState.SYNCED):
-            self.engine.sleep(self.sleep_level)
 
     def _give_back(self) -> None:
         if self.room is not None and self.room.is_made:
@@ -79,7 +76,7 @@ class RolloutCycle:
         engine = self.engine
         if engine.state is EngineState.READY and engine.version == version:
             return
-        self._put_to_sleep()
+        self.sleep()
         if engine.state is EngineState.ASLEEP:
             if self.room is not None:
                 self.room.make()

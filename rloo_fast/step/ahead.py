@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerState
 
+from ..config.rloo_config import RLOOConfig
 from ..data.ledger import Fate
 from ..data.row_functions import Row
 from ..data.seeds import step_seed
@@ -41,6 +42,21 @@ class AheadSettings(NamedTuple):
     prompts_per_batch: int
     num_generations: int
     seed: int
+
+    @classmethod
+    def from_config(cls, args: RLOOConfig) -> AheadSettings:
+        rows = int(args.generation_batch_size or 0) * (args.max_staleness + 1)
+        given = [args.max_inflight_tasks, args.queue_maxsize]
+        most_inflight, queue_maxsize = [rows if n == -1 else n for n in given]
+        return cls(
+            max_staleness=args.max_staleness,
+            max_inflight=most_inflight,
+            queue_maxsize=queue_maxsize,
+            weight_sync_steps=args.weight_sync_steps,
+            prompts_per_batch=args.prompts_per_generation,
+            num_generations=args.num_generations,
+            seed=args.seed,
+        )
 
 
 @dataclass

@@ -31,6 +31,7 @@ from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
 from ..records import Sampling
 from ..rewards import Rewards
+from ..rollout.ahead import SharedCycle
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
 from ..rollout.engine import RolloutEngine
@@ -103,6 +104,11 @@ def build_policies(
     return Policies(policy, Policy(reference, wrapped=wrapped, **common), dropout)
 
 
+def samples_ahead(args: RLOOConfig) -> bool:
+    """Whether completions are sampled before their step."""
+    return args.max_staleness > 0
+
+
 def build_rollouts(
     engine_class: type[RolloutEngine],
     settings: EngineSettings,
@@ -133,7 +139,8 @@ def build_rollouts(
         settings = settings.with_share(room.share)
         room.make()
     engine = make_engine(engine_class, settings)
-    rollouts = RolloutCycle(
+    cycle = SharedCycle if samples_ahead(args) else RolloutCycle
+    rollouts = cycle(
         engine,
         version=version,
         weights=lambda: policy_buckets(model, bucket_bytes, settings.dtype, engine.wanted),

@@ -40,3 +40,8 @@ class SharedCycle(RolloutCycle):
 
     def sleep(self, *, give_back: bool = True) -> None:
         return
+
+    def _make_ready(self, version: int, mode: str) -> None:
+        if self.engine.version != version:
+            super().sleep()  # at level 0, which frees nothing: weights come after it
+        super()._make_ready(version, mode)

@@ -25,14 +25,15 @@ from ..ahead.requests import RequestEngine
 from ..engine import EngineError, StaleWeights
 from ..settings import EngineSettings
 from .answers import OddAnswer
-from .fit import CONNECT_S
+from .fit import CONNECT_S, unfit
 from .inflight import GENERATE, most_bytes, read_sampled, request_fields, request_of
 from .server import RESERVED, VLLMServer
 from .transport import Endpoint, Refused, ServerGone
 
 logger = logging.getLogger(__name__)
 
-PARAMS = "components.schemas.SamplingParams.properties"
+PARAMS = "components.schemas.GenerateRequest.properties.sampling_params.properties"
+SCALE_OUT = "--enable-scale-out"
 HEALTH_S = 10.0
 MOST_LOST = 3  # answers to one request, of servers that are there
 
@@ -44,7 +45,11 @@ class InflightServer(VLLMServer):
         super().__init__(base_url, **options)
         self.base_url, self.num_open = self._server.base_url, 0
         with self._explained():
-            known = self._server.value("/openapi.json", PARAMS, dict)
+            schema = self._server.get("/openapi.json")
+            if GENERATE not in self._server.field(schema, "/openapi.json", "paths", dict):
+                reason = f"it does not offer {GENERATE}, by which tokens get their versions"
+                raise unfit(self._server, reason, more=SCALE_OUT)
+            known = self._server.field(schema, "/openapi.json", PARAMS, dict)
             if self._is_main and self._server.value("/is_paused", "is_paused", bool):
                 self.resume()  # a run that was killed left it so
         self._params = set(known) - RESERVED
@@ -276,36 +281,36 @@ def feed(
     """Give every bucket to each of the takers, and return what each has raised.
 
     The buckets are made in this thread, in step with other processes; each taker has a thread of
-    its own, and the slowest is waited for: two buckets are on their way at most.
+    its own. The next bucket is made once all of them ask for it, as it ends the one before.
     """
-    shelves: list[queue.Queue[Bucket | None]] = [queue.Queue(1) for _ in takers]
-    gone = [threading.Event() for _ in takers]
+    shelves: list[queue.Queue[Bucket | None]] = [queue.Queue() for _ in takers]
+    asking = [threading.Event() for _ in takers]  # or gone
 
     def run(number: int) -> None:
         def iterate() -> Iterator[Bucket]:
-            while (bucket := shelves[number].get()) is not None:
+            while True:
+                asking[number].set()
+                if (bucket := shelves[number].get()) is None:
+                    return
                 yield bucket
 
         try:
             takers[number](iterate())
         finally:
-            gone[number].set()
-
-    def put(number: int, bucket: Bucket | None) -> None:
-        while not gone[number].is_set():
-            try:
-                shelves[number].put(bucket, timeout=0.1)
-                return
-            except queue.Full:
-                continue
+            asking[number].set()
 
     with ThreadPoolExecutor(len(takers)) as pool:
         running = [pool.submit(run, number) for number in range(len(takers))]
         try:
             for bucket in buckets:
-                for number in range(len(takers)):
-                    put(number, bucket)
+                for event, shelf, future in zip(asking, shelves, running, strict=True):
+                    event.wait()
+                    if not future.done():
+                        event.clear()
+                        shelf.put(bucket)
+                for event in asking:
+                    event.wait()
         finally:
-            for number in range(len(takers)):
-                put(number, None)
+            for shelf in shelves:
+                shelf.put(None)
     return [future.exception() for future in running]
