@@ -41,6 +41,7 @@ from ..weight_sync.unmerged import policy_buckets
 from .buffer import RolloutBuffer
 from .clock import StepClock
 from .collect import Collector, ScoreSettings
+from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
 from .update import Updater
@@ -102,11 +103,6 @@ def build_policies(
     common["own_logits"] = own_logits(reference)
     wrapped = parallel.reference(reference)
     return Policies(policy, Policy(reference, wrapped=wrapped, **common), dropout)
-
-
-def samples_ahead(args: RLOOConfig) -> bool:
-    """Whether completions are sampled before their step."""
-    return args.max_staleness > 0
 
 
 def build_rollouts(
