@@ -75,13 +75,9 @@ class AheadSource:
 
     kind = "ahead"
 
-    def __init__(
-        self,
-        collector: Collector,
-        stream: PromptStream,
-        cycle: SharedCycle,
-        settings: AheadSettings,
-    ):
+    def __init__(self, collector: Collector, stream: PromptStream, settings: AheadSettings):
+        cycle = collector.rollouts
+        assert isinstance(cycle, SharedCycle)
         self.collector, self.stream, self.cycle = collector, stream, cycle
         self.settings = settings
         self.number = 0  # of the next batch
