@@ -47,7 +47,7 @@ COUNTS_BEFORE = (
 )  # fmt: skip
 COUNTS = (
     "num_iterations", "max_completion_length", "ref_model_sync_steps", "max_nonfinite_steps",
-    "vllm_tensor_parallel_size", "weight_sync_bucket_mib",
+    "vllm_tensor_parallel_size", "weight_sync_bucket_mib", "weight_sync_steps",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
@@ -145,6 +145,14 @@ RANGES: Ranges = {
     ),
     "reward_processes": (_from(0, MAX_PROCESSES), f"an integer >= 0, at most {MAX_PROCESSES}"),
     "log_format": (lambda name: name in ("dict", "line"), "'dict' or 'line'"),
+    "max_staleness": (_from(0, TOO_MANY), "an integer >= 0; 0: sampled, then trained"),
+    **dict.fromkeys(
+        ("max_inflight_tasks", "queue_maxsize"),
+        (
+            lambda n: n == -1 or _is_count(n),
+            "an integer >= 1, or -1: as many as max_staleness lets",
+        ),
+    ),
     "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
     "vllm_lora": (lambda way: way in ("merged", "adapter"), "'merged' or 'adapter'"),
     "vllm_model_impl": (

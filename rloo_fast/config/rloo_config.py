@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from ..masking import MASK, find_mask, learn, masked_errors, masked_values, shown
+from .asynchronous import refuse_asynchronous
 from .changes import changed_since, prefer_the_changed, values_of
 from .checks import batch_sizes, check_ranges, clean
 from .engines import prepare_engine
@@ -64,6 +65,7 @@ class RLOOConfig(RLOOFields):
         check_ranges(self)
         refuse(self)
         batch_sizes(self)
+        refuse_asynchronous(self)
         self._when_made: dict[str, Any] = values_of(self)
 
     def settle(self) -> None:

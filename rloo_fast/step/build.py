@@ -31,6 +31,7 @@ from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
 from ..records import Sampling
 from ..rewards import Rewards
+from ..rollout.ahead import SharedCycle
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
 from ..rollout.engine import RolloutEngine
@@ -40,6 +41,7 @@ from ..weight_sync.unmerged import policy_buckets
 from .buffer import RolloutBuffer
 from .clock import StepClock
 from .collect import Collector, ScoreSettings
+from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
 from .update import Updater
@@ -133,7 +135,8 @@ def build_rollouts(
         settings = settings.with_share(room.share)
         room.make()
     engine = make_engine(engine_class, settings)
-    rollouts = RolloutCycle(
+    cycle = SharedCycle if samples_ahead(args) else RolloutCycle
+    rollouts = cycle(
         engine,
         version=version,
         weights=lambda: policy_buckets(model, bucket_bytes, settings.dtype, engine.wanted),

@@ -55,6 +55,24 @@ class Collected(NamedTuple):
     texts: CompletionTexts | None  # None: nobody looks at them
 
 
+@dataclass
+class GivenByRewards:
+    """What reward functions gave beside rewards, in one generation batch on this process."""
+
+    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Scored(NamedTuple):
+    """Completions of one process and what rewards made of them, all of its rows."""
+
+    rows: list[Prompt]
+    rollout: Rollout
+    rewards: Tensor  # (R, F), NaN: not applicable
+    completions: list[Any]  # as reward functions got them; none: nobody looks at them
+    given: GivenByRewards
+
+
 class PeerFailed(RuntimeError):
     """Another process could not sample or score its prompts; the message has its error."""
 
@@ -119,15 +137,21 @@ class Collector:
         places = [divmod(rank * size + i, num_generations) for i in range(size)]
         kept = KeptRows(self.stops, [[*row.ids] for row in rows])
         seeds = [step_seed(seed, *place) for place in places]
-        given = _GivenByRewards()
+        given = GivenByRewards()
         with self.failing_together():
             groups = [prompt for prompt, _ in places]
-            scoring = self._begin_rewards(rows, groups, kept.texts, state)
+            scoring = self.begin_rewards(rows, groups, kept.texts, state)
             rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
         self.rollouts.sleep()
+        completions = scoring.batch.completions(range(size)) if self.with_texts else []
+        scored = Scored(rows, rollout, per_function, completions, given)
+        return self.collected(scored, num_generations, mode)
+
+    def collected(self, scored: Scored, num_generations: int, mode: str) -> Collected:
+        """Of completions that this process is the one to train, scored."""
+        rows, rollout, per_function, completions, given = scored
         texts = None
         if self.with_texts:
-            completions = scoring.batch.completions(range(size))
             texts = self._texts(rows, completions, per_function, given.extra)
         batch = self._batch(rows, rollout, per_function, num_generations)
         if mode == "train":
@@ -149,7 +173,7 @@ class Collector:
         kept: KeptRows,
         seeds: list[int],
         scoring: Scoring,
-        given: _GivenByRewards,
+        given: GivenByRewards,
         mode: str,
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
@@ -168,12 +192,7 @@ class Collector:
             if self.rewards.offloaded:
                 self.rollouts.sleep(give_back=False)  # its memory is the reward models' first
             with self.stage("reward"):
-                per_function = scoring.end(
-                    rollout.completion_ids,
-                    [reason == "stop" for reason in rollout.finish_reasons],
-                    log_extra=lambda name, values: given.extra[name].extend(values),
-                    log_metric=lambda name, value: given.logged[name].append(value),
-                )
+                per_function = end_of(scoring, rollout, given)
         self.hidden(scoring.hidden_s)
         return rollout, per_function
 
@@ -194,7 +213,7 @@ class Collector:
             if other is not None:
                 raise PeerFailed(f"process {rank} failed: {other}")
 
-    def _begin_rewards(
+    def begin_rewards(
         self, rows: list[Prompt], prompt_of: list[int], texts: dict[int, str], state: TrainerState
     ) -> Scoring:
         """`texts`: of rows whose text is not that of their tokens."""
@@ -307,12 +326,15 @@ class Collector:
         )
 
 
-@dataclass
-class _GivenByRewards:
-    """What reward functions gave beside rewards, in one generation batch on this process."""
-
-    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:
+    """The rewards of a rollout, (R, F), once all are there; what functions gave beside them goes
+    into `given`."""
+    return scoring.end(
+        rollout.completion_ids,
+        [reason == "stop" for reason in rollout.finish_reasons],
+        log_extra=lambda name, values: given.extra[name].extend(values),
+        log_metric=lambda name, value: given.logged[name].append(value),
+    )
 
 
 def _versions(rollout: Rollout) -> list[list[int]] | None:

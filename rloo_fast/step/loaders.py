@@ -10,19 +10,36 @@ from torch.utils.data import DataLoader
 from ..config.rloo_config import RLOOConfig
 from ..data import loader
 from ..data.skipping import Skipping
+from ..data.stream import prompt_stream
+from .ahead import AheadSettings, AheadSource
 from .collect import Collector
 from .source import BatchSource, LoaderSource
 
 
+def samples_ahead(args: RLOOConfig) -> bool:
+    """Whether completions are sampled before their step."""
+    return args.max_staleness > 0
+
+
 def draws_prompts_itself(args: RLOOConfig) -> bool:
     """Whether generation batches are made of prompts of a PromptStream, not the loader's rows."""
-    return False
+    return samples_ahead(args)
 
 
 def build_source(
     collector: Collector, dataset: Any, args: RLOOConfig, skipping: Skipping | None
 ) -> BatchSource:
-    return LoaderSource(collector, args.num_generations)
+    if not samples_ahead(args):
+        return LoaderSource(collector, args.num_generations)
+    stream = prompt_stream(
+        dataset,
+        prompts_per_batch=args.prompts_per_generation,
+        shuffle=bool(args.shuffle_dataset),
+        seed=args.seed,
+        num_workers=args.dataloader_num_workers,
+        skipping=skipping,
+    )
+    return AheadSource(collector, stream, AheadSettings.from_config(args))
 
 
 def train_loader(dataset: Any, args: RLOOConfig, skipping: Skipping | None) -> DataLoader:

@@ -64,6 +64,7 @@ class LoaderSource:
 
 # kind of a source: the options that choose it
 OPTIONS: dict[str, str] = {
+    "ahead": "max_staleness",
     LoaderSource.kind: "none of dynamic_sampling, rollout_filter, curriculum, max_staleness",
 }
 
