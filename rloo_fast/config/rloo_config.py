@@ -21,6 +21,7 @@ from .ranges import BEFORE, check_values
 from .refused import refuse
 from .renames import apply_names_2024
 from .rollout_engine import settled
+from .which_prompts import refuse_which_prompts
 
 HUB_TOKENS = ("hub_token", "push_to_hub_token")
 
@@ -66,6 +67,7 @@ class RLOOConfig(RLOOFields):
         refuse(self)
         batch_sizes(self)
         refuse_asynchronous(self)
+        refuse_which_prompts(self)
         self._when_made: dict[str, Any] = values_of(self)
 
     def settle(self) -> None:
