@@ -17,11 +17,11 @@ from .changes import changed_since, prefer_the_changed, values_of
 from .checks import batch_sizes, check_ranges, clean
 from .engines import prepare_engine
 from .fields import RLOOFields
+from .prompt_checks import refuse_which_prompts
 from .ranges import BEFORE, check_values
 from .refused import refuse
 from .renames import apply_names_2024
 from .rollout_engine import settled
-from .which_prompts import refuse_which_prompts
 
 HUB_TOKENS = ("hub_token", "push_to_hub_token")
 

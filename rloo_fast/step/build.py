@@ -183,6 +183,7 @@ def build_collector(
     clock: StepClock,
 ) -> Collector:
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
+    cache = args.soft_punish_cache
     looked_at = (
         args.log_completions, args.log_completions_csv, args.num_sample_generations,
         args.rollout_filter,
@@ -196,8 +197,7 @@ def build_collector(
         accelerator,
         scores=ScoreSettings(
             args.missing_eos_penalty,
-            args.soft_punish_cache
-            and SoftPunish(args.max_completion_length, args.soft_punish_cache),
+            SoftPunish(args.max_completion_length, cache) if cache else None,
             args.normalize_rewards,
             args.reward_clip_range,
         ),
