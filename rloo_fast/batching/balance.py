@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from ..distributed.collectives import gather_objects, gather_tensor
-from ..records import BatchSizes, GenerationBatch, concatenate, take_rows
+from ..record_rows import concatenate, take_rows
+from ..records import BatchSizes, GenerationBatch
 from .layouts import Layout
 from .packing import balance
 from .planner import Planner

@@ -89,7 +89,7 @@ class Planner:
         return [len(ids) for ids in batch.prompt_ids], run_lengths(batch, self.every_token)
 
     def _sharing(self, batch: GenerationBatch, groups: Sequence[Unit]) -> Sharing | None:
-        if batch.inputs is not None:  # rows have a prompt in common, and nothing else: UnitIds.alone
+        if batch.inputs is not None:  # its units are alone, see UnitIds
             return None
         run = run_lengths(batch, self.every_token)
         return self.layout.sharing(

@@ -17,16 +17,15 @@ from transformers import TrainingArguments
 
 from ..batching.layouts import layouts_help
 from ..objective.losses import ADVANTAGES, LOSSES, choices_help
+from .documented import documented as _field
 from .names_2024 import Names2024
+from .server_address import server_urls
 from .shares import DefaultShare
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [
@@ -298,8 +297,10 @@ class RLOOFields(Names2024, TrainingArguments):
     vllm_structured_outputs_regex: str | None = _field(
         None, "Completions must match this regular expression."
     )
-    vllm_server_base_url: str | None = _field(
-        None, "Address of the server; then vllm_server_host and vllm_server_port do not count."
+    vllm_server_base_url: list[str] | None = _field(
+        None,
+        "Address of the server, or addresses of several, which share the prompts; then "
+        "vllm_server_host and vllm_server_port do not count.",
     )
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
@@ -329,6 +330,22 @@ class RLOOFields(Names2024, TrainingArguments):
     )
     weight_sync_bucket_mib: int = _field(
         256, "Most MiB of weights in flight from the policy to the engine at a time."
+    )
+    max_staleness: int = _field(
+        0,
+        "0: completions are sampled, then trained on. N: while a step is trained, completions of "
+        "the next N are sampled; a token is at most N optimizer steps old when it is trained.",
+    )
+    max_inflight_tasks: int = _field(
+        -1, "Most completions that are sampled at a time with max_staleness. -1: all that may be."
+    )
+    weight_sync_steps: int = _field(
+        1, "Optimizer steps from one weight update of the engine to the next, with max_staleness."
+    )
+    queue_maxsize: int = _field(
+        -1,
+        "Most completions that are being sampled or wait for their step, with max_staleness. -1: "
+        "those of max_staleness + 1 generation batches.",
     )
     use_transformers_continuous_batching: bool = _field(False, "Not offered yet.")
     transformers_continuous_batching_config: dict[str, Any] | str | None = _field(
@@ -391,6 +408,12 @@ class RLOOFields(Names2024, TrainingArguments):
     def local_generation_size(self) -> int:
         """Completions of one generation batch on one process."""
         return self.per_device_train_batch_size * int(self.steps_per_generation or 1)
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Addresses of the rollout servers."""
+        host, port = self.vllm_server_host, self.vllm_server_port
+        return server_urls(self.vllm_server_base_url, host, port)
 
     @property
     def prompts_per_generation(self) -> int:
