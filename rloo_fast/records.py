@@ -192,9 +192,10 @@ class PreparedBatch:
     """A generation batch with all that is known before rows of it are trained on."""
 
     generation: GenerationBatch
-    on_policy: bool = True  # the weights have not changed since it was sampled
+    on_policy: bool = True  # the weights have not changed since it was collected
     ref_logps: Tensor | None = None  # (N,)
-    old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
+    # (N,) of the policy when it was collected, whoever sampled; None: not needed or not yet
+    old_logps: Tensor | None = None
     old_entropy: Tensor | None = None  # (R,) sum_t H_t, where a pass before the update found it
     # (R,), or (N,) with a KL to go; None: they come out of the update's own forward
     advantages: Tensor | None = None
@@ -294,7 +295,8 @@ class LossInputs(NamedTuple):
     rewards: Tensor | None = None  # (R,) whole groups: KL and baseline come out of the forward
     advantages: Tensor | None = None  # (R,)
     token_advantages: Tensor | None = None  # (N,)
-    old_logps: Tensor | None = None  # (N,) None: on-policy, the ratio is exactly 1
+    # (N,) None: on-policy, the ratio is exactly 1; NaN: of this token
+    old_logps: Tensor | None = None
     ref_logps: Tensor | None = None  # (N,)
 
 

@@ -140,8 +140,10 @@ def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
 
     What is said of rows that an older policy sampled is apart, under staleness/. The mean of |d|,
     and of the part of it that the check judges, is over the tokens that both have a log-prob for,
-    NaN if there is none; means and share of the importance ratios over all of them: one per token,
-    or one per sequence.
+    NaN if there is none. Importance ratios are the trainer's probability over the sampler's, one
+    per token or one per sequence: of all rows with truncated importance sampling, without it of
+    those that an older policy sampled. `sampling/ess` is the effective share of them, of the
+    weights w that they are truncated to: (sum w)^2 / (n sum w^2), 1 where all weigh the same.
     """
     out: dict[str, float] = {}
     if "stale_diff_tokens" in rows and (num_stale := rows["stale_diff_tokens"].sum()):
@@ -153,13 +155,14 @@ def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
         out["sampling/logp_diff_max"] = (
             rows["logp_diff_max"].max().item() if num_tokens else float("nan")
         )
-    if "importance_count" in rows:
-        count = rows["importance_count"].sum().clamp(min=1)
+    if "importance_count" in rows and (count := rows["importance_count"].sum()):
+        total = rows["importance_clipped"].sum()
         out |= {
             "sampling/importance_raw_mean": (rows["importance_raw"].sum() / count).item(),
             "sampling/importance_raw_max": rows["importance_raw_max"].max().item(),
-            "sampling/importance_clipped_mean": (rows["importance_clipped"].sum() / count).item(),
+            "sampling/importance_clipped_mean": (total / count).item(),
             "sampling/frac_clipped": (rows["importance_at_cap"].sum() / count).item(),
+            "sampling/ess": (total**2 / (count * rows["importance_squared"].sum())).item(),
         }
     return out
 

@@ -164,6 +164,7 @@ def build_sampler_check(
         stop=args.logp_diff_stop,
         level=args.truncated_importance_sampling,
         cap=args.importance_sampling_cap,
+        ratio_level=LOSSES[args.loss].level,
         structured_outputs=args.vllm_structured_outputs_regex,
         has_dropout=policies.has_dropout,
         is_main_process=accelerator.is_main_process,

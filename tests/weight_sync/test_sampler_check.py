@@ -85,7 +85,7 @@ def test_nothing_is_said_of_samples_that_were_not_run(tmp_path):
 
 def test_rows_of_older_weights_are_logged_apart_and_not_judged(tmp_path):
     """A completion that new weights went on with still rests on what the old ones computed."""
-    batch = make_batch([[0.1, -0.3], [9.0, 5.0], [4.0], [], [0.2]])
+    batch = make_batch([[0.1, -0.3], [2.0, -1.0], [-3.0], [], [0.2]])
     versions = torch.tensor([7, 7, 6, 7, 5, 7], dtype=torch.int32)
     stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)
     check = make_check(tmp_path, logp_diff_stop=0.25)
@@ -94,11 +94,28 @@ def test_rows_of_older_weights_are_logged_apart_and_not_judged(tmp_path):
         "sampling/logp_diff_mean": pytest.approx(0.2),
         "sampling/logp_diff_judged": pytest.approx(0.2),
         "sampling/logp_diff_max": pytest.approx(0.3),
-        "staleness/logp_diff_mean": pytest.approx(6.0),
+        "staleness/logp_diff_mean": pytest.approx(2.0),
+        "sampling/importance_raw_mean": pytest.approx((math.exp(-1) + math.exp(3)) / 2),
+        "sampling/importance_raw_max": pytest.approx(math.exp(3)),
+        "sampling/importance_clipped_mean": pytest.approx((math.exp(-1) + math.exp(3)) / 2),
+        "sampling/frac_clipped": 0,
+        "sampling/ess": pytest.approx(
+            (math.exp(-1) + math.exp(3)) ** 2 / (2 * (math.exp(-2) + math.exp(6)))
+        ),
     }
     check.judge(rows, "train, after step 3", trains=True)
     with pytest.raises(SamplerMismatch):  # the same, had the policy's own weights sampled
         check.judge(check.columns(batch), "train, after step 3")
+
+
+def test_ratios_beyond_all_numbers_leave_one_completion_of_effect(tmp_path):
+    batch = make_batch([[0.0], [-900.0], [0.0], [0.0]])
+    versions = torch.full((4,), 6, dtype=torch.int32)
+    stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)
+    rows = make_check(tmp_path).columns(dataclasses.replace(batch, generation=stale))
+    found = sampling_metrics(rows)
+    assert found["sampling/importance_raw_max"] == math.inf
+    assert found["sampling/ess"] == pytest.approx(1 / 4)
 
 
 def test_a_log_prob_that_is_none_stops_the_run_whoever_sampled(tmp_path):
