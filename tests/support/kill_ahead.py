@@ -118,6 +118,8 @@ def killed_run(output_dir: Path, case: str, rng: random.Random, step_s: float) -
         if checkpoints(output_dir) and (counts := ledger_counts(output_dir)):
             moment += "; " + ", ".join(f"{n} {name.lower()}" for name, n in counts.items() if n)
         moments.append(moment)
+        if newest_step(output_dir) == STEPS:
+            break
     finish(output_dir, case)
     return moments
 
