@@ -104,6 +104,20 @@ class CompletionTexts(NamedTuple):
     extra: dict[str, list[Any]]  # what reward functions gave to log_extra
 
 
+@dataclass(frozen=True)
+class SampledGroup:
+    """The completions of one prompt, as a rollout_filter sees them: K of each list."""
+
+    prompt: PromptText
+    columns: dict[str, Any]  # every other dataset column of the prompt's row
+    completions: list[Any]  # texts, or messages, as reward functions get them
+    completion_ids: list[list[int]]
+    rewards: dict[str, list[float]]  # by reward function; NaN: not applicable
+    reward: list[float]  # their weighted sum; NaN: unscorable
+    lengths: list[int]  # in tokens
+    truncated: list[bool]  # cut before it ended
+
+
 # A generation batch: sampled, scored, prepared
 
 

@@ -17,17 +17,15 @@ from transformers import TrainingArguments
 
 from ..batching.layouts import layouts_help
 from ..objective.losses import ADVANTAGES, LOSSES, choices_help
+from .documented import documented as _field
 from .names_2024 import Names2024
 from .server_address import server_urls
 from .shares import DefaultShare
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [

@@ -48,11 +48,12 @@ COUNTS_BEFORE = (
 COUNTS = (
     "num_iterations", "max_completion_length", "ref_model_sync_steps", "max_nonfinite_steps",
     "vllm_tensor_parallel_size", "weight_sync_bucket_mib", "weight_sync_steps",
+    "max_sampling_rounds",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
     "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
-    "vllm_max_model_length", "max_prompt_length",
+    "vllm_max_model_length", "max_prompt_length", "soft_punish_cache",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 Ranges = dict[str, tuple[Test, str | Callable[[], str]]]
@@ -116,6 +117,7 @@ RANGES: Ranges = {
         _optional(lambda ws: all(math.isfinite(w) and w is not True for w in ws)),
         "a list of finite numbers, one per reward function",
     ),
+    "curriculum": (_optional(lambda c: 0 < c <= 1), "in (0, 1], or left out"),
     "missing_eos_penalty": (_optional(math.isfinite), "a finite number, or left out"),
     "reward_over_limit": (_is_over_limit, "'error', 'none' or a finite number"),
     "reward_timeout_s": (

@@ -17,6 +17,7 @@ from .changes import changed_since, prefer_the_changed, values_of
 from .checks import batch_sizes, check_ranges, clean
 from .engines import prepare_engine
 from .fields import RLOOFields
+from .prompt_checks import refuse_which_prompts
 from .ranges import BEFORE, check_values
 from .refused import refuse
 from .renames import apply_names_2024
@@ -66,6 +67,7 @@ class RLOOConfig(RLOOFields):
         refuse(self)
         batch_sizes(self)
         refuse_asynchronous(self)
+        refuse_which_prompts(self)
         self._when_made: dict[str, Any] = values_of(self)
 
     def settle(self) -> None:

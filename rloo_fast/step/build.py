@@ -31,6 +31,7 @@ from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
 from ..records import Sampling
 from ..rewards import Rewards
+from ..rewards.shaping import ScoreSettings, SoftPunish
 from ..rollout.ahead import SharedCycle
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
@@ -40,7 +41,7 @@ from ..weight_sync.sampler_check import SamplerCheck, computes_exactly
 from ..weight_sync.unmerged import policy_buckets
 from .buffer import RolloutBuffer
 from .clock import StepClock
-from .collect import Collector, ScoreSettings
+from .collect import Collector
 from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
@@ -183,7 +184,11 @@ def build_collector(
     clock: StepClock,
 ) -> Collector:
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
-    shown = args.log_completions or args.log_completions_csv or args.num_sample_generations
+    cache = args.soft_punish_cache
+    looked_at = (
+        args.log_completions, args.log_completions_csv, args.num_sample_generations,
+        args.rollout_filter,
+    )  # fmt: skip
     return Collector(
         rollouts,
         tokenize,
@@ -192,11 +197,14 @@ def build_collector(
         planner,
         accelerator,
         scores=ScoreSettings(
-            args.missing_eos_penalty, args.normalize_rewards, args.reward_clip_range
+            args.missing_eos_penalty,
+            SoftPunish(args.max_completion_length, cache) if cache else None,
+            args.normalize_rewards,
+            args.reward_clip_range,
         ),
         mask_truncated=args.mask_truncated_completions,
         overlap_rewards=args.use_vllm if args.overlap_rewards is None else args.overlap_rewards,
-        with_texts=bool(shown),
+        with_texts=any(looked_at),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),

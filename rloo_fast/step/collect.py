@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -21,10 +21,9 @@ from ..batching.balance import balance_rows, with_sizes
 from ..batching.planner import Planner
 from ..data.seeds import step_seed
 from ..data.tokenize import RowTokenizer, is_conversational
-from ..distributed.collectives import gather_objects, gather_rows
+from ..distributed.collectives import gather_objects, gather_rows, total
 from ..records import (
     CompletionTexts,
-    Count,
     GenerationBatch,
     Prompt,
     Rollout,
@@ -32,18 +31,10 @@ from ..records import (
     Sampling,
 )
 from ..rewards import Rewards, Scoring
-from ..rewards.shaping import shape_scores
+from ..rewards.shaping import ScoreSettings
 from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import KeptRows, Stops
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What becomes of the weighted reward before the loss sees it (see `shape_scores`)."""
-
-    missing_eos_penalty: float | None = None
-    normalize: bool = False
-    clip_range: list[float] | None = None
+from .texts import gather_texts, mean_logged
 
 
 class Collected(NamedTuple):
@@ -71,6 +62,12 @@ class Scored(NamedTuple):
     rewards: Tensor  # (R, F), NaN: not applicable
     completions: list[Any]  # as reward functions got them; none: nobody looks at them
     given: GivenByRewards
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and completions."""
+        completions = self.rollout.completion_ids
+        return sum(len(row.ids) for row in self.rows) + sum(len(ids) for ids in completions)
 
 
 class PeerFailed(RuntimeError):
@@ -126,6 +123,18 @@ class Collector:
         prompts at the end. In mode "train", whole groups are exchanged so that all processes have
         about as much to compute.
         """
+        scored = self.sample(dataset_rows, num_generations, seed, mode, state)
+        return self.collected(scored, num_generations, mode)
+
+    def sample(
+        self,
+        dataset_rows: Sequence[Any],
+        num_generations: int,
+        seed: int,
+        mode: str,
+        state: TrainerState,
+    ) -> Scored:
+        """Completions and what the reward functions say of them."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         with self.failing_together():  # before anything that waits for the others
             prompts = self.tokenize(dataset_rows)
@@ -144,16 +153,23 @@ class Collector:
             rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
         self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
-        scored = Scored(rows, rollout, per_function, completions, given)
-        return self.collected(scored, num_generations, mode)
+        return Scored(rows, rollout, per_function, completions, given)
 
     def collected(self, scored: Scored, num_generations: int, mode: str) -> Collected:
         """Of completions that this process is the one to train, scored."""
-        rows, rollout, per_function, completions, given = scored
-        texts = None
-        if self.with_texts:
-            texts = self._texts(rows, completions, per_function, given.extra)
-        batch = self._batch(rows, rollout, per_function, num_generations)
+        batch = self.without_scores(scored, num_generations)
+        return self.finished(batch, self.texts(scored), [scored], mode)
+
+    def finished(
+        self,
+        batch: GenerationBatch,
+        texts: CompletionTexts | None,
+        scored: Sequence[Scored],
+        mode: str,
+    ) -> Collected:
+        """`batch` with scores, its groups balanced over processes, and what there is to log of all
+        that was sampled for it."""
+        batch = self._with_scores(batch)
         if mode == "train":
             batch = balance_rows(
                 batch,
@@ -163,9 +179,22 @@ class Collector:
             )
         return Collected(
             batch=with_sizes(batch, self.planner, self.accelerator),
-            num_tokens=self._num_tokens(rows, rollout),
-            logged=self._mean_logged(given.logged),
+            num_tokens=total(self.accelerator, sum(one.num_tokens for one in scored)),
+            logged=mean_logged(self.accelerator, [one.given.logged for one in scored]),
             texts=texts,
+        )
+
+    def texts(self, scored: Scored) -> CompletionTexts | None:
+        """Of all processes' completions, if somebody looks at them."""
+        if not self.with_texts:
+            return None
+        return gather_texts(
+            self.accelerator,
+            self.rewards.names,
+            scored.rows,
+            scored.completions,
+            scored.rewards,
+            scored.given.extra,
         )
 
     def _sample_and_score(
@@ -239,21 +268,13 @@ class Collector:
             trainer_state=state,
         )
 
-    def _batch(
-        self, rows: list[Prompt], rollout: Rollout, per_function: Tensor, num_generations: int
-    ) -> GenerationBatch:
+    def without_scores(self, scored: Scored, num_generations: int) -> GenerationBatch:
+        """This process' rows; `scores` are the rewards as they are."""
+        rows, rollout = scored.rows, scored.rollout
         truncated = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
         lengths = torch.tensor([len(ids) for ids in rollout.completion_ids])
         counted = torch.where(truncated & self.mask_truncated, 0, lengths).tolist()
-        reward = self.rewards.combine(per_function)
-        together = gather_rows(self.accelerator, {"reward": reward, "truncated": truncated})
-        scores = shape_scores(
-            together["reward"].float(),
-            together["truncated"],
-            missing_eos_penalty=self.scores.missing_eos_penalty,
-            normalize=self.scores.normalize,
-            clip_range=self.scores.clip_range,
-        )
+        reward = self.rewards.combine(scored.rewards)
         start = self.accelerator.process_index * len(rows)
         numbers = torch.arange(start, start + len(rows))
         return GenerationBatch(
@@ -261,12 +282,12 @@ class Collector:
             completion_ids=rollout.completion_ids,
             num_tokens=counted,
             groups=(numbers // num_generations).tolist(),
-            scores=scores[start : start + len(rows)],
+            scores=reward,
             rows=RolloutRows(
                 row=numbers,
                 length=lengths,
                 truncated=truncated,
-                rewards=per_function,
+                rewards=scored.rewards,
                 reward=reward,
             ),
             num_generations=num_generations,
@@ -276,54 +297,11 @@ class Collector:
             weights_version=self.rollouts.version(),
         )
 
-    def _num_tokens(self, rows: list[Prompt], rollout: Rollout) -> int:
-        """Tokens of prompts and completions of all processes."""
-        lengths = [len(row.ids) for row in rows] + [len(ids) for ids in rollout.completion_ids]
-        mine = torch.tensor([sum(lengths)], device=self.accelerator.device)
-        everyone = self.accelerator.gather(mine)
-        assert isinstance(everyone, Tensor)
-        return int(everyone.sum())
-
-    def _mean_logged(self, mine: dict[str, list[float]]) -> dict[str, float]:
-        everyone = gather_objects(self.accelerator, dict(mine))
-        out = {}
-        for name in sorted({name for one in everyone for name in one}):
-            values = [value for one in everyone for value in one.get(name, [])]
-            is_count = any(isinstance(value, Count) for value in values)
-            out[name] = sum(values) / (1 if is_count else len(values))
-        return out
-
-    def _texts(
-        self,
-        rows: list[Prompt],
-        completions: list[Any],
-        rewards: Tensor,
-        extra: dict[str, list[Any]],
-    ) -> CompletionTexts:
-        mine = {
-            "prompts": [row.text for row in rows],
-            "completions": completions,
-            "rewards": rewards.tolist(),
-            "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
-        }
-        everyone = gather_objects(self.accelerator, mine)
-        per_row = [row for one in everyone for row in one["rewards"]]
-        names = sorted({name for one in everyone for name in one["extra"]})
-        return CompletionTexts(
-            prompts=[x for one in everyone for x in one["prompts"]],
-            completions=[x for one in everyone for x in one["completions"]],
-            rewards={
-                name: [row[i] for row in per_row] for i, name in enumerate(self.rewards.names)
-            },
-            extra={
-                name: [
-                    value
-                    for one in everyone
-                    for value in one["extra"].get(name, [None] * len(one["prompts"]))
-                ]
-                for name in names
-            },
-        )
+    def _with_scores(self, batch: GenerationBatch) -> GenerationBatch:
+        columns = {name: getattr(batch.rows, name) for name in ("reward", "truncated", "length")}
+        scores = self.scores.scores(**gather_rows(self.accelerator, columns))
+        start = self.accelerator.process_index * batch.num_rows
+        return replace(batch, scores=scores[start : start + batch.num_rows])
 
 
 def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:

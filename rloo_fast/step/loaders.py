@@ -7,12 +7,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from ..config.code_files import load_function
 from ..config.rloo_config import RLOOConfig
 from ..data import loader
 from ..data.skipping import Skipping
 from ..data.stream import prompt_stream
 from .ahead import AheadSettings, AheadSource
 from .collect import Collector
+from .dynamic import StreamSource
+from .group_filter import GroupFilter
 from .source import BatchSource, LoaderSource
 
 
@@ -23,13 +26,13 @@ def samples_ahead(args: RLOOConfig) -> bool:
 
 def draws_prompts_itself(args: RLOOConfig) -> bool:
     """Whether generation batches are made of prompts of a PromptStream, not the loader's rows."""
-    return samples_ahead(args)
+    return samples_ahead(args) or args.dynamic_sampling or args.curriculum is not None
 
 
 def build_source(
     collector: Collector, dataset: Any, args: RLOOConfig, skipping: Skipping | None
 ) -> BatchSource:
-    if not samples_ahead(args):
+    if not draws_prompts_itself(args):
         return LoaderSource(collector, args.num_generations)
     stream = prompt_stream(
         dataset,
@@ -38,8 +41,22 @@ def build_source(
         seed=args.seed,
         num_workers=args.dataloader_num_workers,
         skipping=skipping,
+        curriculum=args.curriculum,
     )
-    return AheadSource(collector, stream, AheadSettings.from_config(args))
+    if samples_ahead(args):
+        return AheadSource(collector, stream, AheadSettings.from_config(args))
+    keep, name = None, args.rollout_filter
+    if name is not None:
+        function = load_function(name, "rollout_filter")
+        keep = GroupFilter(function, name, collector.accelerator)
+    return StreamSource(
+        collector,
+        stream,
+        num_generations=args.num_generations,
+        prompts_per_batch=args.prompts_per_generation,
+        max_rounds=args.max_sampling_rounds if args.dynamic_sampling else 0,
+        keep=keep,
+    )
 
 
 def train_loader(dataset: Any, args: RLOOConfig, skipping: Skipping | None) -> DataLoader:

@@ -65,7 +65,8 @@ class LoaderSource:
 # kind of a source: the options that choose it
 OPTIONS: dict[str, str] = {
     "ahead": "max_staleness",
-    LoaderSource.kind: "none of dynamic_sampling, rollout_filter, curriculum, max_staleness",
+    "stream": "dynamic_sampling or curriculum",
+    LoaderSource.kind: "none of dynamic_sampling, curriculum, max_staleness",
 }
 
 
