@@ -114,7 +114,7 @@ def _of_tokens(batch: PreparedBatch) -> dict[str, np.ndarray]:  # (N,) each
     """sampler_diff: the sampler's log-prob less the trainer's; logp: the trainer's, where a row
     was not run the sampler's."""
     size = sum(batch.generation.num_tokens)
-    nothing = torch.full((size,), float("nan"))
+    nothing = torch.full((size,), float("nan"), dtype=torch.float32)
     old = batch.old_logps if batch.old_logps is not None else nothing
     sampler = batch.generation.sampler_logps
     sampler = sampler if sampler is not None else nothing
