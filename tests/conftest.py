@@ -40,6 +40,7 @@ KIND_OF = {
             "judges/test_evaluate",
             "models/test_peft_methods",
             "objective/test_importance_sampling",
+            "objective/test_stale_rows",
             "policy/test_compile",
             "policy/test_liger_layers",
             "reports/test_outputs",

@@ -22,7 +22,7 @@ SHARE = 0.3  # of the GPU's memory, for vLLM
 
 def start_vllm(model: Any, smoke: Smoke, *, max_length: int) -> Any:
     """A VLLMEngine in bfloat16 that has no weights yet; it sleeps as in a run, on a GPU."""
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     return VLLMEngine(
         model,

@@ -127,7 +127,7 @@ class Engines:
 def start_vllm(model: Any, shape: Shape) -> Any:
     if importlib.util.find_spec("vllm") is None:
         raise Unavailable("vllm is not installed")
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     engine = VLLMEngine(
         model,

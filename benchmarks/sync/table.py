@@ -27,9 +27,9 @@ from benchmarks.common import models as step_models
 from benchmarks.common.harness import Row
 from benchmarks.rollout.providers import BUCKET_BYTES, cache_bytes, largest_error
 from rloo_fast.records import SentParts
-from rloo_fast.rollout.vllm import VLLMEngine
-from rloo_fast.rollout.vllm_pack import pack
-from rloo_fast.rollout.vllm_server import VLLMServer
+from rloo_fast.rollout.vllm.colocate import VLLMEngine
+from rloo_fast.rollout.vllm.pack import pack
+from rloo_fast.rollout.vllm.server import VLLMServer
 from rloo_fast.weight_sync.unmerged import adapter_shape, policy_buckets
 
 from .policies import PROMPTS, SAMPLING, SHAPE, make_policy, wake_weights

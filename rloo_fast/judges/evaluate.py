@@ -17,7 +17,7 @@ from ..data.row_functions import load_row_function
 from ..data.sources import has_one_split, load_prompts
 from ..masking import learn, masked_values
 from ..rewards import completion_text
-from ..rollout.vllm_package import import_vllm
+from ..rollout.vllm.package import import_vllm
 from .answers import Answers, fingerprint
 from .arguments import REFERENCE, JudgeArguments
 from .compare import Judge, JudgeError, compare

@@ -22,8 +22,9 @@ Engine = TypeVar("Engine", bound=type[RolloutEngine])
 # name -> class, or where it is: modules of engines are imported when one is asked for
 ENGINES: dict[str, type[RolloutEngine] | str] = {
     "transformers": "rloo_fast.rollout.hf:HFEngine",
-    "vllm": "rloo_fast.rollout.vllm:VLLMEngine",
-    "vllm_server": "rloo_fast.rollout.vllm_server:VLLMServer",
+    "vllm": "rloo_fast.rollout.vllm.colocate:VLLMEngine",
+    "vllm_server": "rloo_fast.rollout.vllm.server:VLLMServer",
+    "vllm_servers": "rloo_fast.rollout.vllm.servers:VLLMServers",
 }
 
 

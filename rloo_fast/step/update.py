@@ -30,6 +30,7 @@ from ..distributed import TrainingEngine
 from ..objective.advantages import AdvantageMaker
 from ..objective.settings import LossSettings
 from ..policy.forward import Policy
+from ..record_rows import concatenate, take_rows
 from ..records import (
     NAN,
     MicroBatch,
@@ -42,8 +43,6 @@ from ..records import (
     StepPlan,
     StepResult,
     UpdateRows,
-    concatenate,
-    take_rows,
 )
 
 # RLOOTrainer.compute_loss: (wrapped model, inputs) -> (loss, result)

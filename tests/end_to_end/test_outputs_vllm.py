@@ -45,7 +45,7 @@ def test_greedy_tokens_of_a_saved_model_and_of_saved_adapters(tmp_path):
     }
     assert wanted[None] != wanted[adapter]
 
-    from rloo_fast.rollout.vllm import VLLMEngine  # which leaves this process as it was
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine  # which leaves this process as it was
 
     settings = {
         "model": str(base), "load_format": "auto", "enable_lora": True, "max_lora_rank": 8,

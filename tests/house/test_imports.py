@@ -63,10 +63,10 @@ def vllm_imports(module: ast.Module) -> list[int]:
 def test_vllm_is_imported_where_its_engines_are():
     """In the package, and in the benchmarks that call vLLM beside it."""
     found = {str(path.relative_to(ROOT)) for path in source_files() if vllm_imports(tree(path))}
-    allowed = ("rloo_fast/rollout/vllm", "benchmarks/rollout/", "benchmarks/sync/")
+    allowed = ("rloo_fast/rollout/vllm/", "benchmarks/rollout/", "benchmarks/sync/")
     allowed += ("benchmarks/gpu_smoke/device",)
     assert [path for path in sorted(found) if not path.startswith(allowed)] == []
-    assert "rloo_fast/rollout/vllm_package.py" in found  # by a string
+    assert "rloo_fast/rollout/vllm/package.py" in found  # by a string
 
 
 @pytest.mark.parametrize(

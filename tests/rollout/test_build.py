@@ -16,17 +16,13 @@ from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.config.rollout_engine import engine_name
 from rloo_fast.config.shares import given_share
 from rloo_fast.distributed import TrainingEngine
-from rloo_fast.rollout import (
-    EngineSettings,
-    HFEngine,
-    find_engine,
-    vllm,
-    vllm_package,
-    vllm_server,
-)
+from rloo_fast.rollout import EngineSettings, HFEngine, find_engine
 from rloo_fast.rollout.build import make_engine
 from rloo_fast.rollout.engine_need import WORKSPACE, needed_bytes
 from rloo_fast.rollout.settings import InProcessSettings
+from rloo_fast.rollout.vllm import colocate as vllm
+from rloo_fast.rollout.vllm import package as vllm_package
+from rloo_fast.rollout.vllm import server as vllm_server
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.support.tiny import make_model, make_tokenizer
 

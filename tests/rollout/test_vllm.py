@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 from rloo_fast.records import Sampling
 from rloo_fast.rollout.engine import EngineError, EngineState, StaleWeights
 from rloo_fast.rollout.stops import Stops
-from rloo_fast.rollout.vllm import check_generation_kwargs
-from rloo_fast.rollout.vllm_files import saved_configuration
-from rloo_fast.rollout.vllm_package import import_vllm
+from rloo_fast.rollout.vllm.colocate import check_generation_kwargs
+from rloo_fast.rollout.vllm.files import saved_configuration
+from rloo_fast.rollout.vllm.package import import_vllm
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.support.tiny import make_model, make_tokenizer, require_vllm
 
@@ -50,7 +50,7 @@ def make(name):
 @pytest.fixture(scope="module", params=MODELS)
 def served(request):
     """(model, its engine); the engine sleeps."""
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     model = make(request.param)
     engine = VLLMEngine(
@@ -186,7 +186,7 @@ def test_a_completion_ends_where_a_stop_string_does(with_text, include):
 @pytest.fixture(scope="module")
 def with_text():
     """(model, its engine, which knows the text of tokens)."""
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     model = make_model(hidden_size=128, intermediate_size=64).eval()
     engine = VLLMEngine(
@@ -231,7 +231,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_setting(ready):
 
 
 def test_the_training_process_stays_as_it_was():
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     model = make("gpt_neox")  # vLLM runs transformers' code for it, and patches its class
     classes = {cls: dict(vars(cls)) for m in model.modules() for cls in type(m).__mro__[:-1]}
@@ -323,7 +323,7 @@ def test_settings_that_vllm_does_not_take_are_refused(given):
 
 
 def test_completions_match_a_regular_expression():
-    from rloo_fast.rollout.vllm import VLLMEngine
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
 
     torch.manual_seed(0)
     sizes = {**SIZES, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import pytest
 
 from rloo_fast.records import Sampling
-from rloo_fast.rollout import vllm_transport
 from rloo_fast.rollout.engine import EngineError
-from rloo_fast.rollout.vllm_answers import Completion, OddAnswer, most_bytes, read_completion
-from rloo_fast.rollout.vllm_server import VLLMServer
-from rloo_fast.rollout.vllm_transport import Endpoint, Refused, ServerGone
+from rloo_fast.rollout.vllm import transport as vllm_transport
+from rloo_fast.rollout.vllm.answers import Completion, OddAnswer, most_bytes, read_completion
+from rloo_fast.rollout.vllm.server import VLLMServer
+from rloo_fast.rollout.vllm.transport import Endpoint, Refused, ServerGone
 
 PROMPT = [4, 5]
 DEEP = "[" * 100_000

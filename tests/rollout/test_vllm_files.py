@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rloo_fast.rollout.vllm_files import saved_configuration
+from rloo_fast.rollout.vllm.files import saved_configuration
 from tests.support.tiny import make_model
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Qwen3Mo
 from rloo_fast import RLOOConfig
 from rloo_fast.config.rloo_config import as_dict
 from rloo_fast.rollout.engine import EngineError
-from rloo_fast.rollout.vllm import VLLMEngine
-from rloo_fast.rollout.vllm_model import loose_tensors
+from rloo_fast.rollout.vllm.colocate import VLLMEngine
+from rloo_fast.rollout.vllm.model import loose_tensors
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.support.tiny import require_vllm
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rloo_fast.rollout import vllm_guard
-from rloo_fast.rollout.vllm_guard import Guard
-from rloo_fast.rollout.vllm_http import api_key
+from rloo_fast.rollout.vllm import guard as vllm_guard
+from rloo_fast.rollout.vllm.guard import Guard
+from rloo_fast.rollout.vllm.http import api_key
 from tests.support.tiny import require_vllm
 
 KEY = "key-of-the-server"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rloo_fast.rollout.vllm_model import LooseTensors, kept_in_another_form, loose_tensors
+from rloo_fast.rollout.vllm.model import LooseTensors, kept_in_another_form, loose_tensors
 
 
 class Impl:

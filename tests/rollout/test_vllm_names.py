@@ -25,8 +25,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from rloo_fast.records import Sampling
-from rloo_fast.rollout import vllm as rollout_vllm
-from rloo_fast.rollout import vllm_fit, vllm_model, vllm_package, vllm_server
+from rloo_fast.rollout.vllm import colocate as rollout_vllm
+from rloo_fast.rollout.vllm import fit as vllm_fit
+from rloo_fast.rollout.vllm import model as vllm_model
+from rloo_fast.rollout.vllm import package as vllm_package
+from rloo_fast.rollout.vllm import sender as vllm_sender
+from rloo_fast.rollout.vllm import server as vllm_server
 from tests.support.paths import ROOT as PROJECT
 from tests.support.tiny import make_model, make_tokenizer, require_vllm
 
@@ -191,7 +195,7 @@ class Request(NamedTuple):
 def requests() -> list[Request]:
     """Those in the sources of the server's client."""
     found = []
-    sources = map(inspect.getsource, (vllm_server, vllm_fit))
+    sources = map(inspect.getsource, (vllm_server, vllm_sender, vllm_fit))
     for node in (node for text in sources for node in ast.walk(ast.parse(text))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -265,7 +269,7 @@ def test_options_of_the_servers_command():
 
 
 def test_the_plugin_is_a_whole_engine():
-    from rloo_fast.rollout.vllm_plugin import PulledWeights
+    from rloo_fast.rollout.vllm.plugin import PulledWeights
 
     assert sorted(PulledWeights.__abstractmethods__) == []
     base = PulledWeights.__mro__[1]

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from rloo_fast.rollout import vllm, vllm_placement
 from rloo_fast.rollout.engine import EngineError
-from rloo_fast.rollout.vllm_placement import launched_as_here, placement, uses_expandable_segments
+from rloo_fast.rollout.vllm import colocate as vllm
+from rloo_fast.rollout.vllm import placement as vllm_placement
+from rloo_fast.rollout.vllm.placement import launched_as_here, placement, uses_expandable_segments
 from tests.support.tiny import make_model
 from tests.support.vllm_source import fields_of, functions, source, vllm_folder
 

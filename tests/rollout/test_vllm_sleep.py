@@ -13,8 +13,8 @@ from datasets import Dataset, IterableDataset
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.data import longest_prompt
-from rloo_fast.rollout import vllm as rollout_vllm
 from rloo_fast.rollout.engine import EngineError
+from rloo_fast.rollout.vllm import colocate as rollout_vllm
 from rloo_fast.weight_sync.sampler_check import SamplerMismatch
 from tests.support.tiny import make_model, make_tokenizer
 

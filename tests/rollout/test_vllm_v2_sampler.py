@@ -53,7 +53,7 @@ class V2Sampler:
         from vllm import SamplingParams
 
         from rloo_fast.records import Sampling
-        from rloo_fast.rollout.vllm import sampling_fields
+        from rloo_fast.rollout.vllm.colocate import sampling_fields
 
         sampling = Sampling(
             temperature=temperature, top_p=1.0, top_k=0, min_p=min_p, repetition_penalty=1.0,

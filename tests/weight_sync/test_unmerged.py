@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from rloo_fast.rollout.build import make_engine
 from rloo_fast.rollout.settings import EngineSettings
-from rloo_fast.rollout.vllm_adapter import room_for
+from rloo_fast.rollout.vllm.lora import room_for
 from rloo_fast.weight_sync.unmerged import (
     PREFIX,
     Parted,
