@@ -51,6 +51,8 @@ SCROLL = """async () => {
   }
   return waits;
 }"""
+DRAWN = """() => [...document.querySelectorAll(".plot")].every((plot) =>
+  plot.getBoundingClientRect().top > innerHeight || plot.firstChild)"""
 FIGURES = ("start_s", "open_s", "completions_s", "step_s", "health_s", "frame_ms", "longest_ms")
 
 
@@ -103,10 +105,8 @@ def look(browser: Any, address: str, steps: int) -> dict[str, float]:
 
 def curves(page: Any) -> None:
     page.wait_for_selector("main[data-drawn]", timeout=60_000)
-    page.wait_for_function(
-        """() => [...document.querySelectorAll(".plot")].every((plot) =>
-        plot.getBoundingClientRect().top > innerHeight || plot.firstChild)"""
-    )
+    while not page.evaluate(DRAWN):  # wait_for_function would be a script that it may not run
+        page.wait_for_timeout(5)
 
 
 def cards(page: Any) -> None:

@@ -26,7 +26,7 @@ BYTES_PER_TOKEN = 12  # on disk: four float16, and what texts come to
 BROKEN = "\ufffd"  # what a part of a character decodes to
 MOST_PARTS = 4  # tokens of one character: UTF-8 has at most four bytes
 
-Tokens = dict[str, list[Any]]  # column -> a list per row, of one entry per token
+Tokens = dict[str, Any]  # column -> a list or an array, one entry per token
 
 
 class TokenPieces:

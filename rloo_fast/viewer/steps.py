@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from ..reports.columns import MARKS
 from ..reports.view_format import SUMMARY, prompt_id, step_files
 
+compute: Any = pyarrow.compute  # has its functions since it was imported, not as written
 TOKENS = "token/"
 HEAVY = ("messages",)  # of a row, sent where it is opened
 MAX_HITS, MAX_SEARCH_S = 200, 5.0
@@ -77,7 +78,7 @@ class KeptSteps:
         found = []
         for step, path in step_files(self.run_dir).items():
             column = _read(path, ["prompt_id"])["prompt_id"]
-            if pc.any(pc.equal(column, wanted)).as_py():
+            if compute.any(compute.equal(column, wanted)).as_py():
                 rows = self.rows(step)
                 found.append((step, [row for row in rows if row["prompt_id"] == wanted]))
         return found
@@ -93,7 +94,7 @@ class KeptSteps:
                 return hits[:MAX_HITS], False
             names = ["group", "sample", "completion", "reward"]
             table = _read(path, names)
-            mask = pc.match_substring(table["completion"], text, ignore_case=True)
+            mask = compute.match_substring(table["completion"], text, ignore_case=True)
             hits += [{"step": step, **_plain(row)} for row in table.filter(mask).to_pylist()]
         return hits[:MAX_HITS], len(hits) <= MAX_HITS
 
