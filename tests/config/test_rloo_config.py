@@ -156,7 +156,7 @@ ELSEWHERE = {  # field: the test that shows its effect
     **dict.fromkeys(
         (
             "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
-            "vllm_server_timeout",
+            "vllm_server_timeout", "vllm_weight_transfer",
         ),
         "rollout/test_build.py::test_settings_of_the_server",
     ),
