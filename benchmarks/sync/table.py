@@ -48,7 +48,7 @@ def table(args: argparse.Namespace) -> list[Row]:
     dtype = getattr(torch, args.dtype)
     policies = {name: make_policy(args.model, name) for name in ("full", "lora")}
     rows = []
-    for way, name in WAYS.items():
+    for way, name in WAYS.items() if "colocate" in args.places else ():
         policy = policies[name]
         change_trained(policy)
         engine = _in_process(policy, dtype, is_apart=way == "LoRA as adapter")
@@ -56,6 +56,8 @@ def table(args: argparse.Namespace) -> list[Row]:
             rows += _rows(f"colocate, {way}", engine, policy, dtype, args)
         finally:
             engine.close()
+    if "server" not in args.places:
+        return rows
     with _server(policies["full"], adapter_shape(policies["lora"]).rank, args) as url:
         for way, name in WAYS.items():
             policy = policies[name]
