@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from .fields import RLOOFields
-from .server_address import read_address, server_url
+from .server_address import read_address
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +108,8 @@ def refuse(args: RLOOFields) -> None:
         )
     _refuse_engine_settings(args)
     if args.vllm_mode == "server":
-        base_url, host, port = (
-            args.vllm_server_base_url,
-            args.vllm_server_host,
-            args.vllm_server_port,
-        )
-        read_address(server_url(base_url, host, port))
+        for url in args.server_urls:
+            read_address(url)
     for name, (fine, why) in REFUSED.items():
         value = getattr(args, name, fine[0])  # not every transformers version has every field
         if value not in fine:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..config.rloo_config import RLOOConfig, as_dict
-from ..config.server_address import server_url
 from ..config.shares import given_share
 from ..distributed import TrainingEngine
 from ..models.adapters import base_causal_lm
@@ -45,9 +44,13 @@ class InProcessSettings:
 class ServerSettings:
     """Of an engine that runs elsewhere and is asked over HTTP."""
 
-    base_url: str = "http://0.0.0.0:8000"
+    base_urls: tuple[str, ...] = ("http://0.0.0.0:8000",)
     timeout_s: float = 240.0
     weight_transfer: str = "auto"  # the way that weights take to it
+
+    @property
+    def base_url(self) -> str:
+        return self.base_urls[0]
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,7 @@ class EngineSettings:
                 engine_kwargs=as_dict(args.vllm_engine_kwargs),
             ),
             server=ServerSettings(
-                base_url=server_url(
-                    args.vllm_server_base_url, args.vllm_server_host, args.vllm_server_port
-                ),
+                base_urls=tuple(args.server_urls),
                 timeout_s=args.vllm_server_timeout,
                 weight_transfer=args.vllm_weight_transfer,
             ),
