@@ -269,6 +269,14 @@ def test_a_setting_of_another_engine_is_refused(case, tmp_path):
         RLOOConfig(str(tmp_path), **fields)
 
 
+def test_nccl_needs_a_trainer_on_a_gpu(tmp_path):
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_weight_transfer": "nccl"}
+    with pytest.raises(ValueError, match="sends from a GPU, and use_cpu is True"):
+        RLOOConfig(str(tmp_path), use_cpu=True, **server)
+    with pytest.raises(ValueError, match="'auto', 'nccl', 'gloo' or 'http'"):
+        RLOOConfig(str(tmp_path), **server | {"vllm_weight_transfer": "ipc"})
+
+
 def test_engines_are_shared_by_a_divisor_of_the_processes(tmp_path):
     with pytest.raises(ValueError, match="must divide the number of processes"):
         RLOOConfig(str(tmp_path), use_vllm=True, vllm_tensor_parallel_size=2)

@@ -26,7 +26,9 @@ from rloo_fast.rollout.vllm import server as vllm_server
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.support.tiny import make_model, make_tokenizer
 
-ACCELERATOR: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=print, autocast=None)
+ACCELERATOR: Any = SimpleNamespace(
+    is_main_process=True, wait_for_everyone=print, autocast=None, device=torch.device("cpu")
+)
 
 
 def recorded(self, *args, **settings):
