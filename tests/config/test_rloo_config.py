@@ -163,7 +163,7 @@ ELSEWHERE = {  # field: the test that shows its effect
     **dict.fromkeys(
         (
             "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
-            "vllm_server_timeout",
+            "vllm_server_timeout", "vllm_weight_transfer",
         ),
         "rollout/test_build.py::test_settings_of_the_server",
     ),
@@ -267,6 +267,14 @@ def test_a_setting_of_another_engine_is_refused(case, tmp_path):
     fields, names, why = OTHER_ENGINE[case]
     with pytest.raises(ValueError, match=f"^{names} has no effect here, as {why}: leave it out"):
         RLOOConfig(str(tmp_path), **fields)
+
+
+def test_nccl_needs_a_trainer_on_a_gpu(tmp_path):
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_weight_transfer": "nccl"}
+    with pytest.raises(ValueError, match="sends from a GPU, and use_cpu is True"):
+        RLOOConfig(str(tmp_path), use_cpu=True, **server)
+    with pytest.raises(ValueError, match="'auto', 'nccl', 'gloo' or 'http'"):
+        RLOOConfig(str(tmp_path), **server | {"vllm_weight_transfer": "ipc"})
 
 
 def test_engines_are_shared_by_a_divisor_of_the_processes(tmp_path):

@@ -109,7 +109,7 @@ def test_weights_are_replaced_in_flight_and_tokens_say_which_sampled_them():
         paths = [path.partition("?")[0] for path in servers[0].asked]
         second = paths[paths.index("/resume") + 1 :]
         order = [p for p in second if p in ("/pause", "/update_weights", "/resume")]
-        assert order == ["/pause", *["/update_weights"] * 3, "/resume"]
+        assert order == ["/pause", "/update_weights", "/resume"]
 
 
 def test_a_dead_servers_completions_are_sampled_by_the_others(caplog):
