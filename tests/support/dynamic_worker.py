@@ -23,7 +23,7 @@ STEPS, SAVED = 4, 2
 
 def parity(completions: list[str], **_: Any) -> list[float]:
     """Of the text, so that it is the same wherever a completion is scored; most are wrong."""
-    return [float(len(text) % 3 == 0) for text in completions]
+    return [float(sum(map(ord, text)) % 7 == 0) for text in completions]
 
 
 def run(directory: Path, k: int, rows: int) -> Any:
