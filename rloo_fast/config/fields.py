@@ -19,13 +19,14 @@ from ..batching.layouts import layouts_help
 from ..objective.losses import ADVANTAGES, LOSSES, choices_help
 from .documented import documented as _field
 from .names_2024 import Names2024
+from .sampling_ahead import SamplingAhead
 from .server_address import server_urls
 from .shares import DefaultShare
 from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [
@@ -253,6 +254,12 @@ class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
         "At every log, append the samples that log_completions would print to completions.csv in "
         "output_dir; it prints nothing itself.",
     )
+    view_mib: int = _field(
+        0,
+        "Keep the completions of the steps in _view/ of output_dir, with log-prob, entropy, KL and "
+        "sampler's difference of each token, for `rloo-fast view`: at most this many MiB; beyond, "
+        "every second step is dropped. 0: none are kept. `rloo-fast train` takes 256.",
+    )
     num_completions_to_print: int | None = _field(
         None, "How many of them, drawn at random. Default: all."
     )
@@ -299,7 +306,12 @@ class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
+    vllm_group_port: int = _field(51216, "Not offered: the system gives free ports.")
+    vllm_weight_transfer: str = _field(
+        "auto",
+        "How weights reach a server: nccl: from GPU to GPU, none of them shared | gloo: between "
+        "hosts | http | auto: nccl where it can be, gloo between CPUs, else http.",
+    )
     vllm_gpu_memory_utilization: float = _field(
         DefaultShare(0.3),
         "Share of the GPU's memory for the engine: weights and KV cache. Default: 0.3; with "
@@ -319,22 +331,6 @@ class RLOOFields(Names2024, WhichPrompts, TrainingArguments):
     )
     weight_sync_bucket_mib: int = _field(
         256, "Most MiB of weights in flight from the policy to the engine at a time."
-    )
-    max_staleness: int = _field(
-        0,
-        "0: completions are sampled, then trained on. N: while a step is trained, completions of "
-        "the next N are sampled; a token is at most N optimizer steps old when it is trained.",
-    )
-    max_inflight_tasks: int = _field(
-        -1, "Most completions that are sampled at a time with max_staleness. -1: all that may be."
-    )
-    weight_sync_steps: int = _field(
-        1, "Optimizer steps from one weight update of the engine to the next, with max_staleness."
-    )
-    queue_maxsize: int = _field(
-        -1,
-        "Most completions that are being sampled or wait for their step, with max_staleness. -1: "
-        "those of max_staleness + 1 generation batches.",
     )
     use_transformers_continuous_batching: bool = _field(False, "Not offered yet.")
     transformers_continuous_batching_config: dict[str, Any] | str | None = _field(
