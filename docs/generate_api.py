@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rloo_fast.config.fields import RLOOFields
+from rloo_fast.config.fields import OWN_PARTS
 from rloo_fast.config.names_2024 import Names2024
 
 PAGE = Path(__file__).with_name("api.md")
@@ -184,8 +184,13 @@ def fields(config: type) -> str:
     known = {f.name: f for f in dataclasses.fields(config) if f.init}
     # not Field.type, which transformers' HfArgumentParser overwrites
     own, old = (
-        [(known[name], kind) for name, kind in base.__annotations__.items() if name in known]
-        for base in (RLOOFields, Names2024)
+        [
+            (known[name], kind)
+            for part in parts
+            for name, kind in part.__annotations__.items()
+            if name in known
+        ]
+        for parts in (OWN_PARTS, (Names2024,))
     )
     return (
         "Fields of its own, of TRL's, and those of transformers that have another default:\n\n"
