@@ -298,7 +298,7 @@ def _from_plain(found: Any, shift: int) -> Found | None:
         return None
     return [
         [
-            None if row is None else Sampled(*row[:3], [version + shift for version in row[3]])
+            None if row is None else Sampled(*row[:3], versions=[v + shift for v in row[3]])
             for row in rows
         ]
         for rows in found

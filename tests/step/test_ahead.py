@@ -39,7 +39,7 @@ def ahead(output_dir: Path, max_staleness: int, reward: Any = slow_reward, **set
         "train_dataset": ROWS,
         **settings,
     }
-    trainer = make_trainer(output_dir, reward, **given)
+    trainer: Any = make_trainer(output_dir, reward, **given)
     collect, trainer.trained = trainer.source.next, []
 
     def noted(*args: Any) -> Any:
@@ -106,7 +106,7 @@ def test_no_token_is_older_than_the_bound_and_prompts_keep_their_order(bound, se
     lags = torch.cat([batch.staleness for batch in trainer.trained])
     assert lags.min() == 0
     assert 0 < lags.max() <= bound
-    synchronous = make_trainer(tmp_path / "order", train_dataset=ROWS, model=None)
+    synchronous: Any = make_trainer(tmp_path / "order", train_dataset=ROWS, model=None)
     order = [row["prompt"] for rows in synchronous.get_train_dataloader() for row in rows]
     expected = [tuple(synchronous.processing_class(text).input_ids) for text in order]
     assert prompts_of(trainer) == [ids for ids in expected for _ in range(K)]
