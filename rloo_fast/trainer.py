@@ -115,7 +115,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             data_collator=_unchanged,
             train_dataset=loaded.train_dataset,
             eval_dataset=loaded.eval_dataset,
-            processing_class=loaded.tokenizer,
+            processing_class=loaded.processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -202,7 +202,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         planner = self.update.planner
         if not planner.layout_name:
             planner.layout_name, why = choose_layout(
-                self.args.layout, self.policy, model, self.accelerator
+                self.args.layout, self.policy, model, self.accelerator, self.collector.seen
             )
             self._say_once(f"Micro-batches: {why}.")
 
@@ -233,8 +233,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             advantages_per_token=self.update.settings.advantages_per_token,
             num_real=num_real,
         )
-        k, seen = batch.generation.num_generations, self.state.num_input_tokens_seen
-        self.recorder.record_rollout(rows, mode, k, seen)
+        self.recorder.record_rollout(rows, mode, batch, self.state.num_input_tokens_seen)
         return rows
 
     def _record_evaluated(self, batch: PreparedBatch, num_real: int) -> None:
@@ -401,6 +400,8 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             self.metrics,
             self.callback_handler.callbacks,
             reward_names=self.rewards.names,
+            tokenizer=tokenizer,
+            limits=self.sampler_check.limits,
         )
         self.card = RunCard.from_config(
             self.args,

@@ -254,6 +254,12 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
         "At every log, append the samples that log_completions would print to completions.csv in "
         "output_dir; it prints nothing itself.",
     )
+    view_mib: int = _field(
+        0,
+        "Keep the completions of the steps in _view/ of output_dir, with log-prob, entropy, KL and "
+        "sampler's difference of each token, for `rloo-fast view`: at most this many MiB; beyond, "
+        "every second step is dropped. 0: none are kept. `rloo-fast train` takes 256.",
+    )
     num_completions_to_print: int | None = _field(
         None, "How many of them, drawn at random. Default: all."
     )
@@ -300,7 +306,12 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
+    vllm_group_port: int = _field(51216, "Not offered: the system gives free ports.")
+    vllm_weight_transfer: str = _field(
+        "auto",
+        "How weights reach a server: nccl: from GPU to GPU, none of them shared | gloo: between "
+        "hosts | http | auto: nccl where it can be, gloo between CPUs, else http.",
+    )
     vllm_gpu_memory_utilization: float = _field(
         DefaultShare(0.3),
         "Share of the GPU's memory for the engine: weights and KV cache. Default: 0.3; with "

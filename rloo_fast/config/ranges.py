@@ -17,6 +17,7 @@ Test = Callable[[Any], bool]
 
 TOO_MANY = 2**31  # of anything that is counted
 MAX_PROCESSES = 4096  # that one process starts
+MAX_VIEW_MIB = 2**20  # a TiB
 MAX_SECONDS = 1e9  # what a clock of the system can wait for
 
 
@@ -146,6 +147,7 @@ RANGES: Ranges = {
         "auto, bfloat16, float16, float32, or left out",
     ),
     "reward_processes": (_from(0, MAX_PROCESSES), f"an integer >= 0, at most {MAX_PROCESSES}"),
+    "view_mib": (_from(0, MAX_VIEW_MIB), f"an integer from 0 to {MAX_VIEW_MIB}"),
     "log_format": (lambda name: name in ("dict", "line"), "'dict' or 'line'"),
     "max_staleness": (_from(0, TOO_MANY), "an integer >= 0; 0: sampled, then trained"),
     **dict.fromkeys(
@@ -157,6 +159,10 @@ RANGES: Ranges = {
     ),
     "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
     "vllm_lora": (lambda way: way in ("merged", "adapter"), "'merged' or 'adapter'"),
+    "vllm_weight_transfer": (
+        lambda way: way in ("auto", "nccl", "gloo", "http"),
+        "'auto', 'nccl', 'gloo' or 'http'",
+    ),
     "vllm_model_impl": (
         lambda name: name in ("vllm", "transformers", "auto"),
         "'vllm', 'transformers' or 'auto'",

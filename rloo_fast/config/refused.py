@@ -89,6 +89,7 @@ HOW_BATCHES_ARE_FETCHED = (
 # vLLM's settings that belong to one of its two modes
 SERVER = {
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_weight_transfer",
 }  # fmt: skip
 COLOCATED = {
     "vllm_engine_kwargs", "vllm_gpu_memory_utilization", "vllm_max_model_length",
@@ -129,7 +130,7 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
     vllm = {name for name in changed if name.startswith("vllm_")}
     for wrong, why in (
         (changed & {"transformers_continuous_batching_config"}, "there is no continuous batching"),
-        (changed & {"vllm_group_port"}, "weights reach a server over HTTP"),
+        (changed & {"vllm_group_port"}, "the system gives free ports"),
         (set[str]() if args.use_vllm else vllm, "use_vllm is False"),
         (
             changed & COLOCATED if args.vllm_mode == "server" else set[str](),

@@ -46,6 +46,7 @@ class ServerSettings:
 
     base_urls: tuple[str, ...] = ("http://0.0.0.0:8000",)
     timeout_s: float = 240.0
+    weight_transfer: str = "auto"  # the way that weights take to it
 
     @property
     def base_url(self) -> str:
@@ -70,6 +71,7 @@ class EngineSettings:
     server: ServerSettings = ServerSettings()
     autocast: Callable[[], Context] = nullcontext  # around forwards of the policy
     whole_weights: Callable[[nn.Module], Context] = nullcontext  # gathers a sharded policy
+    device: torch.device = torch.device("cpu")  # that the policy is trained on
     is_main_process: bool = True
     barrier: Callable[[], None] = lambda: None  # returns when every process has called it
 
@@ -114,9 +116,11 @@ class EngineSettings:
             server=ServerSettings(
                 base_urls=tuple(args.server_urls),
                 timeout_s=args.vllm_server_timeout,
+                weight_transfer=args.vllm_weight_transfer,
             ),
             autocast=lambda: accelerator.autocast(),
             whole_weights=parallel.whole_weights,
+            device=accelerator.device,
             is_main_process=accelerator.is_main_process,
             barrier=accelerator.wait_for_everyone,
         )

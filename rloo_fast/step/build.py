@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from ..policy.forward import Policy
 from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
 from ..records import Sampling
+from ..reports.progress import rollout_bar
 from ..rewards import Rewards
 from ..rewards.shaping import ScoreSettings, SoftPunish
 from ..rollout.ahead import SharedCycle
@@ -187,7 +189,7 @@ def build_collector(
     cache = args.soft_punish_cache
     looked_at = (
         args.log_completions, args.log_completions_csv, args.num_sample_generations,
-        args.rollout_filter,
+        args.view_mib, args.rollout_filter,
     )  # fmt: skip
     return Collector(
         rollouts,
@@ -208,6 +210,7 @@ def build_collector(
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
+        progress=partial(rollout_bar, is_shown=args.should_log and not args.disable_tqdm),
     )
 
 

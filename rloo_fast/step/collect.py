@@ -25,6 +25,7 @@ from ..distributed.collectives import gather_objects, gather_rows, total
 from ..records import (
     CompletionTexts,
     GenerationBatch,
+    ImageInputs,
     Prompt,
     Rollout,
     RolloutRows,
@@ -79,7 +80,8 @@ class Collector:
 
     `stage(name)`: a context that times what runs in it. `hidden(seconds)`: is told what of the
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
-    of all processes are gathered for whoever looks at them.
+    of all processes are gathered for whoever looks at them. `progress(completions)`: a context that
+    is told the tokens of each that is finished.
     """
 
     def __init__(
@@ -98,13 +100,15 @@ class Collector:
         tokens_per_pair: float,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
+        progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     ):
         self.rollouts, self.tokenize, self.rewards = rollouts, tokenize, rewards
-        self.tokenizer = tokenize.tokenizer
+        self.tokenizer, self.seen = tokenize.tokenizer, tokenize.seen
         self.sampling, self.planner, self.accelerator = sampling, planner, accelerator
         self.scores, self.mask_truncated = scores, mask_truncated
         self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
+        self.progress = progress
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.failed = False  # the newest rollout or its rewards, on some process
 
@@ -150,7 +154,9 @@ class Collector:
         with self.failing_together():
             groups = [prompt for prompt, _ in places]
             scoring = self.begin_rewards(rows, groups, kept.texts, state)
-            rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
+            rollout, per_function = self._sample_and_score(
+                kept, seeds, scoring, given, mode, _inputs(rows)
+            )
         self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
         return Scored(rows, rollout, per_function, completions, given)
@@ -204,18 +210,22 @@ class Collector:
         scoring: Scoring,
         given: GivenByRewards,
         mode: str,
+        inputs: list[ImageInputs] | None,
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
-            scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
+            show(len(ids))
+            if self.overlap_rewards:
+                scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
 
         with scoring:
-            with self.stage("rollout"):
+            with self.stage("rollout"), self.progress(len(seeds)) as show:
                 sampled = self.rollouts.generate(
                     [[*ids] for ids in kept.prompt_ids],  # an engine may be anyone's
                     self.sampling,
                     seeds,
-                    finished if self.overlap_rewards else None,
+                    finished,
                     mode=mode,
+                    inputs=inputs,
                 )
                 rollout = kept.rollout(sampled)
             if self.rewards.offloaded:
@@ -294,6 +304,7 @@ class Collector:
             whole_groups=len(rows) % num_generations == 0,
             sampler_logps=_packed(rollout.logps, counted, torch.float32),
             token_versions=_packed(_versions(rollout), counted, torch.int32),
+            inputs=_inputs(rows),
             weights_version=self.rollouts.version(),
         )
 
@@ -313,6 +324,12 @@ def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:
         log_extra=lambda name, values: given.extra[name].extend(values),
         log_metric=lambda name, value: given.logged[name].append(value),
     )
+
+
+def _inputs(rows: list[Prompt]) -> list[ImageInputs] | None:
+    """What the rows' prompts bring beside their ids; None in a text run."""
+    inputs = [row.inputs for row in rows if row.inputs is not None]
+    return inputs if len(inputs) == len(rows) else None
 
 
 def _versions(rollout: Rollout) -> list[list[int]] | None:

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..data.images import without_images
 from ..distributed.collectives import gather_objects
 from ..records import CompletionTexts, Count, Prompt
 
@@ -23,7 +24,7 @@ def gather_texts(
     """Of this process' rows -> of those of all; `extra`: what reward functions gave to log_extra,
     left out where it is not one value per row."""
     mine = {
-        "prompts": [row.text for row in rows],
+        "prompts": [without_images(row.text) for row in rows],
         "completions": completions,
         "rewards": rewards.tolist(),
         "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
