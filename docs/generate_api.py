@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rloo_fast.config.fields import RLOOFields
+from rloo_fast.config.fields import OWN_PARTS
 from rloo_fast.config.names_2024 import Names2024
 
 PAGE = Path(__file__).with_name("api.md")
@@ -182,8 +182,11 @@ def method(owner: str, name: str, value: Any) -> str:
 def fields(config: type) -> str:
     """What RLOOConfig adds to transformers' TrainingArguments, or gives another default."""
     own, old = (
-        [f for f in dataclasses.fields(config) if f.init and f.name in base.__annotations__]
-        for base in (RLOOFields, Names2024)
+        [f for f in dataclasses.fields(config) if f.init and f.name in names]
+        for names in (
+            {name for part in OWN_PARTS for name in part.__annotations__},
+            set(Names2024.__annotations__),
+        )
     )
     return (
         "Fields of its own, of TRL's, and those of transformers that have another default:\n\n"

@@ -415,3 +415,7 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
         if not self.torch_compile:
             return None
         return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+
+
+# the classes whose fields are ours, beside Names2024; the others are transformers'
+OWN_PARTS = (RLOOFields, WhichPrompts, SamplingAhead)
