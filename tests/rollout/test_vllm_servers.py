@@ -31,7 +31,7 @@ def buckets(count: int = 3) -> Iterator[Bucket]:
 
 @contextmanager
 def servers_of(*servers: StandInServer) -> Iterator[VLLMServers]:
-    engine = VLLMServers([server.url for server in servers], timeout_s=5)
+    engine = VLLMServers([server.url for server in servers], timeout_s=5, weight_transfer="http")
     load(engine, 1)
     try:
         yield engine
@@ -109,7 +109,7 @@ def test_weights_are_replaced_in_flight_and_tokens_say_which_sampled_them():
         paths = [path.partition("?")[0] for path in servers[0].asked]
         second = paths[paths.index("/resume") + 1 :]
         order = [p for p in second if p in ("/pause", "/update_weights", "/resume")]
-        assert order == ["/pause", *["/update_weights"] * 3, "/resume"]
+        assert order == ["/pause", "/update_weights", "/resume"]
 
 
 def test_a_dead_servers_completions_are_sampled_by_the_others(caplog):

@@ -132,6 +132,8 @@ class VLLMServers(RequestEngine):
             barrier=settings.barrier,
             timeout_s=settings.server.timeout_s,
             vocab_size=base_causal_lm(settings.model).config.get_text_config().vocab_size,
+            weight_transfer=settings.server.weight_transfer,
+            device=settings.device,
         )
 
     def __init__(
