@@ -98,7 +98,15 @@ def test_with_bound_0_weights_and_metrics_are_those_of_the_synchronous_run(
 
 @pytest.mark.parametrize(
     ("bound", "settings"),
-    [(1, {}), (3, {}), (2, {"weight_sync_steps": 3}), (3, {"queue_maxsize": 4})],
+    [
+        (1, {}),
+        (3, {}),
+        (2, {"weight_sync_steps": 3}),
+        (3, {"queue_maxsize": 4}),
+        (2, {"rollout_engine": ENGINE.replace("SlowCopiedEngine", "CopiedCalls")}),
+        (2, {"eval_strategy": "steps", "eval_steps": 3}),
+    ],
+    ids=["1", "3", "weights every third step", "short queue", "whole calls", "evaluation"],
 )
 def test_no_token_is_older_than_the_bound_and_prompts_keep_their_order(bound, settings, tmp_path):
     trainer = ahead(tmp_path, bound, **settings)
