@@ -181,12 +181,16 @@ def method(owner: str, name: str, value: Any) -> str:
 
 def fields(config: type) -> str:
     """What RLOOConfig adds to transformers' TrainingArguments, or gives another default."""
+    known = {f.name: f for f in dataclasses.fields(config) if f.init}
+    # not Field.type, which transformers' HfArgumentParser overwrites
     own, old = (
-        [f for f in dataclasses.fields(config) if f.init and f.name in names]
-        for names in (
-            {name for part in OWN_PARTS for name in part.__annotations__},
-            set(Names2024.__annotations__),
-        )
+        [
+            (known[name], kind)
+            for part in parts
+            for name, kind in part.__annotations__.items()
+            if name in known
+        ]
+        for parts in (OWN_PARTS, (Names2024,))
     )
     return (
         "Fields of its own, of TRL's, and those of transformers that have another default:\n\n"
@@ -194,11 +198,11 @@ def fields(config: type) -> str:
     )
 
 
-def table(some: list[dataclasses.Field]) -> str:
+def table(some: list[tuple[dataclasses.Field, str]]) -> str:
     lines = ["| field | type | default | |", "| --- | --- | --- | --- |"]
-    for field in some:
+    for field, kind in some:
         help_text = field.metadata.get("help", "").replace("%%", "%")
-        cells = [f"`{field.name}`", f"`{annotation(field.type)}`", f"`{field.default!r}`"]
+        cells = [f"`{field.name}`", f"`{annotation(kind)}`", f"`{field.default!r}`"]
         lines.append(" | ".join(["", *[c.replace("|", r"\|") for c in (*cells, help_text)], ""]))
     return "\n".join(line.strip() for line in lines) + "\n"
 

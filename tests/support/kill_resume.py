@@ -174,11 +174,12 @@ def start(output_dir: Path, settings: dict[str, Any], make: Any = make_trainer) 
 def is_exact(output_dir: Path, reference: Path) -> bool:
     runs = (output_dir, reference)
     weights = [(run / "final/model.safetensors").read_bytes() for run in runs]
-    same = weights[0] == weights[1] and metrics_of(output_dir) == metrics_of(reference)
     ledgers = [run / "final/ledger.json" for run in runs]
-    if not ledgers[1].is_file():
-        return same
-    return same and ledgers[0].read_text() == ledgers[1].read_text() and trained_once(output_dir)
+    if ledgers[1].is_file() and (
+        ledgers[0].read_text() != ledgers[1].read_text() or not trained_once(output_dir)
+    ):
+        return False
+    return weights[0] == weights[1] and metrics_of(output_dir) == metrics_of(reference)
 
 
 def trained_once(output_dir: Path) -> bool:
