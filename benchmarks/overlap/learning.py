@@ -26,6 +26,9 @@ from rloo_fast.cli import quickstart
 from . import served
 
 
+LONGEST = 64  # tokens that the quickstart's model takes
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.overlap.learning")
     parser.add_argument("--bounds", type=int, nargs="+", default=[0, 1, 4])
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = Path(folder) / str(seed)
             heldout = prepare(out, seed)
             core = cores[-1] if cores[1:] else None
-            with served.server(out / "warm_start", options.port + seed, core) as url:
+            with served.server(out / "warm_start", options.port + seed, core, LONGEST) as url:
                 for bound in options.bounds:
                     os.sched_setaffinity(0, {cores[0]})
                     rows.append(_measure(out, heldout, url, seed, bound, options))
