@@ -38,6 +38,11 @@ Unit = list[int]  # rows of one group that run together, ascending
 Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor), at least one
 # what an engine is sent: the weights with their adapters, or apart from them, or these alone
 SentParts = Literal["merged", "base+adapter", "adapter"]
+# what a model's forward takes of a prompt beside its ids, by the names there: pixel_values, grids,
+# sizes; per token of the prompt (L,) PER_TOKEN_INPUTS and (3, L) position_ids, where it counts
+# them in three directions. Rows of one prompt share one object, which nobody writes into
+ImageInputs = dict[str, Tensor]
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NAN = float("nan")
 
 
@@ -58,6 +63,7 @@ class Prompt:
     text: PromptText  # as in the dataset's `prompt` column
     ids: list[int]
     columns: dict[str, Any]  # every other dataset column, for the reward functions
+    inputs: ImageInputs | None = None  # None: a text run
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,20 @@ class CompletionTexts(NamedTuple):
     extra: dict[str, list[Any]]  # what reward functions gave to log_extra
 
 
+@dataclass(frozen=True)
+class SampledGroup:
+    """The completions of one prompt, as a rollout_filter sees them: K of each list."""
+
+    prompt: PromptText
+    columns: dict[str, Any]  # every other dataset column of the prompt's row
+    completions: list[Any]  # texts, or messages, as reward functions get them
+    completion_ids: list[list[int]]
+    rewards: dict[str, list[float]]  # by reward function; NaN: not applicable
+    reward: list[float]  # their weighted sum; NaN: unscorable
+    lengths: list[int]  # in tokens
+    truncated: list[bool]  # cut before it ended
+
+
 # A generation batch: sampled, scored, prepared
 
 
@@ -145,6 +165,7 @@ class GenerationBatch:
     sampler_logps: Tensor | None = per_token(default=None)  # (N,) as the engine sampled them
     # (N,) int32, of the policy that drew each; None: all by weights_version
     token_versions: Tensor | None = per_token(default=None)
+    inputs: list[ImageInputs] | None = per_row(default=None)  # of its prompt; None: a text run
     # of the policy when the batch was collected: its first update starts from these weights
     weights_version: int | None = newest(default=None)
     sizes: BatchSizes = BatchSizes()
@@ -197,6 +218,7 @@ class PreparedBatch:
     # (N,) of the policy when it was collected, whoever sampled; None: not needed or not yet
     old_logps: Tensor | None = None
     old_entropy: Tensor | None = None  # (R,) sum_t H_t, where a pass before the update found it
+    token_entropy: Tensor | None = None  # (N,) H_t, of the pass or update that made old_logps
     # (R,), or (N,) with a KL to go; None: they come out of the update's own forward
     advantages: Tensor | None = None
     policy_rows: PolicyRows | None = None
@@ -244,7 +266,7 @@ class StepPlan:
 
 class SharedRuns(NamedTuple):
     """Sequences b of queries cu_q[b]:cu_q[b + 1] that see the keys cu_k[b]:cu_k[b + 1], all of
-    them: neighbouring segments with one prefix, and empty ones between them."""
+    them: neighbouring segments and the one that all of them continue, and empty ones between."""
 
     cu_q: Tensor  # int32, on the device
     cu_k: Tensor
@@ -253,17 +275,18 @@ class SharedRuns(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """S attention segments of one line of T tokens. Made by `batching.segments.make_segments`;
+    """S attention segments of one line of T tokens, a tree: a segment continues its parent, and
+    sees it and all that it sees. They come depth first. Made by `batching.segments.make_segments`;
     torch.compile traces through it."""
 
     bounds: Tensor  # (S + 1,) int32, CPU
-    prefix: Tensor  # (S, 2) int32, CPU: first and last + 1 of the tokens seen before its own
-    key_index: Tensor | None  # (M,) tokens that are keys, per segment prefix then own; None: all
+    parents: Tensor  # (S,) int32, CPU: number of the segment that it continues, -1: none
+    key_index: Tensor | None  # (M,) tokens that are keys, per segment its path, then own; None: all
     cu_q: Tensor  # (S + 1,) int32: bounds, on the device
     cu_k: Tensor  # (S + 1,) int32: where the segments' keys begin in key_index
     max_q: int  # no segment has more tokens, and none more keys; rounded up to powers of two,
     max_k: int  # so that a compiled graph seldom sees a new one
-    shared: SharedRuns | None = None  # None: no prefixes, or in another order than the segments
+    shared: tuple[SharedRuns, ...] = ()  # by depth: segments without parent, those after them, ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,8 +305,10 @@ class MicroBatch:
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (R + 1,) on the CPU; row r owns tokens cu_seqlens[r]:cu_seqlens[r + 1]
     token_weights: Tensor  # as input_ids: rows that a token stands for, 0 for padding
-    position_ids: Tensor | None = None  # (1, T) None: from 0 in every line
+    # (1, T), or (3, R, T) of a model that counts in three directions; None: from 0 in every line
+    position_ids: Tensor | None = None
     segments: Segments | None = None  # which tokens see which; None: all before them in the line
+    inputs: ImageInputs | None = None  # of its images, in their tokens' order, for forward
 
 
 class LossInputs(NamedTuple):

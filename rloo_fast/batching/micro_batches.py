@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from rloo_kernels.transfer import to_device
 
-from ..records import GenerationBatch, MicroBatch, Unit
+from ..records import GenerationBatch, ImageInputs, MicroBatch, Unit
 from .compiled_sizes import CompiledSizes
+from .images import inputs_of_lines
 from .layouts import Layout, UnitIds
 from .segments import make_segments
 
@@ -46,24 +47,32 @@ def make_micro_batch(
     counted, run = batch.num_tokens, run_lengths(batch, every_token)
     targets: list[int] = []
     parts: list[UnitIds] = []
+    prompts: list[ImageInputs] = []
     for unit in units:
         rows = [r for r in unit if counted[r] or every_token]
         for r in rows:
             targets += batch.completion_ids[r][: counted[r]]
         if rows:
             completions = [batch.completion_ids[r][: run[r]] for r in rows]
-            parts.append(
-                UnitIds(batch.prompt_ids[rows[0]], completions, [counted[r] for r in rows])
-            )
+            num_targets = [counted[r] for r in rows]
+            alone = batch.inputs is not None
+            parts.append(UnitIds(batch.prompt_ids[rows[0]], completions, num_targets, alone))
+            if batch.inputs is not None:
+                prompts.append(batch.inputs[rows[0]])
     lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
     segments = None
     if lines.segment_lengths is not None:
         segments = make_segments(
-            lines.segment_lengths, lines.prefixes or [], device, **(lines.padded_segments or {})
+            lines.segment_lengths, lines.parents or [], device, **(lines.padded_segments or {})
         )
     rows = [r for unit in units for r in unit]
     lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
-    positions = lines.positions
+    positions = None if lines.positions is None else torch.tensor([lines.positions])
+    inputs = None
+    if batch.inputs is not None:
+        inputs = inputs_of_lines(parts, prompts, layout, multiple_of=multiple_of, sizes=sizes)
+        positions = inputs.pop("position_ids", positions)
+        inputs = {name: to_device(value, device) for name, value in inputs.items()}
     return MicroBatch(
         rows=rows,
         input_ids=to_device(torch.tensor(lines.input_ids), device),
@@ -71,6 +80,7 @@ def make_micro_batch(
         targets=to_device(torch.tensor(targets, dtype=torch.long), device),
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         token_weights=to_device(torch.tensor(lines.weights), device),
-        position_ids=(None if positions is None else to_device(torch.tensor([positions]), device)),
+        position_ids=None if positions is None else to_device(positions, device),
         segments=segments,
+        inputs=inputs,
     )

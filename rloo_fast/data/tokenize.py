@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.rloo_config import RLOOConfig, as_dict
 from ..models.chat_templates import TemplateLimit, apply_template
-from ..records import Prompt
+from ..models.vision import ImageReader
+from ..records import ImageInputs, Prompt
+from .images import COLUMNS, row_images, with_images, without_images
 from .row_errors import UnreadableRow, UnusableRow
 from .row_functions import Row
 
@@ -31,8 +33,11 @@ def tokenize(
     keep_columns: bool = True,
     length_option: str = "max_completion_length",
     engine_length: int | None = None,
+    reader: ImageReader | None = None,
 ) -> list[Prompt]:
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
+
+    `reader`: of a run with images, of which a row may have some; None: a text run.
 
     Raises UnusableRow (a ValueError) for a prompt that is missing, empty, of a wrong type, has
     token ids that are not < num_embeddings, or leaves no room for the completion in the model's
@@ -49,8 +54,11 @@ def tokenize(
     for row in rows:
         if "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
-        text = row["prompt"]
-        ids = _encode(text, tokenizer, chat_template_kwargs)
+        inputs, text = None, row["prompt"]
+        if reader is not None:
+            text, ids, inputs = _with_images(row, reader, chat_template_kwargs)
+        else:
+            ids = _encode(text, tokenizer, chat_template_kwargs)
         if not ids or text == "":
             raise UnusableRow(
                 f"a prompt {'is empty' if text in ('', []) else 'has no tokens'} "
@@ -75,8 +83,37 @@ def tokenize(
         columns = {
             k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
         }
-        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
+        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}, inputs))
     return prompts
+
+
+def _with_images(
+    row: Row, reader: ImageReader, kwargs: dict[str, Any]
+) -> tuple[Any, list[int], ImageInputs]:
+    """(prompt, token ids, inputs) of a row: of a conversation the messages as the template had
+    them, images among their parts, which is what TRL gives to reward functions."""
+    text = row["prompt"]
+    images = row_images(row)
+    if not is_conversational(text):
+        if not isinstance(text, str):
+            raise UnusableRow(_kind_error(text))
+        try:
+            return text, *reader.text(text, images)
+        except ValueError as error:
+            raise UnusableRow(f"{error} The prompt is {_shown(text)}.") from error
+    if not reader.has_template and "chat_template" not in kwargs:
+        raise ValueError(
+            "a prompt is a conversation, but the processor has no chat template: set "
+            "processor.chat_template, or make the prompts strings."
+        )
+    messages = with_images(text, images)
+    with _template_errors(without_images(messages)):
+        return messages, *reader.chat(messages, kwargs)
+
+
+def _trial_prompt(reader: ImageReader, kwargs: dict[str, Any]) -> Prompt:
+    ids, inputs = reader.trial(kwargs)
+    return Prompt("", ids, {}, inputs)
 
 
 def _beyond(token_id: int, num_embeddings: int, tokenizer: Any, text: Any) -> str:
@@ -94,7 +131,11 @@ def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any
         return _apply_template(text, tokenizer, kwargs)
     if isinstance(text, str):
         return tokenizer(text).input_ids
-    raise UnusableRow(
+    raise UnusableRow(_kind_error(text))
+
+
+def _kind_error(text: Any) -> str:
+    return (
         "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
         f"got {_shown(text)}."
     )
@@ -108,11 +149,19 @@ def _apply_template(
             "a prompt is a conversation, but the tokenizer has no chat template: set "
             "tokenizer.chat_template, or make the prompts strings."
         )
-    try:
+    with _template_errors(messages):
         encoded: Any = apply_template(
             tokenizer, messages, add_generation_prompt=True, tokenize=True, return_dict=True,
             **kwargs,
         )  # fmt: skip
+    return encoded["input_ids"]
+
+
+@contextmanager
+def _template_errors(messages: Any) -> Iterator[None]:
+    """What a template runs into, as an error that shows the messages."""
+    try:
+        yield
     except TemplateLimit as error:
         raise ValueError(f"{error} The prompt is {_shown(messages)}.") from error
     except Exception as error:  # whatever the template's code runs into
@@ -120,7 +169,6 @@ def _apply_template(
             f"the chat template fails on a prompt ({type(error).__name__}: {error}). The prompt "
             f"is {_shown(messages)}."
         ) from error
-    return encoded["input_ids"]
 
 
 class RowTokenizer:
@@ -140,8 +188,16 @@ class RowTokenizer:
         keep_columns: bool,
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
+        reader: ImageReader | None = None,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.reader = tokenizer, reader
+        # what a prompt is made of, and how many of them are held at a time
+        self.columns = ("prompt",) if reader is None else ("prompt", *COLUMNS)
+        self.at_a_time = 1000 if reader is None else 16
+        # a prompt with an image, to try out what a model can do with it
+        self.seen: Prompt | None = None
+        if reader is not None:
+            self.seen = _trial_prompt(reader, chat_template_kwargs)
         self.chat_template_kwargs, self.keep_columns = chat_template_kwargs, keep_columns
         self.num_embeddings, self._check_columns = num_embeddings, check_columns
         self._good_columns: set[frozenset[str]] = set()
@@ -164,6 +220,7 @@ class RowTokenizer:
         *,
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
+        reader: ImageReader | None = None,
     ) -> RowTokenizer:
         return cls(
             tokenizer,
@@ -173,6 +230,7 @@ class RowTokenizer:
             keep_columns=not args.remove_unused_columns,
             num_embeddings=num_embeddings,
             check_columns=check_columns,
+            reader=reader,
         )
 
     def __call__(self, rows: Sequence[Row | UnreadableRow]) -> list[Prompt]:
@@ -193,6 +251,7 @@ class RowTokenizer:
                 num_embeddings=self.num_embeddings,
                 keep_columns=self.keep_columns,
                 engine_length=self.engine_length,
+                reader=self.reader,
             )
 
     def _whole(self, row: Row | UnreadableRow) -> Row:
@@ -213,15 +272,19 @@ class RowTokenizer:
             self._good_columns.add(columns)
         return row
 
-    def num_tokens(self, texts: list[Any]) -> list[int]:
-        """Tokens of each prompt, chat template included; 0 for one that cannot be tokenised."""
-        if all(isinstance(text, str) for text in texts):
+    def num_tokens(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens of each row's prompt, chat template and images included; 0 for one that cannot be
+        tokenised."""
+        texts = [row.get("prompt") for row in rows]
+        if self.reader is None and all(isinstance(text, str) for text in texts):
             return [len(ids) for ids in self.tokenizer(texts).input_ids]
-        return [self._num_tokens(text) for text in texts]
+        return [self._num_tokens(row) for row in rows]
 
-    def _num_tokens(self, text: Any) -> int:
+    def _num_tokens(self, row: Row) -> int:
         try:
-            return len(_encode(text, self.tokenizer, self.chat_template_kwargs))
+            if self.reader is not None:
+                return len(_with_images(row, self.reader, self.chat_template_kwargs)[1])
+            return len(_encode(row.get("prompt"), self.tokenizer, self.chat_template_kwargs))
         except UnusableRow:
             return 0
 

@@ -16,7 +16,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Self
 
-from ..records import Bucket, Rollout, Sampling, SentParts
+from ..records import Bucket, ImageInputs, Rollout, Sampling, SentParts
 from .settings import EngineSettings
 
 OnFinished = Callable[[int, list[int]], None]  # (index of the prompt, completion ids)
@@ -48,6 +48,7 @@ class RolloutEngine(ABC):
     shares_weights = False  # it samples with the trainer's own parameters: nothing is sent
     sleeps_in_process = False  # its memory is on the training processes' own GPUs
     reads_vllm_settings = False  # use_vllm and vllm_* mean something to it
+    takes_images = False  # it has a `_generate_with_images`
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -94,8 +95,10 @@ class RolloutEngine(ABC):
         *,
         version: int,
         on_finished: OnFinished | None = None,
+        inputs: Sequence[ImageInputs] | None = None,
     ) -> Rollout:
-        """One completion per prompt, in order, sampled by policy `version`.
+        """One completion per prompt, in order, sampled by policy `version`; `inputs`: what the
+        prompts bring beside their ids, in a run with images.
 
         The completion of prompt i follows from its ids and seeds[i], whatever stands beside it (to
         rounding). `on_finished(i, ids)` is called for each as soon as the engine has it. The global
@@ -109,7 +112,11 @@ class RolloutEngine(ABC):
             )
         if len(seeds) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts need as many seeds, got {len(seeds)}.")
-        rollout = self._generate(prompt_ids, sampling, seeds, on_finished or _ignore)
+        heard = on_finished or _ignore
+        if inputs is None:
+            rollout = self._generate(prompt_ids, sampling, seeds, heard)
+        else:
+            rollout = self._generate_with_images(prompt_ids, inputs, sampling, seeds, heard)
         _check(rollout, len(prompt_ids), version)
         return replace(rollout, weights_version=version)
 
@@ -158,6 +165,16 @@ class RolloutEngine(ABC):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout: ...
+
+    def _generate_with_images(
+        self,
+        prompt_ids: list[list[int]],
+        inputs: Sequence[ImageInputs],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        raise EngineError(f"{type(self).__name__} takes no images.")
 
 
 def _check(rollout: Rollout, count: int, version: int) -> None:

@@ -139,8 +139,8 @@ class Preparer:
             )
         with self._evaluating():
             logps, entropy = self._logps(generation, self.policy, wrapped)
-        entropy = segment_sum(entropy, generation.cu_seqlens)
-        return replace(batch, old_logps=logps, old_entropy=entropy)
+        summed = segment_sum(entropy, generation.cu_seqlens)
+        return replace(batch, old_logps=logps, old_entropy=summed, token_entropy=entropy)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

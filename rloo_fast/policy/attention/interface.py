@@ -1,9 +1,9 @@
 """Attention over one row of completions that share their prompts, for any model of transformers.
 
 A micro-batch is one row of T tokens, prompt | completion | completion | prompt | ..., cut into
-segments: segment s owns tokens bounds[s]:bounds[s + 1] and sees its prefix (its prompt; empty for a
-prompt, or for a row that holds its own prompt) and itself, causally. Positions restart after the
-prompt, and a sliding window counts them. Called as
+segments, a tree: segment s owns tokens bounds[s]:bounds[s + 1] and sees the segment that it
+continues (a completion its prompt, a prompt what it begins with like others), all that this one
+sees, and itself, causally. Positions count along such a path; so does a sliding window. Called as
 
     with segment_attention(model):
         out = model.base_model(input_ids=ids, position_ids=pos, use_cache=False, segments=segments)
@@ -112,7 +112,7 @@ def segment_attention_forward(
         out = flex_segments(query, key, value, segments, scale, sliding_window, softcap)
     else:
         out, _ = segment_attention_op(
-            query, key, value, segments.bounds, segments.prefix, scale, sliding_window, softcap
+            query, key, value, segments.bounds, segments.parents, scale, sliding_window, softcap
         )
     return (out[..., :value_dim].contiguous() if value_dim < head_dim else out), None
 
@@ -170,15 +170,26 @@ def _switch_on(model: nn.Module) -> _Switched:
     if model not in _switched:
         # the objects the layers look at; a setter of theirs would reach into configs beside them
         configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+        towers = _towers(model)
         originals = [
             (c, c._attn_implementation)
             for c in configs.values()
-            if isinstance(c, PreTrainedConfig) and c._attn_implementation != NAME
+            if isinstance(c, PreTrainedConfig)
+            and c._attn_implementation != NAME
+            and id(c) not in towers
         ]
         for config, _ in originals:
             config._attn_implementation_internal = NAME
         _switched[model] = _Switched(originals)
     return _switched[model]
+
+
+def _towers(model: nn.Module) -> set[int]:
+    """Ids of the configurations beside the text's in a model of several parts, whose tokens are no
+    segments: those of an image tower."""
+    config: Any = getattr(model, "config", None)
+    parts = getattr(config, "sub_configs", None) or ()
+    return {id(getattr(config, name, None)) for name in parts} - {id(config.get_text_config())}
 
 
 def restore(model: nn.Module) -> None:
