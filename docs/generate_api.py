@@ -181,8 +181,10 @@ def method(owner: str, name: str, value: Any) -> str:
 
 def fields(config: type) -> str:
     """What RLOOConfig adds to transformers' TrainingArguments, or gives another default."""
+    known = {f.name: f for f in dataclasses.fields(config) if f.init}
+    # not Field.type, which transformers' HfArgumentParser overwrites
     own, old = (
-        [f for f in dataclasses.fields(config) if f.init and f.name in base.__annotations__]
+        [(known[name], kind) for name, kind in base.__annotations__.items() if name in known]
         for base in (RLOOFields, Names2024)
     )
     return (
@@ -191,11 +193,11 @@ def fields(config: type) -> str:
     )
 
 
-def table(some: list[dataclasses.Field]) -> str:
+def table(some: list[tuple[dataclasses.Field, str]]) -> str:
     lines = ["| field | type | default | |", "| --- | --- | --- | --- |"]
-    for field in some:
+    for field, kind in some:
         help_text = field.metadata.get("help", "").replace("%%", "%")
-        cells = [f"`{field.name}`", f"`{annotation(field.type)}`", f"`{field.default!r}`"]
+        cells = [f"`{field.name}`", f"`{annotation(kind)}`", f"`{field.default!r}`"]
         lines.append(" | ".join(["", *[c.replace("|", r"\|") for c in (*cells, help_text)], ""]))
     return "\n".join(line.strip() for line in lines) + "\n"
 
