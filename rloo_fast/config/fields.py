@@ -353,7 +353,8 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     truncated_importance_sampling: str | None = _field(
         None,
         "Weight the loss by min(trainer's probability / sampler's, importance_sampling_cap): per "
-        "token | per sequence.",
+        "token | per sequence. Left out: no weights; in completions of older weights the ratio of "
+        "the loss is to the sampler, clipped.",
     )
     importance_sampling_cap: float = _field(2.0, "Largest of those weights.")
 
