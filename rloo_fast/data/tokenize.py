@@ -57,6 +57,11 @@ def tokenize(
         inputs, text = None, row["prompt"]
         if reader is not None:
             text, ids, inputs = _with_images(row, reader, chat_template_kwargs)
+        elif any(row.get(name) is not None for name in COLUMNS):
+            raise UnusableRow(
+                "a row has an image, and the run has no processor: pass the processor of "
+                f"a vision-language model as processing_class. Its prompt begins {_shown(text)}."
+            )
         else:
             ids = _encode(text, tokenizer, chat_template_kwargs)
         if not ids or text == "":

@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from ..batching.balance import balance_rows, with_sizes
 from ..batching.planner import Planner
-from ..data.images import without_images
+from ..data.images import shown_images, without_images
 from ..data.seeds import step_seed
 from ..data.tokenize import RowTokenizer, is_conversational
 from ..distributed.collectives import gather_objects, gather_rows
@@ -66,7 +66,8 @@ class Collector:
 
     `stage(name)`: a context that times what runs in it. `hidden(seconds)`: is told what of the
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
-    of all processes are gathered for whoever looks at them.
+    of all processes are gathered for whoever looks at them; `with_images`: images too,
+    where a tracker `shows_images`.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class Collector:
         mask_truncated: bool,
         overlap_rewards: bool,
         with_texts: bool,
+        with_images: bool,
+        shows_images: bool,
         tokens_per_pair: float,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
@@ -90,7 +93,9 @@ class Collector:
         self.tokenizer, self.seen = tokenize.tokenizer, tokenize.seen
         self.sampling, self.planner, self.accelerator = sampling, planner, accelerator
         self.scores, self.mask_truncated = scores, mask_truncated
-        self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
+        self.overlap_rewards = overlap_rewards
+        self.with_texts, self.with_images = with_texts, with_images
+        self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.failed = False  # the newest rollout or its rewards, on some process
@@ -287,9 +292,11 @@ class Collector:
         rewards: Tensor,
         extra: dict[str, list[Any]],
     ) -> CompletionTexts:
+        shows = self.with_images and self.shows_images and _inputs(rows) is not None
         mine = {
             "prompts": [without_images(row.text) for row in rows],
             "completions": completions,
+            "images": [shown_images(row.text, row.columns) for row in rows] if shows else [],
             "rewards": rewards.tolist(),
             "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
         }
@@ -310,6 +317,7 @@ class Collector:
                 ]
                 for name in names
             },
+            images=[x for one in everyone for x in one["images"]] if shows else None,
         )
 
 
