@@ -169,22 +169,24 @@ def chosen(q, k, v, segments: Segments, scale, window, softcap) -> Tensor:
 
 def by_op(q, k, v, segments: Segments, scale, window, softcap) -> Tensor:
     return segment_attention_op(
-        q, k, v, segments.bounds, segments.prefix, scale, window, softcap
+        q, k, v, segments.bounds, segments.parents, scale, window, softcap
     )[0]  # fmt: skip
 
 
 def ours(case: Case, attend: Callable[..., Tensor] = chosen, shared: bool = True) -> Plan:
     """One line. `attend`: (1, H, T, d), (1, Hkv, T, d) twice, ... -> (1, T, H, d)."""
-    parts: list[tuple[list[int], tuple[int, int]]] = []  # tokens and prefix of every segment
+    parts: list[tuple[list[int], int]] = []  # tokens of every segment, and the one it continues
+    number = -1
     for i, (prompt, own) in enumerate(case.rows):
         if not shared:
-            parts.append(([*prompt, *own], (0, 0)))
+            parts.append(([*prompt, *own], -1))
             continue
         if i % case.num_generations == 0:
-            parts.append(([*prompt], (0, 0)))
-        parts.append(([*own], (prompt.start, prompt.stop)))
-    tokens, prefixes = zip(*parts, strict=True)
-    segments = make_segments([len(x) for x in tokens], prefixes, case.device)
+            number = len(parts)
+            parts.append(([*prompt], -1))
+        parts.append(([*own], number))
+    tokens, parents = zip(*parts, strict=True)
+    segments = make_segments([len(x) for x in tokens], parents, case.device)
     options = (segments, case.head_dim**-0.5, case.window, case.softcap)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ import torch
 from accelerate import Accelerator
 
 from ..distributed.collectives import gather_objects, gather_tensor
-from ..records import BatchSizes, GenerationBatch, concatenate, take_rows
+from ..record_rows import concatenate, take_rows
+from ..records import BatchSizes, GenerationBatch
 from .layouts import Layout
 from .packing import balance
 from .planner import Planner
+from .prefix_tree import branches
+from .tree_balance import balance_tree
 
 
 def balance_rows(
@@ -26,16 +29,40 @@ def balance_rows(
         return batch
     everyone: GenerationBatch = concatenate(gather_objects(accelerator, batch))
     k = batch.num_generations
-    costs = [
-        layout.cost(
-            len(everyone.prompt_ids[start]),
-            everyone.num_tokens[start : start + k],
-            tokens_per_pair=tokens_per_pair,
-        )
-        for start in range(0, everyone.num_rows, k)
-    ]
-    chosen = balance(costs, accelerator.num_processes)[accelerator.process_index]
+    ranks = _spread(everyone, accelerator.num_processes, layout, tokens_per_pair)
+    chosen = ranks[accelerator.process_index]
     return take_rows(everyone, [row for group in chosen for row in range(group * k, group * k + k)])
+
+
+def _spread(
+    batch: GenerationBatch, num_ranks: int, layout: Layout, tokens_per_pair: float
+) -> list[list[int]]:
+    """Group numbers of each rank."""
+    k = batch.num_generations
+    starts = range(0, batch.num_rows, k)
+    prompts = [batch.prompt_ids[start] for start in starts]
+    counted = [batch.num_tokens[start : start + k] for start in starts]
+    costs = [
+        layout.cost(len(prompt), lengths, tokens_per_pair=tokens_per_pair)
+        for prompt, lengths in zip(prompts, counted, strict=True)
+    ]
+    completions = [
+        [ids[:n] for ids, n in zip(batch.completion_ids[start : start + k], lengths, strict=True)]
+        for start, lengths in zip(starts, counted, strict=True)
+    ]
+    sharing = None if batch.inputs is not None else layout.sharing(prompts, completions)
+    if sharing is None:
+        return balance(costs, num_ranks)
+
+    def cost_of(tokens: int) -> float:
+        return layout.cost(tokens, [], tokens_per_pair=tokens_per_pair)
+
+    own: list[float] = []
+    for group, (cost, prompt, lengths) in enumerate(zip(costs, prompts, counted, strict=True)):
+        tokens = sharing.group_tokens(group, len(prompt), lengths)
+        saved = layout.tokens(len(prompt), lengths) - tokens
+        own.append(cost - saved - cost_of(sharing.joins[group]))
+    return balance_tree(own, branches(sharing.groups), cost_of, num_ranks)
 
 
 def with_sizes(

@@ -56,19 +56,19 @@ def make_micro_batch(
             targets += batch.completion_ids[r][: counted[r]]
         if rows:
             completions = [batch.completion_ids[r][: run[r]] for r in rows]
-            parts.append(
-                UnitIds(batch.prompt_ids[rows[0]], completions, [counted[r] for r in rows])
-            )
+            num_targets = [counted[r] for r in rows]
+            alone = batch.inputs is not None
+            parts.append(UnitIds(batch.prompt_ids[rows[0]], completions, num_targets, alone))
             if batch.inputs is not None:
                 prompts.append(batch.inputs[rows[0]])
     if seen is not None and not any("pixel_values" in inputs for inputs in prompts):
-        parts.append(UnitIds(seen.ids, [[]], [0]))
+        parts.append(UnitIds(seen.ids, [[]], [0], alone=True))
         prompts.append(seen.inputs or {})
     lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
     segments = None
     if lines.segment_lengths is not None:
         segments = make_segments(
-            lines.segment_lengths, lines.prefixes or [], device, **(lines.padded_segments or {})
+            lines.segment_lengths, lines.parents or [], device, **(lines.padded_segments or {})
         )
     rows = [r for unit in units for r in unit]
     lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)

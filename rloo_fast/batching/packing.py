@@ -8,11 +8,15 @@ list of units.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
+from operator import attrgetter, itemgetter
+from typing import NamedTuple, TypeVar
 
 from ..records import Unit
-from .layouts.base import Demand, Layout, UnitLengths
+from .layouts.base import Demand, Layout, Sharing, UnitLengths
+from .prefix_tree import Branch, branches
+
+Item = TypeVar("Item")
 
 
 def batch_tokens(
@@ -32,10 +36,18 @@ def largest_group_tokens(
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[int],
     layout: Layout,
+    sharing: Sharing | None = None,
 ) -> int:
     """Tokens of the largest whole group, 0 without groups: all fit if it is <= the budget."""
-    lengths = (_lengths(rows, prompt_lengths, completion_lengths) for rows in groups if rows)
-    return max((layout.tokens(*unit) for unit in lengths), default=0)
+    largest = 0
+    for number, rows in enumerate(groups):
+        if rows:
+            prompt, completions = _lengths(rows, prompt_lengths, completion_lengths)
+            tokens = layout.tokens(prompt, completions)
+            if sharing is not None:
+                tokens = sharing.group_tokens(number, prompt, completions)
+            largest = max(largest, tokens)
+    return largest
 
 
 def pack(
@@ -46,6 +58,7 @@ def pack(
     layout: Layout,
     budget: int,
     split: bool,
+    sharing: Sharing | None = None,
 ) -> list[list[Unit]]:
     """Micro-batches of at most `budget` tokens: first-fit of units, largest first.
 
@@ -58,24 +71,101 @@ def pack(
     rows, longest first: few parts, filled in turn, because a small rest fits into some gap (of
     even parts just over half the budget no two share a micro-batch). A row over the budget is
     alone in its micro-batch; so is, without `split`, a group over it.
+
+    `sharing`: what groups and their rows, in the order given, have in common. What shares most is
+    packed first, and each micro-batch that comes of it then goes, as one, into the next first-fit:
+    tokens that several of its rows share take room once.
     """
-    units: list[Unit] = []
-    demands: list[Demand] = []
-    for rows in sorted(sorted(group) for group in groups if group):  # ties go by first row
-        prompt, completions = _lengths(rows, prompt_lengths, completion_lengths)
-        parts = [rows]
-        if split and layout.tokens(prompt, completions) > budget:
-            parts = _cut(rows, layout.row_demands(prompt, completions, budget))
-        for part in parts:
-            lengths = [completion_lengths[row] for row in part]
-            units.append(part)
-            demands.append(layout.demand(prompt, lengths, budget))
-    batches = _first_fit(units, demands)
+    atoms: dict[int, list[_Atom]] = {}
+    for number, rows in enumerate(groups):
+        if rows:
+            lengths = _lengths(rows, prompt_lengths, completion_lengths)
+            atoms[number] = _units_of_group(number, rows, lengths, layout, budget, split, sharing)
+    tree = [Branch(0, 0, [*atoms])] if sharing is None else branches(sharing.groups)
+    packed = _pack_tree(tree, atoms, budget) if atoms else []
 
-    def largest_first(batch: list[Unit]) -> tuple[int, int]:
-        return -batch_tokens(batch, prompt_lengths, completion_lengths, layout), batch[0][0]
+    def largest_first(atom: _Atom) -> tuple[int, int]:
+        tokens = atom.demand.size
+        if sharing is None:
+            tokens = batch_tokens(atom.units, prompt_lengths, completion_lengths, layout)
+        return -tokens, atom.units[0][0]
 
-    return sorted(batches, key=largest_first)
+    return [atom.units for atom in sorted(packed, key=largest_first)]
+
+
+class _Atom(NamedTuple):
+    """Units that stay together, and what they take of a micro-batch of their own."""
+
+    units: list[Unit]
+    first: int  # lowest row number of their groups: what is as large is packed in its order
+    demand: Demand
+
+
+def _units_of_group(
+    number: int,
+    rows: Sequence[int],
+    lengths: UnitLengths,
+    layout: Layout,
+    budget: int,
+    split: bool,
+    sharing: Sharing | None,
+) -> list[_Atom]:
+    """The group whole, or its parts that fit the budget, each row over it alone."""
+    prompt, completions = lengths
+    tokens = layout.tokens(*lengths)
+    demand = layout.demand(*lengths, budget)
+    if sharing is not None:
+        tokens = sharing.group_tokens(number, *lengths)
+        demand = Demand(tokens, tokens, budget)
+    if not split or tokens <= budget:
+        return [_Atom([sorted(rows)], min(rows), demand)]
+    if sharing is None:
+        tree = [Branch(0, 0, [*range(len(rows))])]
+        demands = layout.row_demands(*lengths, budget)
+    else:
+        tree = branches(sharing.rows[number], root=prompt)
+        demands = [Demand(prompt + n, prompt + n, budget) for n in completions]
+    single = {
+        i: [_Atom([[row]], row, demand)]
+        for i, (row, demand) in enumerate(zip(rows, demands, strict=True))
+    }
+    parts: list[_Atom] = []
+    length_of = dict(zip(rows, completions, strict=True))
+    for part in _pack_tree(tree, single, budget):
+        unit = sorted(row for (row,) in part.units)
+        demand = part.demand
+        if sharing is None:
+            demand = layout.demand(prompt, [length_of[row] for row in unit], budget)
+        parts.append(_Atom([unit], min(rows), demand))
+    return parts
+
+
+def _pack_tree(
+    tree: Sequence[Branch], atoms: Mapping[int, list[_Atom]], budget: int
+) -> list[_Atom]:
+    """First-fit below each branch, children before their parents; `atoms` by number of a leaf.
+
+    Below a branch its `depth` tokens take room once. An over-size atom is alone.
+    """
+    found: dict[int, list[_Atom]] = {}  # by the branch's id
+    for branch in tree:
+        below = [
+            atom
+            for child in branch.children
+            for atom in (found[id(child)] if isinstance(child, Branch) else atoms.get(child, []))
+        ]
+        below.sort(key=attrgetter("first"))
+        demands = [Demand(*(n - branch.depth for n in atom.demand)) for atom in below]
+        found[id(branch)] = [
+            _together(packed, branch.depth, budget) for packed in _first_fit(below, demands)
+        ]
+    return found[id(tree[-1])]
+
+
+def _together(packed: list[_Atom], depth: int, budget: int) -> _Atom:
+    size = depth + sum(atom.demand.size - depth for atom in packed)
+    units = [unit for atom in packed for unit in atom.units]
+    return _Atom(units, min(atom.first for atom in packed), Demand(size, size, budget))
 
 
 def _lengths(
@@ -88,13 +178,7 @@ def _lengths(
     return prompt, [completion_lengths[row] for row in rows]
 
 
-def _cut(rows: Unit, demands: Sequence[Demand]) -> list[Unit]:
-    """Parts of a group that fit the budget, each row over it alone."""
-    parts = _first_fit([[row] for row in rows], demands)
-    return [sorted(row for (row,) in part) for part in parts]
-
-
-def _first_fit(units: Sequence[Unit], demands: Sequence[Demand]) -> list[list[Unit]]:
+def _first_fit(units: Sequence[Item], demands: Sequence[Demand]) -> list[list[Item]]:
     """Each unit, largest first (equal ones as given), into the first bin with room, or a new one.
 
     O(n log n): a tree over the bins holds in every node the most room below it. An over-size
@@ -102,7 +186,7 @@ def _first_fit(units: Sequence[Unit], demands: Sequence[Demand]) -> list[list[Un
     """
     leaves = 1 << max(0, len(units) - 1).bit_length()
     most_room = [-1] * (2 * leaves)  # node i has children 2i and 2i + 1; -1: no bin yet
-    bins: list[list[Unit]] = []
+    bins: list[list[Item]] = []
     pairs = zip(units, demands, strict=True)
     for unit, (_, size, room) in sorted(pairs, key=itemgetter(1), reverse=True):
         if most_room[1] < size:

@@ -9,7 +9,7 @@ import torch
 from ..records import GenerationBatch, MicroBatch, MicroBatchPlan, Prompt, Unit
 from .budget import TokenBudget
 from .compiled_sizes import CompiledSizes
-from .layouts import LAYOUTS, Layout
+from .layouts import LAYOUTS, Layout, Sharing
 from .micro_batches import make_micro_batch, run_lengths
 from .packing import largest_group_tokens, pack
 
@@ -58,12 +58,14 @@ class Planner:
         `max_rows`: padded rows of the budget, in place of its own number of them.
         """
         budget = self.budget.of(batch, max_rows)
+        groups = units_of(batch, rows)
         plans = pack(
-            units_of(batch, rows),
+            groups,
             *self.lengths(batch),
             layout=self.layout,
             budget=budget,
             split=split,
+            sharing=self._sharing(batch, groups),
         )
         return [MicroBatchPlan(units, budget, piece) for units in plans]
 
@@ -90,12 +92,22 @@ class Planner:
         """(prompt tokens, completion tokens that are run) of every row."""
         return [len(ids) for ids in batch.prompt_ids], run_lengths(batch, self.every_token)
 
+    def _sharing(self, batch: GenerationBatch, groups: Sequence[Unit]) -> Sharing | None:
+        if batch.inputs is not None:  # its units are alone, see UnitIds
+            return None
+        run = run_lengths(batch, self.every_token)
+        return self.layout.sharing(
+            [batch.prompt_ids[rows[0]] for rows in groups],
+            [[batch.completion_ids[row][: run[row]] for row in rows] for rows in groups],
+        )
+
     def sizes_here(self, batch: GenerationBatch) -> tuple[int, int]:
         """Tokens of (the longest row, the largest whole group) of this process' rows."""
         prompts, run = self.lengths(batch)
         longest = max(p + n for p, n in zip(prompts, run, strict=True))
         groups = units_of(batch, range(batch.num_rows)) if batch.whole_groups else []
-        return longest, largest_group_tokens(groups, prompts, run, self.layout)
+        sharing = self._sharing(batch, groups)
+        return longest, largest_group_tokens(groups, prompts, run, self.layout, sharing)
 
     def why_groups_are_split(self, batch: GenerationBatch) -> str | None:
         """Why not every group of the generation batch is whole in one micro-batch, or None."""

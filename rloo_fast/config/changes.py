@@ -16,6 +16,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .fields import RLOOFields
 from .names_2024 import RENAMED, Names2024
+from .sampling_ahead import SamplingAhead
+from .which_prompts import WhichPrompts
 
 # (field, field that says the same): the one that was set last counts
 SAME_THING: tuple[tuple[str, str], ...] = (
@@ -84,7 +86,8 @@ class FixedFields:
     """
 
     def __init__(self, args: RLOOFields):
-        own = {*RLOOFields.__annotations__, *Names2024.__annotations__, *ONCE} - LATE
+        parts = (RLOOFields, Names2024, WhichPrompts, SamplingAhead)
+        own = {*ONCE, *(name for part in parts for name in part.__annotations__)} - LATE
         self.args = args
         self.values = {name: value for name, value in values_of(args).items() if name in own}
 

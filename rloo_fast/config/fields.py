@@ -17,16 +17,16 @@ from transformers import TrainingArguments
 
 from ..batching.layouts import layouts_help
 from ..objective.losses import ADVANTAGES, LOSSES, choices_help
+from .documented import documented as _field
 from .names_2024 import Names2024
+from .sampling_ahead import SamplingAhead
+from .server_address import server_urls
 from .shares import DefaultShare
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [
@@ -254,6 +254,12 @@ class RLOOFields(Names2024, TrainingArguments):
         "At every log, append the samples that log_completions would print to completions.csv in "
         "output_dir; it prints nothing itself.",
     )
+    view_mib: int = _field(
+        0,
+        "Keep the completions of the steps in _view/ of output_dir, with log-prob, entropy, KL and "
+        "sampler's difference of each token, for `rloo-fast view`: at most this many MiB; beyond, "
+        "every second step is dropped. 0: none are kept. `rloo-fast train` takes 256.",
+    )
     num_completions_to_print: int | None = _field(
         None, "How many of them, drawn at random. Default: all."
     )
@@ -294,13 +300,20 @@ class RLOOFields(Names2024, TrainingArguments):
     vllm_structured_outputs_regex: str | None = _field(
         None, "Completions must match this regular expression."
     )
-    vllm_server_base_url: str | None = _field(
-        None, "Address of the server; then vllm_server_host and vllm_server_port do not count."
+    vllm_server_base_url: list[str] | None = _field(
+        None,
+        "Address of the server, or addresses of several, which share the prompts; then "
+        "vllm_server_host and vllm_server_port do not count.",
     )
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
+    vllm_group_port: int = _field(51216, "Not offered: the system gives free ports.")
+    vllm_weight_transfer: str = _field(
+        "auto",
+        "How weights reach a server: nccl: from GPU to GPU, none of them shared | gloo: between "
+        "hosts | http | auto: nccl where it can be, gloo between CPUs, else http.",
+    )
     vllm_gpu_memory_utilization: float = _field(
         DefaultShare(0.3),
         "Share of the GPU's memory for the engine: weights and KV cache. Default: 0.3; with "
@@ -382,6 +395,12 @@ class RLOOFields(Names2024, TrainingArguments):
     def local_generation_size(self) -> int:
         """Completions of one generation batch on one process."""
         return self.per_device_train_batch_size * int(self.steps_per_generation or 1)
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Addresses of the rollout servers."""
+        host, port = self.vllm_server_host, self.vllm_server_port
+        return server_urls(self.vllm_server_base_url, host, port)
 
     @property
     def prompts_per_generation(self) -> int:

@@ -12,6 +12,7 @@ def check_images_are_offered(args: RLOOConfig, engine: Any) -> None:
     sampler = "use_vllm=True" if args.use_vllm else f"rollout_engine={args.rollout_engine!r}"
     refused = {
         "torch_compile=True": (args.torch_compile, "leave it out"),
+        "max_staleness": (args.max_staleness > 0, "leave it out"),
         sampler: (not engine.takes_images, "let transformers sample, which is the default"),
     }
     for what, (is_set, advice) in refused.items():

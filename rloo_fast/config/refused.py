@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from .fields import RLOOFields
-from .server_address import read_address, server_url
+from .server_address import read_address
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ HOW_BATCHES_ARE_FETCHED = (
 # vLLM's settings that belong to one of its two modes
 SERVER = {
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_weight_transfer",
 }  # fmt: skip
 COLOCATED = {
     "vllm_engine_kwargs", "vllm_gpu_memory_utilization", "vllm_max_model_length",
@@ -106,12 +107,8 @@ def refuse(args: RLOOFields) -> None:
         )
     _refuse_engine_settings(args)
     if args.vllm_mode == "server":
-        base_url, host, port = (
-            args.vllm_server_base_url,
-            args.vllm_server_host,
-            args.vllm_server_port,
-        )
-        read_address(server_url(base_url, host, port))
+        for url in args.server_urls:
+            read_address(url)
     for name, (fine, why) in REFUSED.items():
         value = getattr(args, name, fine[0])  # not every transformers version has every field
         if value not in fine:
@@ -132,7 +129,7 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
     vllm = {name for name in changed if name.startswith("vllm_")}
     for wrong, why in (
         (changed & {"transformers_continuous_batching_config"}, "there is no continuous batching"),
-        (changed & {"vllm_group_port"}, "weights reach a server over HTTP"),
+        (changed & {"vllm_group_port"}, "the system gives free ports"),
         (set[str]() if args.use_vllm else vllm, "use_vllm is False"),
         (
             changed & COLOCATED if args.vllm_mode == "server" else set[str](),

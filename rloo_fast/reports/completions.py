@@ -14,16 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..masking import masked_known
+from .columns import MARKS, RESERVED_COLUMNS, TEXTS
 from .metrics_file import as_scalar
 from .progress import bars_set_aside
 
 MAX_CELL_CHARS = 1000  # a longer text is printed as its two ends
 PIPE_WIDTH = 120  # characters per line where there is no terminal to ask (CI, a log file)
 MIN_TEXT_WIDTH = 40  # of the columns prompt and completion together
-TEXTS = ("prompt", "completion")
 IMAGES = "image"  # a column for trackers alone: a list of images for each prompt
-MARKS = ("step", "mode", "sampled_after_step", "row", "num_rows")  # what a row is a sample of
-RESERVED_COLUMNS = (*MARKS, "prompt", "completion", "advantage")
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
 # escape sequences of one character, and what turns the order of those around it
 OBEYED = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
+from itertools import groupby
 from typing import Self
 
 from ..records import Bucket, ImageInputs, Rollout, Sampling, SentParts
@@ -116,7 +117,7 @@ class RolloutEngine(ABC):
             rollout = self._generate(prompt_ids, sampling, seeds, heard)
         else:
             rollout = self._generate_with_images(prompt_ids, inputs, sampling, seeds, heard)
-        _check(rollout, len(prompt_ids))
+        _check(rollout, len(prompt_ids), version)
         return replace(rollout, weights_version=version)
 
     def sleep(self, level: int) -> None:
@@ -176,7 +177,7 @@ class RolloutEngine(ABC):
         raise EngineError(f"{type(self).__name__} takes no images.")
 
 
-def _check(rollout: Rollout, count: int) -> None:
+def _check(rollout: Rollout, count: int, version: int) -> None:
     """EngineError for a rollout that is not what `Rollout` says: engines may be a user's own."""
     ids, reasons, logps = rollout.completion_ids, rollout.finish_reasons, rollout.logps
     lengths = {len(ids), len(reasons), len(ids if logps is None else logps)}
@@ -196,6 +197,28 @@ def _check(rollout: Rollout, count: int) -> None:
             raise EngineError(
                 f"the rollout engine returned {len(values)} log-probs for a completion of "
                 f"{len(row)} tokens: one per token, or logps=None."
+            )
+    if rollout.token_versions is not None:
+        check_versions(rollout.token_versions, ids, version)
+
+
+def check_versions(
+    token_versions: list[list[int]], completion_ids: list[list[int]], newest: int
+) -> None:
+    """EngineError unless every token has the version that drew it: within a completion they never
+    fall, and none is beyond `newest`."""
+    shapes = [[len(row) for row in rows] for rows in (token_versions, completion_ids)]
+    if shapes[0] != shapes[1]:
+        raise EngineError(
+            "the rollout engine returned token_versions of another shape than the completions': "
+            "one per token, or token_versions=None."
+        )
+    for i, row in enumerate(token_versions):
+        if row and (sorted(row) != row or row[-1] > newest):
+            raise EngineError(
+                f"the rollout engine returned that versions {[v for v, _ in groupby(row)]} of the "
+                f"weights drew the tokens of completion {i}: expected were versions that never "
+                f"fall, up to {newest}."
             )
 
 

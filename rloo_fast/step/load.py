@@ -69,7 +69,7 @@ def load_run(
 ) -> Loaded:
     """Arguments as those of RLOOTrainer. Raises ValueError or TypeError with what to write."""
     check_output_dir(str(args.output_dir))
-    engine_class = find_engine(engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode))
+    engine_class = _engine_class(args)
     if args.use_vllm and not engine_class.reads_vllm_settings:
         raise ValueError(
             f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
@@ -176,6 +176,19 @@ def check_router(policy: Any, coef: float | None) -> None:
         raise ValueError(
             f"router_aux_loss_coef={coef} is not offered with images yet: set it to 0."
         )
+
+
+def _engine_class(args: RLOOConfig) -> type[RolloutEngine]:
+    in_flight = args.max_staleness > 0 or len(args.server_urls) > 1
+    name = engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode, in_flight=in_flight)
+    engine = find_engine(name)
+    if args.max_staleness and (engine.shares_weights or engine.sleeps_in_process):
+        raise ValueError(
+            f"max_staleness={args.max_staleness} needs an engine with weights of its own, on "
+            f"devices of its own, and rollout_engine={args.rollout_engine!r} says of itself that "
+            "it is none (shares_weights, sleeps_in_process): leave max_staleness at 0."
+        )
+    return engine
 
 
 def _context(policy: Any, args: RLOOConfig) -> int | None:

@@ -30,7 +30,7 @@ BY_HAND = {
         logit_index=[1, 2, 3, 1, 4, 5],
         positions=[0, 1, 2, 3, 2, 0],
         segment_lengths=[2, 2, 1, 1],
-        prefixes=[(0, 0), (0, 2), (0, 2), (0, 0)],
+        parents=[-1, 0, 0, -1],
         padded_segments={},
     ),
     "packed": Lines(
@@ -39,7 +39,7 @@ BY_HAND = {
         logit_index=[1, 2, 3, 5, 6, 7],
         positions=[0, 1, 2, 3, 0, 1, 2, 0],
         segment_lengths=[4, 3, 1],
-        prefixes=[(0, 0)] * 3,
+        parents=[-1] * 3,
         padded_segments={},
     ),
     "padded": Lines(
@@ -86,7 +86,7 @@ def test_lines_are_lengthened_by_tokens_that_weigh_nothing(name):
         assert weights[len(short) :] == [0] * (width - len(short))
     if plain.segment_lengths is not None:  # a segment of their own, seen by nobody
         assert found.segment_lengths == [*plain.segment_lengths, width - len(plain.input_ids[0])]
-        assert found.prefixes == [*plain.prefixes, (0, 0)]
+        assert found.parents == [*plain.parents, -1]
         assert found.logit_index == plain.logit_index
 
 

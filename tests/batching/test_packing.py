@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rloo_fast.batching.layouts import LAYOUTS
+from rloo_fast.batching.layouts import LAYOUTS, UnitIds
 from rloo_fast.batching.packing import balance, batch_tokens, largest_group_tokens, pack
+from tests.support.batches import tree_batch
 
 several = settings(max_examples=80, deadline=None, derandomize=True)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -266,6 +267,99 @@ def test_rows_of_one_group_have_one_prompt():
 
 def test_a_filler_has_no_tokens():
     assert [batch_tokens([], [], [], layout) for layout in LAYOUTS.values()] == [0, 0, 0]
+
+
+# Groups that share tokens
+
+
+@st.composite
+def trees(draw):
+    """(groups, prompts, completions, budget, split) of groups that begin like others."""
+    batch = tree_batch(draw(st.integers(0, 10**6)), num_groups=draw(st.integers(1, 7)))
+    runs = [
+        ids[: max(0, n - 1)] for ids, n in zip(batch.completion_ids, batch.num_tokens, strict=True)
+    ]
+    groups = [[*range(start, start + 3)] for start in range(0, batch.num_rows, 3)]
+    return groups, batch.prompt_ids, runs, draw(st.integers(1, 150)), draw(st.booleans())
+
+
+def packed_trees(groups, prompts, runs, budget, split):
+    layout = LAYOUTS["shared_prefix"]
+    sharing = layout.sharing(
+        [prompts[rows[0]] for rows in groups], [[runs[row] for row in rows] for rows in groups]
+    )
+    lengths = [len(p) for p in prompts], [len(ids) for ids in runs]
+    plan = pack(groups, *lengths, layout=layout, budget=budget, split=split, sharing=sharing)
+    return plan, sharing, lengths
+
+
+def tokens_laid_out(batch, prompts, runs):
+    units = [
+        UnitIds(prompts[unit[0]], [runs[row] for row in unit], [1] * len(unit)) for unit in batch
+    ]
+    found = LAYOUTS["shared_prefix"].lines(units, pad_token_id=0, multiple_of=1, sizes=None)
+    return len(found.input_ids[0])
+
+
+@several
+@given(trees())
+def test_trees_fit_the_budget_with_every_row_once(case):
+    groups, prompts, runs, budget, split = case
+    plan, sharing, lengths = packed_trees(*case)
+    rows = [row for batch in plan for unit in batch for row in unit]
+    assert sorted(rows) == [row for group in groups for row in group]
+    for batch in plan:
+        if len([row for unit in batch for row in unit]) > (1 if split else 3):
+            assert tokens_laid_out(batch, prompts, runs) <= budget
+            assert sum(len(runs[row]) for unit in batch for row in unit) <= max(
+                budget, *(len(p) for p in prompts)
+            )
+    layout = LAYOUTS["shared_prefix"]
+    if largest_group_tokens(groups, *lengths, layout, sharing) <= budget:
+        assert all(unit in groups for batch in plan for unit in batch)
+
+
+def test_fewer_tokens_and_micro_batches_than_by_lengths():
+    """Over many batches; first-fit, of either, has its bad cases."""
+    total = Counter()
+    for seed in range(60):
+        rng = random.Random(seed)
+        batch = tree_batch(seed, num_groups=12)
+        groups = [[*range(start, start + 3)] for start in range(0, batch.num_rows, 3)]
+        case = groups, batch.prompt_ids, batch.completion_ids, rng.randint(50, 150), True
+        plan, _, lengths = packed_trees(*case)
+        layout = LAYOUTS["shared_prefix"]
+        by_lengths = pack(groups, *lengths, layout=layout, budget=case[3], split=True)
+        for name, batches in (("ours", plan), ("by lengths", by_lengths)):
+            total[name, "micro-batches"] += len(batches)
+            total[name, "tokens"] += sum(tokens_laid_out(b, *case[1:3]) for b in batches)
+    for what in ("micro-batches", "tokens"):
+        assert total["ours", what] < 0.92 * total["by lengths", what]
+
+
+def test_prompts_that_begin_alike_are_packed_together():
+    """Four documents of 300 tokens, four questions about each in turn, room for one document."""
+    rng = random.Random(1)
+    documents = [[rng.randrange(1000) for _ in range(300)] for _ in range(4)]
+    prompts = [documents[i % 4] + [1000 + i] * 5 for i in range(16)]
+    runs = [[2000 + i] * 40 for i in range(16)]
+    case = [[row] for row in range(16)], prompts, runs, 500, False
+    plan, *_ = packed_trees(*case)
+    assert sorted(sorted(row for (row,) in batch) for batch in plan) == [
+        [i, i + 4, i + 8, i + 12] for i in range(4)
+    ]
+    assert {tokens_laid_out(batch, prompts, runs) for batch in plan} == {300 + 4 * 45}
+
+
+def test_what_shares_nothing_is_packed_as_ever():
+    groups, prompt_lengths, completion_lengths = make_case(3, 60, 3)
+    prompts = [[row // 3] * n for row, n in enumerate(prompt_lengths)]
+    runs = [[row] * n for row, n in enumerate(completion_lengths)]
+    for budget in (300, 2000):
+        plan, *_ = packed_trees(groups, prompts, runs, budget, True)
+        assert plan == cut_and_pack(
+            (groups, prompt_lengths, completion_lengths, budget), LAYOUTS["shared_prefix"]
+        )
 
 
 # Ranks

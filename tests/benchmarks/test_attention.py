@@ -18,6 +18,7 @@ from benchmarks.attention import run as attention
 from benchmarks.attention.providers import PROVIDERS, Call, Case, Plan
 from benchmarks.common import harness, memory
 from benchmarks.common.models import attended_pairs
+from rloo_fast.batching.segments import make_segments
 from rloo_fast.policy.attention import flash as attention_flash
 from tests.benchmarks.test_loss import DESIGN_KEYS
 
@@ -176,16 +177,24 @@ def not_a_number(q, k, v, *rest):
 
 
 def half_a_prompt(q, k, v, segments, *rest):
-    prefix = segments.prefix.clone()
-    prefix[:, 0] += prefix[:, 1] - prefix[:, 0] > 0  # its first token is forgotten
-    return attention_providers.chosen(q, k, v, segments._replace(prefix=prefix), *rest)
+    """The prompts' first halves are forgotten: each is a segment that nothing continues."""
+    lengths, parents = [], []
+    for n, parent in zip(segments.bounds.diff().tolist(), segments.parents.tolist(), strict=True):
+        if parent < 0:
+            number = len(lengths) + 1
+            lengths += [n // 2, n - n // 2]
+            parents += [-1, -1]
+        else:
+            lengths.append(n)
+            parents.append(number)
+    return attention_providers.chosen(q, k, v, make_segments(lengths, parents, "cpu"), *rest)
 
 
 def sees_its_neighbours(q, k, v, segments, *rest):
-    prefix = segments.prefix.clone()
-    start = segments.bounds[:-1]
-    prefix[:, 1] = torch.where(prefix[:, 1] > 0, start, 0)
-    return attention_providers.chosen(q, k, v, segments._replace(prefix=prefix), *rest)
+    """Each completion continues the one before it."""
+    before = torch.arange(-1, len(segments.parents) - 1, dtype=torch.int32)
+    parents = torch.where(segments.parents < 0, -1, before)
+    return attention_providers.chosen(q, k, v, segments._replace(parents=parents), *rest)
 
 
 def another_window(q, k, v, segments, scale, window, softcap):
@@ -281,7 +290,7 @@ def test_a_forced_backend_is_the_one_that_runs(monkeypatch):
         return flex(*args, **kwargs)
 
     monkeypatch.setattr(attention_flash, "flex_attention", counted)
-    monkeypatch.setattr(attention_flash, "shared_prefix_attention", lambda q, *args, **kwargs: q)
+    monkeypatch.setattr(attention_flash, "tree_attention", lambda q, *args, **kwargs: q)
     leaves = [x.detach() for x in Call("shared_sdpa", SHORT).leaves]
     out = {n: PROVIDERS[n](SHORT).forward(*leaves) for n in PROVIDERS if n.startswith("shared_")}
     torch.testing.assert_close(out["shared_flex"], out["shared_prefix"], rtol=0, atol=3e-6)

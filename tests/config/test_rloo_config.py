@@ -153,6 +153,13 @@ ELSEWHERE = {  # field: the test that shows its effect
     "vllm_lora": "end_to_end/test_train_vllm.py::test_an_adapter_is_trained_unmerged_in_the_engine",
     "weight_sync_bucket_mib": "rollout/test_build.py::test_weights_are_sent_in_buckets",
     **dict.fromkeys(
+        ("max_staleness", "weight_sync_steps", "queue_maxsize"),
+        "step/test_ahead.py::"
+        "test_no_token_is_older_than_the_bound_and_prompts_keep_their_order",
+    ),
+    "max_inflight_tasks": "rollout/test_flight.py::"
+    "test_groups_start_whole_and_in_order_as_far_as_there_is_room",
+    **dict.fromkeys(
         (
             "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
             "vllm_server_timeout",

@@ -22,7 +22,7 @@ from rloo_fast.policy.head import find_head
 from rloo_fast.policy.layout_probe import choose_layout
 from rloo_fast.policy.router import router_coef
 from rloo_fast.records import GenerationBatch, LossInputs
-from tests.support.batches import generation_batch
+from tests.support.batches import generation_batch, tree_batch
 from tests.support.tiny import make_model
 
 TINY = {
@@ -148,12 +148,17 @@ def make_batch() -> GenerationBatch:
     )
 
 
-UNITS = [[0, 1, 2], [3, 4], [5]]
+TREE = tree_batch(25, num_groups=8)  # see test_the_tree_is_deep
 
 
-def micro_batch(layout, batch=None, units=UNITS, **options):
+def units_of(batch):
+    return [[r for r in range(batch.num_rows) if batch.groups[r] == g] for g in {*batch.groups}]
+
+
+def micro_batch(layout, batch=None, units=None, **options):
     settings = {"device": torch.device("cpu"), "pad_token_id": 0, **options}
-    return make_micro_batch(batch or make_batch(), units, LAYOUTS[layout], **settings)
+    batch = batch or make_batch()
+    return make_micro_batch(batch, units or units_of(batch), LAYOUTS[layout], **settings)
 
 
 def by_own_logits(model, batch, temperature):
@@ -176,10 +181,10 @@ def built(name):
     return model.train()
 
 
-def differences(model, layout):
+def differences(model, layout, batch=None):
     """(largest difference of a log-prob, largest relative difference of a parameter's gradient),
     the training loss' forward and the no-grad forward together."""
-    batch, policy = make_batch(), Policy(model, temperature=0.7)
+    batch, policy = batch or make_batch(), Policy(model, temperature=0.7)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     reference = by_own_logits(model, batch, 0.7)
     advantages = torch.linspace(-1, 1, len(reference))
@@ -208,6 +213,22 @@ def test_logps_and_gradients_equal_the_models_own(name, layout):
     logp, gradient = differences(built(name), layout)
     assert logp < 1e-5
     assert gradient < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in PADDED_ONLY])
+def test_a_tree_is_each_row_run_alone(name):
+    logp, gradient = differences(built(name), "shared_prefix", TREE)
+    assert logp < 1e-5
+    assert gradient < 1e-4
+
+
+def test_the_tree_is_deep():
+    batch = micro_batch("shared_prefix", TREE)
+    depths = [0]
+    for parent in batch.segments.parents.tolist():
+        depths.append(1 + depths[parent + 1])
+    assert max(depths) == 7
+    assert batch.input_ids.numel() < 0.6 * micro_batch("packed", TREE).input_ids.numel()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -352,13 +373,13 @@ def test_attention_dropout_leaves_the_padded_layout(rate, expected):
 
 
 def main() -> None:
-    print(f"{'':36}" + "".join(f"{layout:>24}" for layout in LAYOUTS) + "   auto")
+    print(f"{'':36}" + "".join(f"{name:>24}" for name in [*LAYOUTS, "a tree"]) + "   auto")
     for name in MODELS:
         model = built(name)
         cells = []
-        for layout in LAYOUTS:
+        for layout, batch in [*((layout, None) for layout in LAYOUTS), ("shared_prefix", TREE)]:
             if (name, layout) in CASES:
-                logp, gradient = differences(model, layout)
+                logp, gradient = differences(model, layout, batch)
                 cells.append(f"{logp:.1e} {gradient:.1e}")
             else:
                 cells.append("-")

@@ -21,28 +21,39 @@ NO_MODULE = torch.nn.Identity()
 
 
 def some_segments(seed, layout="shared_prefix", lengths=(0, 1, 3, 5, 9, 18, 26, 40)):
-    """Random groups: prompts of different lengths, completions that are empty, short and long."""
-    rng, found, prefixes = random.Random(seed), [], []
+    """(lengths, parents) of random groups: prompts of different lengths, completions that are
+    empty, short and long; or of a tree, in which any segment may continue any on the path."""
+    rng, found, parents = random.Random(seed), [], []
+    if layout == "tree":
+        path = []
+        for s in range(18):
+            del path[rng.randint(max(0, len(path) - 3), len(path)) :]
+            found.append(rng.choice(lengths))
+            parents.append(path[-1] if path else -1)
+            path.append(s)
+        return found, parents
     for _ in range(3):
-        prompt, start = rng.choice(lengths[1:]), sum(found)
+        prompt = rng.choice(lengths[1:])
         completions = rng.choices(lengths, k=rng.choice([1, 4, 6]))
         if layout == "packed":
             found += [prompt + c for c in completions]
-            prefixes += [(0, 0)] * len(completions)
+            parents += [-1] * len(completions)
         else:
+            parents += [-1, *[len(found)] * len(completions)]
             found += [prompt, *completions]
-            prefixes += [(0, 0), *[(start, start + prompt)] * len(completions)]
-    return found, prefixes
+    return found, parents
 
 
-def visible(lengths, prefixes, window=None):  # (T, T) bool
+def visible(lengths, parents, window=None):  # (T, T) bool
     total = sum(lengths)
-    mask, start = torch.zeros(total, total, dtype=torch.bool), 0
-    for length, (first, last) in zip(lengths, prefixes, strict=True):
-        keys = torch.cat([torch.arange(first, last), torch.arange(start, start + length)])
-        behind = torch.arange(last - first, len(keys))[:, None] - torch.arange(len(keys))
+    mask, start, paths = torch.zeros(total, total, dtype=torch.bool), 0, []
+    for length, parent in zip(lengths, parents, strict=True):
+        before = paths[parent] if parent >= 0 else torch.arange(0)
+        keys = torch.cat([before, torch.arange(start, start + length)])
+        behind = torch.arange(len(before), len(keys))[:, None] - torch.arange(len(keys))
         mask[start : start + length, keys] = (behind >= 0) & (behind < (window or total))
         start += length
+        paths.append(keys)
     return mask
 
 
@@ -80,7 +91,7 @@ def assert_close(got, want, tolerance):
 
 def through_op(segments, window=None, softcap=None):
     return lambda q, k, v: attention_ops.segment_attention_op(
-        q, k, v, segments.bounds, segments.prefix, SCALE, window, softcap
+        q, k, v, segments.bounds, segments.parents, SCALE, window, softcap
     )[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -48,3 +49,31 @@ def generation_batch(
 def prepared_batch(*args: Any, prepared: dict[str, Any] | None = None, **kwargs: Any):
     """The same as a PreparedBatch; `prepared`: its own fields."""
     return PreparedBatch(generation_batch(*args, **kwargs), **(prepared or {}))
+
+
+def tree_batch(seed: int, *, num_groups: int = 4, k: int = 3, vocab: int = 32, depth: int = 6):
+    """Groups whose prompts begin like other groups' rows, or are one of them whole, and whose
+    completions begin like each other: branches behind branches, `depth` at most, rows that end in
+    another one, equal rows, rows that are masked."""
+    rng = random.Random(seed)
+    grown: list[tuple[list[int], int]] = [([], 0)]  # token ids, and branches on their path
+
+    def grow(of: list[tuple[list[int], int]], at_least: int, fresh: int) -> tuple[list[int], int]:
+        ids, level = rng.choice(of)
+        cut = rng.choice([len(ids), rng.randint(at_least, len(ids))])
+        return ids[:cut] + [rng.randint(2, vocab - 1) for _ in range(fresh)], level + 1
+
+    prompts, completions, counted = [], [], []
+    for _ in range(num_groups):
+        prompt, level = grow(
+            [x for x in grown if len(x[0]) < 28 and x[1] < depth - 1], 0, rng.randint(1, 9)
+        )
+        rows = [(prompt, level)]
+        for _ in range(k):
+            row, below = grow([x for x in rows if x[1] < depth], len(prompt), rng.randint(0, 9))
+            rows.append((row, below))
+            prompts.append(prompt)
+            completions.append(row[len(prompt) :])
+            counted.append(len(completions[-1]) if rng.random() < 0.9 else 0)
+        grown += rows
+    return generation_batch(prompts, completions, num_generations=k, num_tokens=counted)

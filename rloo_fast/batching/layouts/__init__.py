@@ -3,18 +3,29 @@
     padded         a line per row:    prompt completion padding
     packed         one line in all:   prompt completion | prompt completion | ...
     shared_prefix  one line in all:   prompt | completion | completion | ... | prompt | ...
+                   and, where groups or completions begin alike, a tree of such segments
 
 Completion tokens count their positions on from the prompt; they see it, and what precedes them in
 their own completion. No module here imports torch: configuration reads the names.
 """
 
 from . import packed, padded, shared_prefix  # each registers its layout
-from .base import LAYOUTS, Layout, Lines, UnitIds, best_first, layouts_help, register_layout
+from .base import (
+    LAYOUTS,
+    Layout,
+    Lines,
+    Sharing,
+    UnitIds,
+    best_first,
+    layouts_help,
+    register_layout,
+)
 
 __all__ = [
     "LAYOUTS",
     "Layout",
     "Lines",
+    "Sharing",
     "UnitIds",
     "best_first",
     "layouts_help",

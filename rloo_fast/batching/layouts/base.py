@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from ..compiled_sizes import CompiledSizes
+from ..prefix_tree import Shares
 
 UnitLengths = tuple[int, Sequence[int]]  # (P, [L of each row]) of a unit
 
@@ -24,11 +25,27 @@ class Demand(NamedTuple):
 
 
 class UnitIds(NamedTuple):
-    """The token ids of a unit."""
+    """The token ids of a unit. `alone`: these do not say all (there are images), so that its rows
+    have their prompt in common, and nothing else with any."""
 
     prompt: list[int]
     completions: list[list[int]]  # as far as they are run
     num_targets: list[int]  # counted tokens of each: log-probs are read for so many
+    alone: bool = False
+
+
+class Sharing(NamedTuple):
+    """Tokens that a layout runs once for several rows: not only a prompt for its group."""
+
+    groups: Shares  # of groups, what their prompts begin with
+    rows: list[Shares]  # of the rows of each group, in tokens from their prompt's start
+    joins: list[int]  # tokens that each group's prompt has in common with another's, at most
+
+    def group_tokens(self, group: int, prompt: int, completions: Sequence[int]) -> int:
+        """P + sum L less what completions share; but at least sum L beside what prompts share, so
+        that a micro-batch predicts no more tokens than it may hold."""
+        saved = sum(cut - prompt for cut in self.rows[group].cuts)
+        return max(prompt + sum(completions) - saved, self.joins[group] + sum(completions))
 
 
 class Lines(NamedTuple):
@@ -39,7 +56,7 @@ class Lines(NamedTuple):
     logit_index: list[int]  # flattened positions that predict the counted tokens, row after row
     positions: list[int] | None = None  # (T,) of one line; None: from 0 in every line
     segment_lengths: list[int] | None = None  # one line: None where each token sees all before it
-    prefixes: list[tuple[int, int]] | None = None  # tokens each segment sees beside its own
+    parents: list[int] | None = None  # number of the segment that each continues, -1: none
     padded_segments: dict[str, int] | None = None  # of make_segments, for compiled models
 
 
@@ -92,6 +109,13 @@ class Layout(ABC):
     def row_demands(self, prompt: int, completions: Sequence[int], budget: int) -> list[Demand]:
         """Likewise of each row of a group that is cut: rows that fit together form a unit."""
         return [self.demand(prompt, [length], budget) for length in completions]
+
+    def sharing(
+        self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]
+    ) -> Sharing | None:
+        """What groups share, from the token ids of their prompts and completions as far as they are
+        run; None for a layout that counts each group by its lengths."""
+        return None
 
     def refusal(self, model: Any) -> str | None:
         """Why a causal language model of transformers cannot run in this layout, or None: as far

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..compiled_sizes import CompiledSizes, power_of_two
+from ..tree_segments import NONE
 from .base import Layout, Lines, UnitIds
 
 FILLER = 64  # tokens of a filler segment: attention within it is all that a filler token costs
 
 
 class Line:
-    """One line as it grows: token ids, positions, weights, and which earlier tokens each
-    segment sees."""
+    """One line as it grows: token ids, positions, weights, and the segment each one continues."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -22,29 +22,30 @@ class Line:
         self.weights: list[int] = []
         self.logit_index: list[int] = []
         self.segment_lengths: list[int] = []
-        self.prefixes: list[tuple[int, int]] = []
+        self.parents: list[int] = []
+        self.num_keys = 0  # that segments see, their own among them
 
-    def add(
-        self, ids: list[int], *, position: int, weight: int, prefix: tuple[int, int] = (0, 0)
-    ) -> None:
-        """A segment whose first token is at `position`; nothing for no tokens."""
+    def add(self, ids: list[int], *, position: int, weights: list[int], parent: int = NONE) -> None:
+        """A segment whose first token is at `position`, behind what it continues; nothing for no
+        tokens."""
         if ids:
             self.ids += ids
             self.positions += range(position, position + len(ids))
-            self.weights += [weight] * len(ids)
+            self.weights += weights
             self.segment_lengths.append(len(ids))
-            self.prefixes.append(prefix)
-
-    @property
-    def num_keys(self) -> int:
-        return len(self.ids) + sum(end - start for start, end in self.prefixes)
+            self.parents.append(parent)
+            self.num_keys += position + len(ids)
 
 
 class OneLine(Layout):
-    """A layout of one line; subclasses put a unit into it."""
+    """A layout of one line; subclasses put a unit into it, or all of them."""
 
     @abstractmethod
     def put(self, line: Line, unit: UnitIds) -> None: ...
+
+    def fill(self, line: Line, units: Sequence[UnitIds]) -> None:
+        for unit in units:
+            self.put(line, unit)
 
     def lines(
         self,
@@ -55,13 +56,13 @@ class OneLine(Layout):
         sizes: CompiledSizes | None,
     ) -> Lines:
         line = Line()
-        for unit in units:
-            self.put(line, unit)
+        self.fill(line, units)
         total = max(-(-len(line.ids) // multiple_of) * multiple_of, 1)
         if sizes is not None:
             total = sizes.one_line(total)
         for start in range(len(line.ids), total, FILLER):
-            line.add([pad_token_id] * min(FILLER, total - start), position=0, weight=0)
+            num = min(FILLER, total - start)
+            line.add([pad_token_id] * num, position=0, weights=[0] * num)
         padding = {} if sizes is None else {
             "pad_segments_to": max(total // 4, power_of_two(len(line.segment_lengths))),
             "pad_keys_to": max(2 * total, power_of_two(line.num_keys)),
@@ -72,7 +73,7 @@ class OneLine(Layout):
             line.logit_index,
             line.positions,
             line.segment_lengths,
-            line.prefixes,
+            line.parents,
             padding,
         )
 

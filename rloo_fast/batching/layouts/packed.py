@@ -24,5 +24,6 @@ class Packed(OneLine):
     def put(self, line: Line, unit: UnitIds) -> None:
         for completion, n in zip(unit.completions, unit.num_targets, strict=True):
             first = len(line.ids) + len(unit.prompt) - 1
-            line.add(unit.prompt + completion, position=0, weight=1)
+            ids = unit.prompt + completion
+            line.add(ids, position=0, weights=[1] * len(ids))
             line.logit_index += range(first, first + n)

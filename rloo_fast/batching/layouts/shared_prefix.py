@@ -1,10 +1,18 @@
-"""Layout `shared_prefix`: a prompt once, then all its completions, which attend to it."""
+"""Layout `shared_prefix`: what rows begin with alike is run once, and what follows attends to it.
+
+Rows of a group share their prompt; groups of a micro-batch what their prompts begin with, a system
+prompt or examples; completions what they begin with. The line is that tree, depth first: a segment,
+then each one that continues it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from .base import Demand, UnitIds, register_layout
+from ..prefix_tree import key_of, shared
+from ..tree_segments import NONE, TreeRow, tree_segments
+from .base import Demand, Sharing, UnitIds, register_layout
 from .one_line import Line, OneLine
 
 
@@ -12,10 +20,10 @@ from .one_line import Line, OneLine
 class SharedPrefix(OneLine):
     name, rank = "shared_prefix", 0
     shares_prompts = True
-    help = "one line, a prompt is run once for all its completions"
+    help = "one line, tokens that rows begin with alike are run once for all of them"
 
     def tokens(self, prompt: int, completions: Sequence[int]) -> int:
-        """P + sum L"""
+        """P + sum L, where completions share nothing"""
         return prompt + sum(completions)
 
     def pairs(self, prompt: int, completions: Sequence[int]) -> float:
@@ -26,12 +34,42 @@ class SharedPrefix(OneLine):
         # a part pays its prompt once: the rest of the budget is for completions
         return [Demand(length, length, budget - prompt) for length in completions]
 
+    def sharing(
+        self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]
+    ) -> Sharing:
+        groups = shared([key_of(ids) for ids in prompts], ends=False)
+        rows = [
+            shared([key_of(ids) for ids in rows], behind=len(prompt))
+            for prompt, rows in zip(prompts, completions, strict=True)
+        ]
+        joins = [0] * len(prompts)
+        for (a, b), cut in zip(pairwise(groups.order), groups.cuts, strict=True):
+            joins[a], joins[b] = max(joins[a], cut), cut
+        return Sharing(groups, rows, joins)
+
     def put(self, line: Line, unit: UnitIds) -> None:
-        start = len(line.ids)
-        line.add(unit.prompt, position=0, weight=len(unit.completions))
-        end = len(line.ids)
-        for completion, n in zip(unit.completions, unit.num_targets, strict=True):
-            own = len(line.ids)
-            if n:  # the first target is predicted by the prompt's last token
-                line.logit_index += [end - 1, *range(own, own + n - 1)]
-            line.add(completion, position=len(unit.prompt), weight=1, prefix=(start, end))
+        self.fill(line, [unit])
+
+    def fill(self, line: Line, units: Sequence[UnitIds]) -> None:
+        rows = [
+            (TreeRow(unit.prompt + ids, len(unit.prompt), number, unit.alone), n)
+            for number, unit in enumerate(units)
+            for ids, n in zip(unit.completions, unit.num_targets, strict=True)
+        ]
+        before = len(line.parents)
+        segments, paths = tree_segments([row for row, _ in rows])
+        shifts: list[int] = []  # from positions of a segment's rows to places in the line
+        for segment in segments:
+            shifts.append(len(line.ids) - segment.start)
+            line.add(
+                rows[segment.row][0].ids[segment.start : segment.stop],
+                position=segment.start,
+                weights=segment.weights(),
+                parent=NONE if segment.parent == NONE else before + segment.parent,
+            )
+        for (row, num_targets), path in zip(rows, paths, strict=True):
+            first = row.prompt - 1  # the first target is predicted by the prompt's last token
+            for s in path:
+                low = max(first, segments[s].start)
+                high = min(first + num_targets, segments[s].stop)
+                line.logit_index += range(shifts[s] + low, shifts[s] + high)

@@ -1,11 +1,11 @@
 """Attention over segments by the fused GPU kernels: FlashAttention varlen, and FlexAttention.
 
-`varlen`: two calls without copies of keys (`flash_shared.py`), or, with a sliding window, a
-soft-cap or on ROCm, one call for all segments. There queries are the row's tokens; the keys of
-every segment, prefix then own, are gathered one segment after the other, and the causal mask is
-aligned to the bottom right, where a query's own key is (a window counts from it, so each completion
-needs its own copy). Extra memory: the gathered keys and values, M = sum over segments of prefix +
-own tokens, and in backward their gradients in fp32.
+`varlen`: a call for each depth without copies of keys (`flash_shared.py`), or, with a sliding
+window, a soft-cap or on ROCm, one call for all segments. There queries are the row's tokens; the
+keys of every segment, its path then its own, are gathered one segment after the other, and the
+causal mask is aligned to the bottom right, where a query's own key is (a window counts from it, so
+each segment needs its own copy). Extra memory: the gathered keys and values, M = sum over segments
+of path + own tokens, and in backward their gradients in fp32.
 
 `flex`: a table of which 128 x 128 blocks of [T, T] hold a visible pair, made from the segments
 alone, and a mask function of per-token numbers for the blocks that are visible in part.
@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...batching.segments import joined, seen_ranges
 from ...records import Segments
-from .flash_shared import shared_prefix_attention
+from .flash_shared import tree_attention
 
 BLOCK = 128
 
@@ -94,8 +95,8 @@ def varlen_attention(
     """q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d)."""
     q, k, v = (x.transpose(1, 2).squeeze(0) for x in (q, k, v))  # (T, H, d)
     plain = window is None and softcap is None and torch.version.hip is None
-    if plain and segments.shared is not None:
-        return shared_prefix_attention(q, k, v, segments, scale).unsqueeze(0)
+    if plain and segments.shared:
+        return tree_attention(q, k, v, segments, scale).unsqueeze(0)
     if segments.key_index is not None:
         k, v = GatherKeys.apply(k, v, segments.key_index, segments.cu_k)  # pyright: ignore
     args = (q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
@@ -190,25 +191,32 @@ def block_mask(segments: Segments, device: torch.device, window: int | None) -> 
 
 def _make_mask(segments: Segments, device: torch.device, window: int | None) -> BlockMask:
     needed, full = block_table(segments, window)
-    bounds, prefix = segments.bounds.long(), segments.prefix.long()
-    lengths, num_tokens = bounds.diff(), int(bounds[-1])
-    start, first, last = (
-        x.repeat_interleave(lengths) for x in (bounds[:-1], prefix[:, 0], prefix[:, 1])
-    )
-    own = start  # the first key a token sees of its own segment, and of its prefix
-    if window is not None:  # in numbers per token: an int here would become a dynamic size
-        farthest = torch.arange(num_tokens) - window + 1
-        own = own.maximum(farthest)
-        first = first.maximum(farthest + last - start)
-    own, first, last = (to_device(x, device) for x in (own, first, last))
+    bounds, parents = segments.bounds.tolist(), segments.parents.tolist()
+    starts, ends = [0] * len(parents), bounds[1:]  # first position, end of all that continues it
+    for s, parent in enumerate(parents):
+        if parent >= 0:
+            starts[s] = starts[parent] + bounds[parent + 1] - bounds[parent]
+    for s in reversed(range(len(parents))):
+        if parents[s] >= 0:
+            ends[parents[s]] = max(ends[parents[s]], ends[s])
+    num_tokens, lengths = bounds[-1], segments.bounds.long().diff()
+    end, first = (torch.tensor(x).repeat_interleave(lengths) for x in (ends, starts))
+    position = first + torch.arange(num_tokens) - segments.bounds[:-1].repeat_interleave(lengths)
+    # in numbers per token: a window of one int would become a dynamic size
+    farthest = position - (num_tokens if window is None else window - 1)
+    end, position, farthest = (to_device(x, device) for x in (end, position, farthest))
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return ((j >= own[i]) & (j <= i)) | ((j >= first[i]) & (j < last[i]))
+    def continues(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < end[j])
+
+    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < end[j]) & (position[j] >= farthest[i])
 
     (num, index), (num_full, index_full) = (
         (x.sum(-1, dtype=torch.int32), x.int().argsort(dim=-1, descending=True, stable=True).int())
         for x in (to_device(t[None, None], device) for t in (needed & ~full, full))
     )
+    visible = continues if window is None else near
     return BlockMask.from_kv_blocks(
         num, index, num_full, index_full, BLOCK, visible, (num_tokens, num_tokens)
     )
@@ -216,23 +224,24 @@ def _make_mask(segments: Segments, device: torch.device, window: int | None) -> 
 
 def block_table(segments: Segments, window: int | None) -> tuple[Tensor, Tensor]:
     """(blocks that hold a visible pair, blocks all of whose pairs are visible), (n, n) bool."""
-    bounds, prefix = segments.bounds.tolist(), segments.prefix.tolist()
+    bounds = segments.bounds.tolist()
     num = -(-bounds[-1] // BLOCK)
     needed = torch.zeros(num, num, dtype=torch.bool)
     covered = torch.zeros(num, num, dtype=torch.int32)  # queries of the row that see all the keys
     low = torch.arange(num) * BLOCK
     high = low + BLOCK - 1
-    for s, (first, last) in enumerate(prefix):
+    for s, path in enumerate(seen_ranges(bounds, segments.parents.tolist())):
         start, stop = bounds[s], bounds[s + 1]
         if start == stop:
             continue
         rows = slice(start // BLOCK, (stop - 1) // BLOCK + 1)
         q_low, q_high = low[rows].clamp(min=start), high[rows].clamp(max=stop - 1)
-        # keys begin .. end - 1; the distance of query i to key j is i - j + shift
-        seen = [(first, last, last - start), (start, stop, 0)]
-        if last in (first, start):  # nothing before it, or right before it
-            seen = [(first if first < last else start, stop, 0)]
-        for begin, end, shift in seen:
+        shift = 0  # the distance of query i to key j is i - j + shift
+        # keys begin .. end - 1, from the last range back: each that lies apart is nearer by the gap
+        after = stop
+        for begin, end in reversed(joined([*path, (start, stop)])):
+            shift -= after - end
+            after = begin
             cols = slice(begin // BLOCK, (end - 1) // BLOCK + 1)
             k_low, k_high = low[cols].clamp(min=begin), high[cols].clamp(max=end - 1)
             farthest = q_high[:, None] - k_low + shift

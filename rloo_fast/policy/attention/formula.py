@@ -6,7 +6,7 @@
 
 Tensors are token-major: q, out, grad (1, T, H, d), k and v (1, T, Hkv, d), lse (1, T, H). Scores
 are fp32 (fp64 for fp64), SCORE_BYTES or one query's at most, and three such tensors are alive at a
-time. The keys of one segment are copied, its prefix's among them, one segment at a time.
+time. The keys of one segment are copied, those of its path among them, one segment at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from torch import Tensor
 SCORE_BYTES = 16 << 20
 
 
-class Part(NamedTuple):
-    """A segment start:stop that sees the prefix first:last."""
+class Path(NamedTuple):
+    """A segment start:stop that sees some ranges of tokens, one after the other, before itself."""
 
     start: int
     stop: int
-    first: int
-    last: int
+    seen: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen before the segment's own."""
+        return sum(last - first for first, last in self.seen)
 
 
 class AttentionScore(NamedTuple):
@@ -42,11 +46,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def formula_forward(
-    q: Tensor, k: Tensor, v: Tensor, part: Part, score: AttentionScore, out: Tensor, lse: Tensor
+    q: Tensor, k: Tensor, v: Tensor, path: Path, score: AttentionScore, out: Tensor, lse: Tensor
 ) -> None:
     """Fill the segment's rows of `out` and `lse`."""
-    for rows, keys in _ranges(part, q, score.window):
-        chunk = _Chunk(q, k, part, rows, keys, score)
+    for rows, keys in _ranges(path, q, score.window):
+        chunk = _Chunk(q, k, path, rows, keys, score)
         lse_rows = chunk.scores.logsumexp(-1, keepdim=True)
         p = chunk.scores.sub_(lse_rows).exp_()
         out[0, chunk.rows] = chunk.token_major(p @ chunk.keys_of(v)).to(out.dtype)
@@ -57,7 +61,7 @@ def formula_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    part: Part,
+    path: Path,
     score: AttentionScore,
     grad: Tensor,
     out: Tensor,
@@ -65,8 +69,8 @@ def formula_backward(
     sums: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Add the segment's dq, dk and dv into `sums`."""
-    for rows, keys in _ranges(part, q, score.window):
-        chunk = _Chunk(q, k, part, rows, keys, score)
+    for rows, keys in _ranges(path, q, score.window):
+        chunk = _Chunk(q, k, path, rows, keys, score)
         dout = chunk.queries_of(grad)  # (Hkv, G n, d)
         delta = (dout * chunk.queries_of(out)).sum(-1, keepdim=True)
         bend = None  # tanh^2
@@ -89,19 +93,16 @@ class _Chunk:
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, part: Part, rows: range, keys: range, score: AttentionScore
+        self, q: Tensor, k: Tensor, path: Path, rows: range, keys: range, score: AttentionScore
     ):
-        length = part.last - part.first  # keys below it are the prefix's, the others its own
-        shared = slice(part.first + keys.start, part.last)
-        own = slice(part.start + max(keys.start - length, 0), part.start + keys.stop - length)
-        self.key_slices = [own] if keys.start >= length else [shared, own]
-        self.rows = slice(part.start + rows.start, part.start + rows.stop)
+        self.key_slices = _cut([*path.seen, (path.start, path.stop)], keys)
+        self.rows = slice(path.start + rows.start, path.start + rows.stop)
         self.num_kv, self.dtype = k.shape[2], statistics_dtype(q.dtype)
         self.queries, self.keys = self.queries_of(q), self.keys_of(k)
         self.scores = (self.queries @ self.keys.mT).mul_(score.scale)
         if score.softcap is not None:
             self.scores.div_(score.softcap).tanh_().mul_(score.softcap)
-        at = torch.arange(rows.start, rows.stop, device=q.device).add_(length).unsqueeze(-1)
+        at = torch.arange(rows.start, rows.stop, device=q.device).add_(path.length).unsqueeze(-1)
         to = torch.arange(keys.start, keys.stop, device=q.device)
         hidden = to > at  # (n, m)
         if score.window is not None:
@@ -124,10 +125,22 @@ class _Chunk:
             whole[0, place] += piece.transpose(0, 1)
 
 
-def _ranges(part: Part, q: Tensor, window: int | None) -> Iterator[tuple[range, range]]:
+def _cut(ranges: list[tuple[int, int]], keys: range) -> list[slice]:
+    """The tokens of `keys`, numbered through the ranges."""
+    found: list[slice] = []
+    begin = 0  # number of the range's first token
+    for first, last in ranges:
+        low, high = max(keys.start - begin, 0), min(keys.stop - begin, last - first)
+        if low < high:
+            found.append(slice(first + low, first + high))
+        begin += last - first
+    return found
+
+
+def _ranges(path: Path, q: Tensor, window: int | None) -> Iterator[tuple[range, range]]:
     """Query rows, and the keys they may see, whose scores fill SCORE_BYTES at most."""
-    length = part.last - part.first
-    num_rows = part.stop - part.start
+    length = path.length
+    num_rows = path.stop - path.start
     num_keys = length + num_rows if window is None else min(length + num_rows, 2 * window)
     step = SCORE_BYTES // (q.shape[2] * num_keys * statistics_dtype(q.dtype).itemsize)
     step = max(1, step if window is None else min(step, window))  # a chunk sees step + window keys

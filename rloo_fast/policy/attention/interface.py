@@ -1,9 +1,9 @@
 """Attention over one row of completions that share their prompts, for any model of transformers.
 
 A micro-batch is one row of T tokens, prompt | completion | completion | prompt | ..., cut into
-segments: segment s owns tokens bounds[s]:bounds[s + 1] and sees its prefix (its prompt; empty for a
-prompt, or for a row that holds its own prompt) and itself, causally. Positions restart after the
-prompt, and a sliding window counts them. Called as
+segments, a tree: segment s owns tokens bounds[s]:bounds[s + 1] and sees the segment that it
+continues (a completion its prompt, a prompt what it begins with like others), all that this one
+sees, and itself, causally. Positions count along such a path; so does a sliding window. Called as
 
     with segment_attention(model):
         out = model.base_model(input_ids=ids, position_ids=pos, use_cache=False, segments=segments)
@@ -112,7 +112,7 @@ def segment_attention_forward(
         out = flex_segments(query, key, value, segments, scale, sliding_window, softcap)
     else:
         out, _ = segment_attention_op(
-            query, key, value, segments.bounds, segments.prefix, scale, sliding_window, softcap
+            query, key, value, segments.bounds, segments.parents, scale, sliding_window, softcap
         )
     return (out[..., :value_dim].contiguous() if value_dim < head_dim else out), None
 

@@ -1,14 +1,16 @@
 """Attention over segments as one torch op: what serves a CPU, and what no GPU kernel serves.
 
-T tokens in one row; segment s owns bounds[s]:bounds[s + 1] and sees its prefix, then itself,
-causally. Shapes: q (1, H, T, d), k and v (1, Hkv, T, d); out (1, T, H, d), lse (1, T, H).
+T tokens in one row; segment s owns bounds[s]:bounds[s + 1] and sees its path, from the first of its
+parents on, then itself, causally. Segments come depth first. Shapes: q (1, H, T, d), k and v
+(1, Hkv, T, d); out (1, T, H, d), lse (1, T, H).
 
-    out_i = sum_j softmax_j(softcap(scale q_i.k_j)) v_j     j in prefix(s), or j in s and j <= i
-    position(i) - position(j) < window, positions counted from the prefix's start
+    out_i = sum_j softmax_j(softcap(scale q_i.k_j)) v_j     j in path(s), or j in s and j <= i
+    position(i) - position(j) < window, positions counted along the path
 
 On a CPU without a soft-cap torch's flash kernel runs every part: segments against themselves,
-causally, and all neighbours that share a prefix against it in one unmasked call, with no copy of
-its keys. The parts (o1, lse1) and (o2, lse2) of a query merge as
+causally, and all that continues a segment, directly or not, against it in one unmasked call, with
+no copy of its keys: such segments are neighbours. The parts (o1, lse1) and (o2, lse2) of a query
+merge as
 
     lse = log(e^lse1 + e^lse2)      out = e^(lse1 - lse) o1 + e^(lse2 - lse) o2
 
@@ -26,7 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formula import AttentionScore, Part, formula_backward, formula_forward, statistics_dtype
+from ...batching.segments import joined, seen_ranges
+from .formula import AttentionScore, Path, formula_backward, formula_forward, statistics_dtype
 
 SHORT = 16  # tokens; up to here segments share padded calls, whose padding costs less than calls
 
@@ -43,39 +46,54 @@ class Batch(NamedTuple):
     tokens: Tensor  # (n,) and their tokens
 
 
+class Part(NamedTuple):
+    """Queries start:stop against keys first:last."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
 class Plan(NamedTuple):
     """The calls of one forward or backward: `own` and `batches` cover what `formula` does not."""
 
     own: list[Part]  # segments against themselves, causally: first:last is start:stop
     batches: list[Batch]
-    shared: list[Part]  # runs of segments start:stop against their prefix first:last
-    formula: list[Part]
+    shared: list[Part]  # runs of segments start:stop against the one they continue, first:last
+    formula: list[Path]
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a model ask for the same one
 def plan_calls(
-    bounds: tuple[int, ...], prefix: tuple[tuple[int, int], ...], window: int | None, flash: bool
+    bounds: tuple[int, ...], parents: tuple[int, ...], window: int | None, flash: bool
 ) -> Plan:
     """`flash`: whether the flash kernel may run what no window cuts."""
     plan = Plan([], [], [], [])
     short: dict[int, list[tuple[int, int]]] = {}
-    for s, (first, last) in enumerate(prefix):
+    runs: dict[tuple[int, int], Part] = {}  # keys: the newest run that sees them
+    for s, path in enumerate(seen_ranges(bounds, parents)):
         start, stop = bounds[s], bounds[s + 1]
         if start == stop:
             continue
-        if not flash or (window is not None and last - first + stop - start > window):
-            plan.formula.append(Part(start, stop, first, last))
+        whole = Path(start, stop, tuple(joined(path)))
+        if not flash or (window is not None and whole.length + stop - start > window):
+            plan.formula.append(whole)
             continue
         if stop - start > SHORT:
             plan.own.append(Part(start, stop, start, stop))
         else:  # widths up to 4, 8, ...
             short.setdefault((stop - start - 1) // 4, []).append((start, stop))
-        if first < last:
-            run = plan.shared[-1] if plan.shared else None
-            if run is not None and run[1:] == (start, first, last):
-                plan.shared[-1] = run._replace(stop=stop)
-            else:
-                plan.shared.append(Part(start, stop, first, last))
+        for first, last in path:
+            if first < last:
+                run = runs.get((first, last))
+                if run is None or run.stop != start:
+                    if run is not None:
+                        plan.shared.append(run)
+                    run = Part(start, stop, first, last)
+                runs[first, last] = run._replace(stop=stop)
+    plan.shared.extend(runs.values())
+    plan.shared.sort()
     for rows in short.values():
         plan.batches.append(_pad(rows))
     return plan
@@ -91,10 +109,10 @@ def _pad(rows: list[tuple[int, int]]) -> Batch:
 
 
 def forward_segments(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, prefix: Tensor, score: AttentionScore
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, parents: Tensor, score: AttentionScore
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): attention outputs and log-sums of exponentials, see the module's docstring."""
-    plan = _plan(q, bounds, prefix, score)
+    plan = _plan(q, bounds, parents, score)
     q, k, v = (_token_major(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
@@ -113,8 +131,8 @@ def forward_segments(
         share = torch.sigmoid(shared_lse - lse[:, i]).unsqueeze(-1)  # e^(lse2 - lse)
         out[:, i] = torch.lerp(out[:, i].to(share.dtype), shared_out.to(share.dtype), share)
         lse[:, i] = torch.logaddexp(lse[:, i], shared_lse)
-    for part in plan.formula:
-        formula_forward(q, k, v, part, score, out, lse)
+    for path in plan.formula:
+        formula_forward(q, k, v, path, score, out, lse)
     return out, lse
 
 
@@ -126,14 +144,14 @@ def backward_segments(
     out: Tensor,
     lse: Tensor,
     bounds: Tensor,
-    prefix: Tensor,
+    parents: Tensor,
     score: AttentionScore,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), token-major like out. What several parts add to is summed in fp32."""
-    plan = _plan(q, bounds, prefix, score)
+    plan = _plan(q, bounds, parents, score)
     q, k, v = (_token_major(x) for x in (q, k, v))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    # every token is in one part of its own, which writes; what sees a prefix adds
+    # every token is in one part of its own, which writes; what sees another segment adds
     make = torch.zeros if plan.formula else torch.empty
     dq, dk, dv = sums = [make(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v)]
     for batch in plan.batches:
@@ -150,17 +168,16 @@ def backward_segments(
             found = _flash_backward(*args, 0.0, parts is plan.own, scale=score.scale)
             for whole, share, place in zip(sums, _swap(*found), (i, j, j), strict=True):
                 write(whole[:, place], share)
-    for part in plan.formula:
-        formula_backward(q, k, v, part, score, grad, out, lse, (dq, dk, dv))
+    for path in plan.formula:
+        formula_backward(q, k, v, path, score, grad, out, lse, (dq, dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _plan(q: Tensor, bounds: Tensor, prefix: Tensor, score: AttentionScore) -> Plan:
+def _plan(q: Tensor, bounds: Tensor, parents: Tensor, score: AttentionScore) -> Plan:
     numbers = tuple(bounds.tolist())
     assert (numbers[0], numbers[-1]) == (0, q.shape[2]), (numbers[0], numbers[-1], q.shape)
-    pairs = tuple((first, last) for first, last in prefix.tolist())
     flash = q.device.type == "cpu" and score.softcap is None
-    return plan_calls(numbers, pairs, score.window, flash)
+    return plan_calls(numbers, tuple(parents.tolist()), score.window, flash)
 
 
 def _token_major(x: Tensor) -> Tensor:  # (1, H, T, d) -> (1, T, H, d), d dense for the kernels
@@ -185,13 +202,13 @@ def segment_attention_op(
     k: Tensor,
     v: Tensor,
     bounds: Tensor,
-    prefix: Tensor,
+    parents: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return forward_segments(q, k, v, bounds, prefix, AttentionScore(scale, window, softcap))
+        return forward_segments(q, k, v, bounds, parents, AttentionScore(scale, window, softcap))
 
 
 @torch.library.custom_op("rloo_fast::segment_attention_backward", mutates_args=())
@@ -203,14 +220,14 @@ def segment_attention_backward_op(
     out: Tensor,
     lse: Tensor,
     bounds: Tensor,
-    prefix: Tensor,
+    parents: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     score = AttentionScore(scale, window, softcap)
     with torch.autocast(q.device.type, enabled=False):
-        return backward_segments(grad, q, k, v, out, lse, bounds, prefix, score)
+        return backward_segments(grad, q, k, v, out, lse, bounds, parents, score)
 
 
 @segment_attention_op.register_fake

@@ -83,13 +83,13 @@ def varlen(request, monkeypatch):
 @kinds
 def test_varlen_is_given_every_segments_keys(varlen, window, softcap):
     refused = softcap is not None and not varlen[0]  # choose_backend does not send it there
-    for seed in (5, 6):
-        lengths, prefixes = some_segments(seed)
+    for seed, layout in ((5, "shared_prefix"), (6, "tree")):
+        lengths, parents = some_segments(seed, layout)
         inputs = tensors(sum(lengths), 4, 2, seed=seed)
-        mask = visible(lengths, prefixes, window)
+        mask = visible(lengths, parents, window)
         want = results(lambda q, k, v, m=mask: naive(q, k, v, m, softcap), *inputs)
         for padded in ({}, {"pad_segments_to": 40, "pad_keys_to": 2000}):
-            cut = make_segments(lengths, prefixes, "cpu", **padded)._replace(shared=None)
+            cut = make_segments(lengths, parents, "cpu", **padded)._replace(shared=())
             run = through_interface(cut, sliding_window=window, softcap=softcap)
             if refused:
                 with pytest.raises(AssertionError, match="has no soft-cap"):
@@ -99,10 +99,10 @@ def test_varlen_is_given_every_segments_keys(varlen, window, softcap):
 
 
 def test_varlen_gathers_nothing_where_rows_hold_their_prompts(varlen):
-    lengths, prefixes = some_segments(7, "packed")
+    lengths, parents = some_segments(7, "packed")
     q, k, v, _ = tensors(sum(lengths), 4, 2)
-    out = through_interface(make_segments(lengths, prefixes, "cpu"))(q, k, v)
-    torch.testing.assert_close(out, naive(q, k, v, visible(lengths, prefixes)))
+    out = through_interface(make_segments(lengths, parents, "cpu"))(q, k, v)
+    torch.testing.assert_close(out, naive(q, k, v, visible(lengths, parents)))
     assert varlen[1][0].data_ptr() == k.data_ptr()
 
 
@@ -128,14 +128,14 @@ def test_gathered_gradients_are_summed_in_fp32():
 @pytest.mark.parametrize("block", [16, 32])
 def test_block_table_is_exact(monkeypatch, window, block):
     monkeypatch.setattr(attention_flash, "BLOCK", block)
-    for seed, layout in ((8, "shared_prefix"), (9, "packed"), (10, "shared_prefix")):
-        lengths, prefixes = some_segments(seed, layout)
-        cut, total = make_segments(lengths, prefixes, "cpu"), sum(lengths)
+    for seed, layout in ((8, "shared_prefix"), (9, "packed"), (10, "shared_prefix"), (13, "tree")):
+        lengths, parents = some_segments(seed, layout)
+        cut, total = make_segments(lengths, parents, "cpu"), sum(lengths)
         needed, full = attention_flash.block_table(cut, window)
         mask = attention_flash.block_mask(cut, torch.device("cpu"), window)
         theirs = create_block_mask(mask.mask_mod, 1, 1, total, total, "cpu", BLOCK_SIZE=block)
         edge = -total % block
-        pairs = torch.nn.functional.pad(visible(lengths, prefixes, window), (0, edge, 0, edge))
+        pairs = torch.nn.functional.pad(visible(lengths, parents, window), (0, edge, 0, edge))
         blocks = pairs.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2)
         assert torch.equal(needed, blocks.flatten(2).any(-1))
         assert torch.equal(full, blocks.flatten(2).all(-1))
@@ -147,17 +147,17 @@ def test_block_table_is_exact(monkeypatch, window, block):
 def test_flex_is_masked_attention(monkeypatch, window, softcap):
     """Forward, in eager mode: FlexAttention has no backward on a CPU."""
     monkeypatch.setattr(attention, "_backend", lambda *_: "flex")
-    for seed, layout in ((11, "shared_prefix"), (12, "packed")):
-        lengths, prefixes = some_segments(seed, layout)
+    for seed, layout in ((11, "shared_prefix"), (12, "packed"), (14, "tree")):
+        lengths, parents = some_segments(seed, layout)
         q, k, v = (x.float() for x in tensors(sum(lengths), 4, 2, seed=seed)[:3])
-        cut = make_segments(lengths, prefixes, "cpu", pad_segments_to=30)
+        cut = make_segments(lengths, parents, "cpu", pad_segments_to=30)
         out = through_interface(cut, sliding_window=window, softcap=softcap)(q, k, v)
-        want = naive(q, k, v, visible(lengths, prefixes, window), softcap)
+        want = naive(q, k, v, visible(lengths, parents, window), softcap)
         torch.testing.assert_close(out, want, rtol=0, atol=3e-6)
 
 
 def test_the_mask_is_made_once_for_all_layers():
-    cut = make_segments([30, 5], [(0, 0), (0, 30)], "cpu")
+    cut = make_segments([30, 5], [-1, 0], "cpu")
     device = torch.device("cpu")
     masks = [attention_flash.block_mask(cut, device, w) for w in (None, None, 4, None)]
     assert masks[0] is masks[1] is masks[3]

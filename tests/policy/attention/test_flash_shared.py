@@ -1,4 +1,4 @@
-"""Shared prefixes in two FlashAttention calls, with stand-ins for what these compute."""
+"""A tree of segments in FlashAttention calls, one per depth, by stand-ins for the kernels."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ from tests.support.attention_cases import (
 
 PADDING = {"pad_segments_to": 40, "pad_keys_to": 2000}
 CASES = {
-    "one group": ([9, 4, 20, 1], [(0, 0), *[(0, 9)] * 3]),
-    "one completion": ([9, 4], [(0, 0), (0, 9)]),
+    "one group": ([9, 4, 20, 1], [-1, 0, 0, 0]),
+    "one completion": ([9, 4], [-1, 0]),
     "a prompt without completions, empty segments": (
-        [5, 7, 0, 3, 0], [(0, 0), (0, 0), (5, 12), (5, 12), (5, 12)],
+        [5, 7, 0, 3, 0], [-1, -1, 1, 1, 1],
     ),
-    "part of a prompt is seen": ([8, 3, 2], [(0, 0), (2, 6), (2, 6)]),
-    "two prefixes of one prompt": ([8, 3, 2], [(0, 0), (0, 4), (4, 8)]),
-    "a row of its own between": ([6, 3, 5, 4, 2], [(0, 0), (0, 6), (0, 0), (0, 0), (14, 18)]),
-    "padding at the end": ([6, 3, 5], [(0, 0), (0, 6), (0, 0)]),
+    "a row of its own between": ([6, 3, 5, 4, 2], [-1, 0, -1, -1, 3]),
+    "padding at the end": ([6, 3, 5], [-1, 0, -1]),
+    "a system prompt, two groups": ([7, 5, 3, 4, 6, 2, 9], [-1, 0, 1, 1, 0, 4, 4]),
+    "a chain": ([3, 4, 5, 6, 7], [-1, 0, 1, 2, 3]),
+    "trees of different depth": ([3, 4, 5, 6, 2, 7, 4], [-1, 0, 1, 0, -1, 4, -1]),
+    "an empty segment on the path": ([3, 0, 5, 6, 0, 4], [-1, 0, 1, 1, 0, 4]),
     **{f"random {seed}": some_segments(seed) for seed in range(20, 26)},
+    **{f"random tree {seed}": some_segments(seed, "tree") for seed in range(6)},
 }  # fmt: skip
 
 
@@ -56,71 +59,78 @@ def flash(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padded", [{}, PADDING], ids=["", "static shapes"])
-def test_two_calls_are_masked_attention(case, padded, flash):
-    lengths, prefixes = CASES[case]
+def test_the_calls_are_masked_attention(case, padded, flash):
+    lengths, parents = CASES[case]
     inputs = tensors(sum(lengths), 4, 2, seed=3)
-    mask = visible(lengths, prefixes)
+    mask = visible(lengths, parents)
     want = results(lambda q, k, v: naive(q, k, v, mask), *inputs)
-    cut = make_segments(lengths, prefixes, "cpu", **padded)
+    cut = make_segments(lengths, parents, "cpu", **padded)
     assert_close(results(through_interface(cut), *inputs), want, 1e-12)
     assert_close(results(through_op(cut), *inputs), want, 1e-12)  # the formula
-    assert len(flash) == 2
+    assert len(flash) == 1 + len(cut.shared)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_fewer_key_heads(kv_heads, flash):
-    lengths, prefixes = CASES["random 20"]
+    lengths, parents = CASES["random 20"]
     inputs = tensors(sum(lengths), 4, kv_heads)
-    want = results(lambda q, k, v: naive(q, k, v, visible(lengths, prefixes)), *inputs)
-    cut = make_segments(lengths, prefixes, "cpu")
+    want = results(lambda q, k, v: naive(q, k, v, visible(lengths, parents)), *inputs)
+    cut = make_segments(lengths, parents, "cpu")
     assert_close(results(through_interface(cut), *inputs), want, 1e-12)
 
 
 def test_scores_far_apart(flash):
     """Where one part has all of the probability, and where scores overflow an exp."""
-    lengths, prefixes = CASES["one group"]
+    lengths, parents = CASES["one group"]
     q, k, v, grad = tensors(sum(lengths), 2, 2)
     for factor in (-3000, 3000):
         k_far = k.clone()
         k_far[:, :, :9] *= factor
         inputs = (q, k_far, v, grad)
-        want = results(lambda q, k, v: naive(q, k, v, visible(lengths, prefixes)), *inputs)
-        got = results(through_interface(make_segments(lengths, prefixes, "cpu")), *inputs)
+        want = results(lambda q, k, v: naive(q, k, v, visible(lengths, parents)), *inputs)
+        got = results(through_interface(make_segments(lengths, parents, "cpu")), *inputs)
         assert_close(got, want, 1e-10)
 
 
 def test_keys_are_given_as_they_lie(flash):
-    lengths, prefixes = CASES["random 21"]
+    lengths, parents = CASES["random 21"]
     q, k, v, _ = tensors(sum(lengths), 4, 2)
-    through_interface(make_segments(lengths, prefixes, "cpu"))(q, k, v)
+    through_interface(make_segments(lengths, parents, "cpu"))(q, k, v)
     for _, k_given, v_given, *_ in flash:
         assert (k_given.data_ptr(), v_given.data_ptr()) == (k.data_ptr(), v.data_ptr())
 
 
-def test_prefixes_in_another_order_are_left_to_copies():
-    cut = make_segments([4, 5, 2, 3], [(0, 0), (0, 0), (4, 9), (0, 4)], "cpu")
-    assert cut.shared is None
-    assert cut.key_index is not None
-    assert make_segments([4, 5], [(0, 0), (0, 0)], "cpu").shared is None
+@pytest.mark.parametrize(
+    ("case", "calls"),
+    [("one group", 1), ("a system prompt, two groups", 2), ("a chain", 4),
+     ("trees of different depth", 2), ("an empty segment on the path", 1)],
+)  # fmt: skip
+def test_a_call_for_each_depth(case, calls):
+    assert len(make_segments(*CASES[case], "cpu").shared) == calls
+    assert len(make_segments(*CASES[case], "cpu", **PADDING).shared) == calls  # powers of two
+
+
+def test_segments_that_continue_no_other_need_no_call():
+    assert make_segments([4, 5], [-1, -1], "cpu").shared == ()
 
 
 def test_static_shapes_depend_on_few_numbers():
     sizes = set()
     for groups in range(1, 9):
-        lengths, prefixes = [], []
+        lengths, parents = [], []
         for _ in range(groups):
-            start = sum(lengths)
+            parents += [-1, *[len(lengths)] * 2]
             lengths += [4, 2, 2]
-            prefixes += [(0, 0), *[(start, start + 4)] * 2]
-        cut = make_segments(lengths, prefixes, "cpu", **PADDING)
-        sizes.add((len(cut.shared.cu_q), len(cut.shared.cu_k)))
+        cut = make_segments(lengths, parents, "cpu", **PADDING)
+        (shared,) = cut.shared
+        sizes.add((len(shared.cu_q), len(shared.cu_k)))
     assert len(sizes) == 2
 
 
 def on_meta(dtype=torch.bfloat16, prompt=4096, completions=64, length=512):
     """A group on the meta device, where torch's own FlashAttention ops check what they get."""
     lengths = [prompt, *[length] * completions]
-    cut = make_segments(lengths, [(0, 0), *[(0, prompt)] * completions], "meta")
+    cut = make_segments(lengths, [-1, *[0] * completions], "meta")
     total = sum(lengths)
     q, k, v = (
         torch.empty(1, total, h, 128, dtype=dtype, device="meta").transpose(1, 2).requires_grad_()
@@ -162,7 +172,7 @@ def test_bytes_of_a_long_prompt_with_many_completions():
     for name in ("copies", "two calls"):
         cut, q, k, v = on_meta()
         if name == "copies":
-            cut = cut._replace(shared=None)
+            cut = cut._replace(shared=())
         with Moved() as forward:
             out = varlen_attention(q, k, v, cut, SCALE, None, None)
         with Moved() as backward:

@@ -50,22 +50,22 @@ def tiny(family, **options):
 def a_batch(seed=0):
     """Two groups as rows of ids, and as one row with its positions and segments."""
     g = torch.Generator().manual_seed(seed)
-    ids, pos, lengths, prefixes, rows = [], [], [], [], []
+    ids, pos, lengths, parents, rows = [], [], [], [], []
     for size, sizes in ((9, (4, 0, 7)), (4, (1, 12))):
-        prompt, start = torch.randint(40, (size,), generator=g), sum(lengths)
+        prompt, number = torch.randint(40, (size,), generator=g), len(lengths)
         ids.append(prompt)
         pos.append(torch.arange(size))
         lengths.append(size)
-        prefixes.append((0, 0))
+        parents.append(-1)
         for n in sizes:
             completion = torch.randint(40, (n,), generator=g)
             first = sum(lengths)
             ids.append(completion)
             pos.append(torch.arange(size, size + n))
             lengths.append(n)
-            prefixes.append((start, start + size))
+            parents.append(number)
             rows.append((torch.cat([prompt, completion]), size, torch.arange(first, first + n)))
-    return torch.cat(ids)[None], torch.cat(pos)[None], make_segments(lengths, prefixes, "cpu"), rows
+    return torch.cat(ids)[None], torch.cat(pos)[None], make_segments(lengths, parents, "cpu"), rows
 
 
 def shared_hidden(model, ids, pos, segments):
@@ -227,7 +227,7 @@ def test_refusal_of_an_encoder_decoder():
         ({"s_aux": torch.zeros(2)}, NotImplementedError, "s_aux"),
         ({"position_bias": torch.zeros(1)}, NotImplementedError, "position_bias"),
         ({"output_attentions": True}, NotImplementedError, "output_attentions"),
-        ({"segments": make_segments([2, 2], [(0, 0)] * 2, "cpu")}, ValueError, "cover 4 tokens"),
+        ({"segments": make_segments([2, 2], [-1] * 2, "cpu")}, ValueError, "cover 4 tokens"),
         ({"is_causal": False}, NotImplementedError, "causal"),
         ({"key": torch.zeros(1, 2, 9, 8)}, ValueError, "use_cache=False"),
         ({"query": torch.zeros(2, 2, 5, 8)}, ValueError, "one row"),
@@ -238,31 +238,33 @@ def test_what_it_does_not_compute_it_refuses(change, error, sentence):
     row = torch.zeros(1, 2, 5, 8)
     given = dict.fromkeys(("query", "key", "value"), row)
     given |= {"attention_mask": None, "output_attentions": False}
-    given["segments"] = make_segments([5], [(0, 0)], "cpu")
+    given["segments"] = make_segments([5], [-1], "cpu")
     segment_attention_forward(NO_MODULE, **given)
     with pytest.raises(error, match=sentence):
         segment_attention_forward(NO_MODULE, **{**given, **change})
 
 
 @pytest.mark.parametrize(
-    ("lengths", "prefixes", "options", "sentence"),
+    ("lengths", "parents", "options", "sentence"),
     [
-        ([3, 2], [(0, 0)], {}, "give one for each"),
-        ([3, 2], [(0, 0), (0, 4)], {}, "the prefix end before"),
-        ([3, -1], [(0, 0), (0, 3)], {}, "length must be >= 0"),
-        ([3, 2], [(0, 0), (0, 3)], {"pad_segments_to": 1}, "do not fit"),
-        ([3, 2], [(0, 0), (0, 3)], {"pad_keys_to": 7}, "do not fit"),
+        ([3, 2], [-1], {}, "give one for each"),
+        ([3, 2], [-1, 1], {}, "the parent the segment before it"),
+        ([3, 2, 1, 4], [-1, 0, -1, 1], {}, r"segment 3, tokens 6:10, has parent 1"),
+        ([3, -1], [-1, 0], {}, "length must be >= 0"),
+        ([3, 2], [-1, 0], {"pad_segments_to": 1}, "do not fit"),
+        ([3, 2], [-1, 0], {"pad_keys_to": 7}, "do not fit"),
     ],
 )
-def test_make_segments_refuses(lengths, prefixes, options, sentence):
+def test_make_segments_refuses(lengths, parents, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make_segments(lengths, prefixes, "cpu", **options)
+        make_segments(lengths, parents, "cpu", **options)
 
 
 def test_make_segments_names_every_key():
-    cut = make_segments([3, 2, 0, 1], [(0, 0), (0, 3), (0, 3), (1, 3)], "cpu",
-                        pad_segments_to=5, pad_keys_to=14)  # fmt: skip
-    assert cut.bounds.tolist() == cut.cu_q.tolist() == [0, 3, 5, 5, 6, 6]
-    assert cut.cu_k.tolist() == bounds([3, 5, 0, 3, 0]).tolist()
-    assert cut.key_index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 1, 2, 5, 0, 0, 0]
-    assert cut.prefix.tolist() == [[0, 0], [0, 3], [0, 3], [1, 3], [0, 0]]
+    cut = make_segments([3, 2, 0, 1, 2], [-1, 0, 1, 1, 0], "cpu",
+                        pad_segments_to=6, pad_keys_to=21)  # fmt: skip
+    assert cut.bounds.tolist() == cut.cu_q.tolist() == [0, 3, 5, 5, 6, 8, 8]
+    assert cut.cu_k.tolist() == bounds([3, 5, 0, 6, 5, 0]).tolist()
+    whole = [0, 1, 2, *[0, 1, 2, 3, 4], *[0, 1, 2, 3, 4, 5], *[0, 1, 2, 6, 7]]
+    assert cut.key_index.tolist() == [*whole, 0, 0]
+    assert cut.parents.tolist() == [-1, 0, 1, 1, 0, -1]
