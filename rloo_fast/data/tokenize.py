@@ -228,7 +228,7 @@ class RowTokenizer:
     def num_tokens(self, rows: Sequence[Row]) -> list[int]:
         """Tokens of each row's prompt, chat template and images included; 0 for one that cannot be
         tokenised."""
-        texts = [row.get("prompt") for row in rows]
+        texts: list[Any] = [row.get("prompt") for row in rows]
         if self.reader is None and all(isinstance(text, str) for text in texts):
             return [len(ids) for ids in self.tokenizer(texts).input_ids]
         return [self._num_tokens(row) for row in rows]

@@ -110,13 +110,14 @@ class ImageReader:
         self.kind = type(base).__name__
         config = base.config
         ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        self.image_token_id: int | None = next((i for i in ids if isinstance(i, int)), None)
-        if self.image_token_id is None:
+        image_token_id = next((i for i in ids if isinstance(i, int)), None)
+        if image_token_id is None:
             raise ValueError(
                 f"the configuration of {self.kind} names no image_token_id, by which images find "
                 "their places: such models are not offered."
             )
-        self._rope_index = getattr(getattr(base, "model", base), "get_rope_index", None)
+        self.image_token_id = image_token_id
+        self._rope_index: Any = getattr(getattr(base, "model", base), "get_rope_index", None)
 
     @property
     def has_template(self) -> bool:
