@@ -108,6 +108,7 @@ class CompletionTexts(NamedTuple):
     completions: list[Any]
     rewards: dict[str, list[float]]  # by reward function
     extra: dict[str, list[Any]]  # what reward functions gave to log_extra
+    images: list[list[Any]] | None = None  # of each prompt; None: nobody looks at them
 
 
 @dataclass(frozen=True)

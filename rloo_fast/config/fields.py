@@ -267,7 +267,9 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     num_sample_generations: int | None = _field(
         None, "Print that table this many times in the run, evenly spread."
     )
-    log_multimodal: bool = _field(True, "Only True is offered: there are no images to leave out.")
+    log_multimodal: bool = _field(
+        True, "Put the images of prompts into the completions tables of wandb and trackio."
+    )
 
     # Rollouts by vLLM
     use_vllm: bool = _field(False, "Sample with vLLM; False: with transformers' generate.")

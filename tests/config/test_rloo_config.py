@@ -79,7 +79,6 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "label_names": (["labels"], "RLOO has no labels"),
     "label_smoothing_factor": (0.1, "RLOO has no labels"),
     "length_column_name": ("tokens", "not grouped by length"),
-    "log_multimodal": (False, "there are no images here"),
     "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
     "optim": ("lomo", "inside the backward pass"),
     "parallelism_config": (
