@@ -447,6 +447,12 @@ def test_effect_of_normalize_advantages(run):
     assert advantages.std() == pytest.approx(1, abs=1e-3)
 
 
+def test_effect_of_soft_punish_cache(run):
+    without_eos = {"generation_kwargs": {"suppress_tokens": [1]}}  # the longest completion, each
+    log = run(soft_punish_cache=2, **without_eos).logs[0]
+    assert log["objective/scores"] == pytest.approx(log["reward"] - 1)
+
+
 def test_effect_of_mask_truncated_completions(run):
     without_eos = {"generation_kwargs": {"suppress_tokens": [1]}}
     assert run(**without_eos).logs[0]["grad_norm"] > 0
