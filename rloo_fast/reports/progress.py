@@ -4,8 +4,9 @@ Metric names are those of `RLOOTrainer`'s log; evaluation's carry the prefix `ev
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from numbers import Real
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 BAR_DELAY_S = 2  # shorter rollouts have no bar of their own
+TICK_S = 1.0
 MAX_OTHER_METRICS = 8  # of a log that has none of those that a line shows
 # in every log, and of no interest alone
 BESIDE = ("epoch", "step", "num_tokens", "num_input_tokens_seen", "total_flos")
@@ -107,7 +109,8 @@ def bars_set_aside() -> Iterator[None]:
 @contextmanager
 def rollout_bar(total: int, is_shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar over the `total` completions of a rollout, on a terminal and from its third second on;
-    to be told the tokens of each that is finished."""
+    to be told the tokens of each that is finished. Its clock goes on where an engine finishes all
+    of them at once."""
     disable = None if is_shown else True  # None: where stderr is no terminal
     form = "{desc} {n_fmt}/{total_fmt} completions |{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(
@@ -122,7 +125,28 @@ def rollout_bar(total: int, is_shown: bool) -> Iterator[Callable[[int], None]]:
             bar.set_postfix_str(f"{_short(num_tokens)} tokens", refresh=False)
             bar.update()
 
-        yield finished
+        with nullcontext() if bar.disable else _ticking(bar):
+            yield finished
+
+
+@contextmanager
+def _ticking(bar: Any) -> Iterator[None]:
+    """Draws the bar every TICK_S seconds, from BAR_DELAY_S on."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        wait_s = BAR_DELAY_S
+        while not ended.wait(wait_s):
+            bar.refresh()
+            wait_s = TICK_S
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class CompactProgress(ProgressCallback):

@@ -3,6 +3,8 @@
 import functools
 import io
 import math
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +143,21 @@ def test_a_long_rollout_has_a_bar_that_goes_when_it_ends(monkeypatch):
     assert "rollout 3/4 completions" in terminal.getvalue()
     assert "1.20k tokens" in terminal.getvalue()
     assert not terminal.getvalue().splitlines()[-1].strip()
+
+
+def test_the_clock_of_a_rollout_goes_on_while_nothing_is_finished(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(report, "tqdm", functools.partial(report.tqdm, file=terminal))
+    monkeypatch.setattr(report, "BAR_DELAY_S", 0.05)
+    monkeypatch.setattr(report, "TICK_S", 0.02)
+    num_threads = threading.active_count()
+    deadline = time.monotonic() + 20
+    with report.rollout_bar(4, is_shown=True):
+        while terminal.getvalue().count("rollout 0/4 completions") < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert threading.active_count() <= num_threads + 1  # tqdm's own
 
 
 @pytest.mark.parametrize(("is_shown", "delay_s"), [(False, 0), (True, 60)])
