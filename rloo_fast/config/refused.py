@@ -32,7 +32,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "transformers' generate gathers the weights once per rollout, not layer by layer for every "
         "token; use_vllm=True samples without whole weights of the policy; leave it True",
     ),
-    "log_multimodal": ((True,), "there are no images here; leave it True"),
     "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
     "neftune_noise_alpha": (
         (None, 0.0),

@@ -79,7 +79,6 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "label_names": (["labels"], "RLOO has no labels"),
     "label_smoothing_factor": (0.1, "RLOO has no labels"),
     "length_column_name": ("tokens", "not grouped by length"),
-    "log_multimodal": (False, "there are no images here"),
     "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
     "optim": ("lomo", "inside the backward pass"),
     "parallelism_config": (
@@ -110,6 +109,14 @@ ELSEWHERE = {  # field: the test that shows its effect
     "max_grad_norm": "parity/test_trl.py::test_loss_gradients_and_weights_equal_trl",
     "max_nonfinite_steps": "step/test_nonfinite.py::"
     "test_too_many_such_steps_in_a_row_end_the_run",
+    "dynamic_sampling": "step/test_dynamic.py::"
+    "test_every_group_of_a_batch_has_signal_and_prompts_come_in_order",
+    "max_sampling_rounds": "step/test_dynamic.py::"
+    "test_after_the_last_round_the_batch_is_trained_as_it_is",
+    "rollout_filter": "end_to_end/test_dynamic_sampling.py::"
+    "test_a_filter_that_fails_ends_the_run_saved",
+    "curriculum": "end_to_end/test_dynamic_sampling.py::"
+    "test_a_curriculum_alone_takes_every_group_once",
     "missing_eos_penalty": "parity/test_trl_2024.py::test_metrics_of_the_rollout",
     "normalize_rewards": "parity/test_trl_2024.py::test_loss_and_gradient_of_every_step",
     "num_sample_generations": "parity/test_trl_2024.py::test_tables_of_a_run_are_printed",

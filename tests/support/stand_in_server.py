@@ -18,6 +18,7 @@ import torch
 
 from rloo_fast.rollout.vllm.receiver import Receiver
 
+ROOM = 1 << 20  # bytes of an update
 PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
 
 
@@ -75,12 +76,14 @@ class StandInServer:
             self.running.clear()
         elif name == "/resume":
             self.running.set()
-        elif name == "/init_weight_transfer_engine" and "meet" in asked["init_info"]:
-            self._receiver.meet(asked["init_info"]["meet"], asked["init_info"].get("group"))
+        elif name == "/init_weight_transfer_engine":
+            info = asked["init_info"]
+            if "meet" in info:
+                self._receiver.meet(info["meet"], info.get("group"))
         elif name == "/update_weights":
-            info = asked["update_info"]
-            came = self._receiver.arrivals(info.get("url", ""), info.get("trainer", ""), 2**30)
-            self.num_fetched += sum(arrived.nbytes for arrived in came)
+            given = asked["update_info"]
+            buckets = self._receiver.arrivals(given["url"], given.get("trainer", ""), ROOM)
+            self.num_fetched += sum(bucket.nbytes for bucket in buckets)
         elif name in ("/update_weight_version", "/finish_weight_update"):
             self.label = asked.get("new_version") or asked["weight_version"]
         return {"weight_version": self.label, "success": True}
