@@ -52,6 +52,7 @@ KIND_OF = {
             "rewards/test_processes",
             "rollout/test_hf_images",
             "rollout/test_registry",
+            "rollout/test_vllm_sender",
             "sandbox/test_collected",
             "sandbox/test_sandbox",
             "rollout/test_vllm_servers",

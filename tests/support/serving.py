@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import nn
 
 from rloo_fast.rollout.engine import EngineError
 from rloo_fast.rollout.vllm.transport import Endpoint
@@ -25,7 +25,7 @@ MAX_MODEL_LEN = 128
 KEY = "key-of-the-server"
 
 
-def tiny(seed: int) -> nn.Module:
+def tiny(seed: int) -> Any:
     """vLLM on a CPU has no heads smaller than 32."""
     return make_model(seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1).eval()
 

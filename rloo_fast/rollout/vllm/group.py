@@ -53,7 +53,7 @@ class Group:
     def __init__(
         self,
         backend: Backend,
-        store: dist.Store,
+        store: Any,
         rank: int,
         size: int,
         *,
@@ -144,15 +144,16 @@ class Group:
             ) from error
 
 
-def _gloo(store: dist.Store, rank: int, size: int, address: str) -> Any:
-    options: Any = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+def _gloo(store: Any, rank: int, size: int, address: str) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=SILENT_S)  # to connect
     options._threads = 1
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int, address: str) -> Any:
+def _nccl(store: Any, rank: int, size: int, address: str) -> Any:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = LATER

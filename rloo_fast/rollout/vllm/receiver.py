@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -120,7 +120,9 @@ def _received(group: Group, trainer: str, room: int) -> Iterator[Arrival]:
         room -= packed.nbytes
 
 
-def shared(arrivals: Iterator[Arrival], tensor_parallel: Any, device: Any) -> Iterator[Arrival]:
+def shared(
+    arrivals: Iterator[Arrival], tensor_parallel: Any, device: Any
+) -> Generator[Arrival, None, None]:
     """What the first worker of vLLM's group gets, for all of it.
 
     Where it fails, or takes no more, the others raise NotFetched: they wait for its next word. One
@@ -134,10 +136,12 @@ def shared(arrivals: Iterator[Arrival], tensor_parallel: Any, device: Any) -> It
             raise error or NotFetched()
         if head == END:
             return
+        token, nbytes = head
         if tensor_parallel.world_size > 1 and weights is not None:
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
         try:
-            yield Arrival(*head, tensor_parallel.broadcast_tensor_dict(weights, src=0))
+            weights = tensor_parallel.broadcast_tensor_dict(weights, src=0)
+            yield Arrival(token, nbytes, weights)
         except GeneratorExit:
             if is_first:
                 tensor_parallel.broadcast_object(None, src=0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from importlib import import_module
+from typing import Any, Literal, cast
 
 import torch
 
@@ -27,11 +28,12 @@ class End:
 
     @classmethod
     def of(cls, device: torch.device) -> End:
-        """That of this process. ValueError from `uuid` never: a GPU has one."""
+        """That of this process."""
         if device.type != "cuda" or not torch.distributed.is_nccl_available():
             return cls(device.type)
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return cls("cuda", uuid, ".".join(map(str, torch.cuda.nccl.version())))
+        nccl: Any = import_module("torch.cuda.nccl")
+        return cls("cuda", uuid, ".".join(map(str, nccl.version())))
 
     def said(self) -> bytes:
         return json.dumps(asdict(self)).encode()
