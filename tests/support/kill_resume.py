@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,11 @@ def newest_step(output_dir: Path) -> int:
 
 
 def wait(process: Any, condition: Any) -> None:
-    while process.is_alive() and not condition():
+    """Until the process ends or the condition holds; it looks at files that come and go."""
+    while process.is_alive():
+        with suppress(FileNotFoundError):  # a directory went while it was listed
+            if condition():
+                return
         time.sleep(0.0002)
 
 
