@@ -25,7 +25,6 @@ from rloo_fast.cli import quickstart
 
 from . import served
 
-
 LONGEST = 64  # tokens that the quickstart's model takes
 
 
