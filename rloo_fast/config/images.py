@@ -13,6 +13,7 @@ def check_images_are_offered(args: RLOOConfig, engine: Any) -> None:
     refused = {
         f"{args.world_size} processes": (args.world_size > 1, "start one process"),
         "torch_compile=True": (args.torch_compile, "leave it out"),
+        f"max_staleness={args.max_staleness}": (args.max_staleness > 0, "leave it out"),
         sampler: (not engine.takes_images, "let transformers sample, which is the default"),
     }
     for what, (is_set, advice) in refused.items():
