@@ -54,17 +54,9 @@ def questions(number: int, seed: int) -> Dataset:
 
 
 def counted(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 if the first word is the answer, 0.2 for another number."""
+    """1 if the first word is the answer."""
     first = [(completion_text(c).split() or [""])[0] for c in completions]
-    return [
-        1.0 if word == gold else 0.2 * (word in NUMBERS)
-        for word, gold in zip(first, answer, strict=True)
-    ]
-
-
-def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """The share of right answers, logged with weight 0."""
-    return [float(reward == 1.0) for reward in counted(completions, answer)]
+    return [float(word == gold) for word, gold in zip(first, answer, strict=True)]
 
 
 def tiny_llava(seed: int) -> tuple[Any, Any]:
@@ -100,20 +92,21 @@ def tiny_llava(seed: int) -> tuple[Any, Any]:
     return model, processor
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="default: a tiny model with random weights")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_steps", type=int, default=300)
-    options = parser.parse_args()
+    parser.add_argument("--max_steps", type=int, default=200)
+    options = parser.parse_args(argv)
     model, processor = options.model_name_or_path, None
     if model is None:
         model, processor = tiny_llava(options.seed)
     with tempfile.TemporaryDirectory() as directory:
         args = RLOOConfig(
             output_dir=directory, seed=options.seed, max_steps=options.max_steps,
-            num_generations=8, per_device_train_batch_size=128, max_completion_length=1,
-            learning_rate=2e-3, lr_scheduler_type="linear", beta=0.0, reward_weights=[1.0, 0.0],
+            num_generations=8, per_device_train_batch_size=96, max_completion_length=1,
+            learning_rate=1e-3, lr_scheduler_type="linear",
+            beta=0.1,  # without a KL a policy that knows no number yet settles on one of them
             gradient_checkpointing=options.model_name_or_path is not None,
             eval_strategy="steps", eval_steps=max(options.max_steps // 6, 1), eval_on_start=True,
             num_generations_eval=1, per_device_eval_batch_size=200, logging_strategy="no",
@@ -121,14 +114,16 @@ def main() -> None:
             use_cpu=options.model_name_or_path is None,
         )  # fmt: skip
         trainer = RLOOTrainer(
-            model=model, reward_funcs=[counted, right], args=args,
+            model=model, reward_funcs=counted, args=args,
             train_dataset=questions(2000, seed=1), eval_dataset=questions(200, seed=2),
             processing_class=processor,
         )  # fmt: skip
         trainer.train()
-    evaluated = [log for log in trainer.state.log_history if "eval_rewards/right/mean" in log]
-    for log in evaluated:
-        print(f"step {log['step']:4}: {log['eval_rewards/right/mean']:.2f} of 200 held-out right")
+    found = {log["step"]: log["eval_reward"] for log in trainer.state.log_history
+             if "eval_reward" in log}  # fmt: skip
+    for step, share in found.items():
+        print(f"step {step:4}: {share:.2f} of 200 held-out images counted right")
+    return list(found.values())
 
 
 if __name__ == "__main__":

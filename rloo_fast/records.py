@@ -108,6 +108,7 @@ class CompletionTexts(NamedTuple):
     completions: list[Any]
     rewards: dict[str, list[float]]  # by reward function
     extra: dict[str, list[Any]]  # what reward functions gave to log_extra
+    images: list[list[Any]] | None = None  # of each prompt; None: nobody looks at them
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class GenerationBatch:
 
     @cached_property
     def stale_rows(self) -> Tensor:
-        """(R,) bool: an older policy drew a token of it. Then even its newest tokens followed from
-        what that policy had computed of the row."""
+        """(R,) bool: an older policy drew a token of it. Then even its newest tokens may rest on
+        keys and values that this policy had computed of the row."""
         return segment_sum((self.staleness != 0).long(), self.cu_seqlens) > 0
 
     @cached_property

@@ -364,7 +364,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         sampling = sampling_of(args, loaded.stop_ids)
         self.sampler_check = build.build_sampler_check(args, sampling, models, engine, parallel)
         self.update = build.build_update(
-            models, tokenizer, args, parallel, self.clock, self._say_once
+            models, tokenizer, args, parallel, self.clock, self._say_once, loaded.tokenize.seen
         )
         self.collector = build.build_collector(
             self.rollouts,

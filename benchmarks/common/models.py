@@ -64,6 +64,7 @@ class Shape:
     num_prompts: int
     uniform: tuple[int, int] | None = None  # bounds, both included
     lognormal: tuple[float, float] | None = None  # median, sigma of the logarithm; cut at limit
+    system: int = 0  # tokens that all prompts begin with
 
     @property
     def num_rows(self) -> int:
@@ -111,6 +112,7 @@ SHAPES = {
         Shape("tldr", 400, 53, 4, 2, uniform=(30, 53)),
         Shape("math", 100, 512, 8, 1, lognormal=(167, 0.6)),  # mean about 200
         Shape("code", 300, 1024, 8, 1, lognormal=(290, 0.65)),  # mean about 350
+        Shape("system", 1100, 128, 4, 4, uniform=(32, 128), system=1000),
         Shape("short", 24, 8, 4, 2, uniform=(3, 8)),  # for tests
     )
 }
@@ -164,12 +166,12 @@ def perturb(model: nn.Module, share: float = 0.1, seed: int = 0) -> None:
 
 
 def prompt_texts(shape: Shape) -> list[str]:
-    """P different prompts of `shape.prompt` words, a token each."""
+    """P different prompts of `shape.prompt` words, a token each, the first `shape.system` alike."""
     draw = random.Random(f"{shape.name} prompts")
-    return [
-        " ".join(f"w{draw.randrange(NUM_WORDS)}" for _ in range(shape.prompt))
-        for _ in range(shape.num_prompts)
-    ]
+    words = lambda n: [f"w{draw.randrange(NUM_WORDS)}" for _ in range(n)]  # noqa: E731
+    system = words(shape.system)
+    own = shape.prompt - shape.system
+    return [" ".join(system + words(own)) for _ in range(shape.num_prompts)]
 
 
 def completions(shape: Shape, vocab: int) -> list[list[int]]:
@@ -216,14 +218,17 @@ def fixed_reward(completion_ids: list[list[int]], **kwargs: object) -> list[floa
 
 
 def update_flops(model_folder: str | Path, shape: Shape, beta: float) -> int:
-    """FLOPs that one update needs where every prompt is run once and nothing is padded.
+    """FLOPs that one update needs where every shared token is run once and nothing is padded.
 
     The policy costs three forwards (backward is twice forward), the reference, if beta > 0, one.
-    N = sum of l tokens are predicted; nothing is from the last one of a row, so P p + N - B run.
+    N = sum of l tokens are predicted; nothing is from the last one of a row, so P p + N - B run,
+    less (P - 1) s where all prompts begin with the same s.
     """
     lengths = shape.lengths()
     tokens = shape.num_prompts * shape.prompt + sum(lengths) - shape.num_rows
     pairs = attended_pairs(shape.prompt, shape.num_prompts, lengths)
+    tokens -= (shape.num_prompts - 1) * shape.system
+    pairs -= (shape.num_prompts - 1) * shape.system * (shape.system + 1) // 2
     config = AutoConfig.from_pretrained(model_folder)
     return (4 if beta > 0 else 3) * forward_flops(config, tokens, pairs, sum(lengths))
 

@@ -14,7 +14,8 @@ The ladder, from TRL to ours, each rung one thing apart from the one above:
                             with one kernel on a GPU: this factor too must be measured on each
     ours_padded             without that pass
     ours_packed             without padding
-    ours                    layout "auto": with shared prefix, every prompt once
+    ours_groups             every prompt once, for the completions of its group
+    ours                    layout "auto": every shared token once, of groups that begin alike too
 
 --rows-per-micro-batch is per_device_train_batch_size in both; ours makes a budget of tokens of it,
 so that it may take fewer forwards: the notes count them.
@@ -37,6 +38,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.common import models as step_models
 from benchmarks.common.models import SHAPES, Shape
+from rloo_fast.batching.layouts import LAYOUTS
+from rloo_fast.batching.layouts.shared_prefix import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Provider:
     layout: str = "auto"
     two_passes: bool = False
     gpu_head: bool = False
+    alone: bool = False  # groups share nothing with others, completions nothing but their prompt
 
 
 LADDER = {
@@ -54,7 +58,8 @@ LADDER = {
     "ours_padded_two_passes": Provider("ours", "our head and loss", "padded", two_passes=True),
     "ours_padded": Provider("ours", "no old-log-prob pass", "padded"),
     "ours_packed": Provider("ours", "no padding", "packed"),
-    "ours": Provider("ours", "every prompt once"),
+    "ours_groups": Provider("ours", "every prompt once", "shared_prefix", alone=True),
+    "ours": Provider("ours", "every shared token once"),
 }
 
 
@@ -237,7 +242,7 @@ class Steps:
         self.policy_passes.reset()
         self.reference_passes.reset()
         around = _head_as_on_a_gpu() if self.provider.gpu_head else nullcontext()
-        with around:
+        with around, _groups_alone() if self.provider.alone else nullcontext():
             self.trainer.train()
         return self.watch.seconds
 
@@ -282,6 +287,26 @@ def _head_as_on_a_gpu() -> Iterator[None]:
         yield
     finally:
         utils._use_triton = before
+
+
+class GroupsAlone(SharedPrefix):
+    """The layout as it was before it was a tree."""
+
+    def sharing(self, prompts: Any, completions: Any) -> None:
+        return None
+
+    def fill(self, line: Any, units: Any) -> None:
+        super().fill(line, [unit._replace(alone=True) for unit in units])
+
+
+@contextmanager
+def _groups_alone() -> Iterator[None]:
+    before = LAYOUTS["shared_prefix"]
+    LAYOUTS["shared_prefix"] = GroupsAlone()
+    try:
+        yield
+    finally:
+        LAYOUTS["shared_prefix"] = before
 
 
 def differences(found: FirstUpdate, baseline: FirstUpdate) -> dict[str, float]:

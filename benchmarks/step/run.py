@@ -129,8 +129,8 @@ def split(seconds: Mapping[str, Sequence[float]]) -> list[Factor]:
 
 
 def add_ratios(rows: Mapping[str, Row], seconds: Mapping[str, Sequence[float]]) -> None:
-    """The note of our row: how much longer trl takes, pair by pair."""
-    for name in ("trl", "trl_gpu_head"):
+    """The note of our row: how much longer trl takes, or ours of before, pair by pair."""
+    for name in ("trl", "trl_gpu_head", "ours_groups"):
         if name in seconds and "ours" in seconds:
             ratios = paired_ratios(seconds[name], seconds["ours"])
             rows["ours"].add_note(

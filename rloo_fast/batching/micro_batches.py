@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from rloo_kernels.transfer import to_device
 
-from ..records import GenerationBatch, ImageInputs, MicroBatch, Unit
+from ..records import GenerationBatch, ImageInputs, MicroBatch, Prompt, Unit
 from .compiled_sizes import CompiledSizes
 from .images import inputs_of_lines
 from .layouts import Layout, UnitIds
@@ -38,10 +38,12 @@ def make_micro_batch(
     every_token: bool = False,
     multiple_of: int = 1,
     sizes: CompiledSizes | None = None,
+    seen: Prompt | None = None,
 ) -> MicroBatch:
     """The micro-batch of `units`; without units a filler, which runs one token and weighs nothing.
 
     Made on the host and queued for the device, so that it can be built while the one before runs.
+    `seen`: a prompt with an image that goes along, weighing nothing, where no other prompt has one.
     Lines are lengthened to a multiple of `multiple_of` tokens, or to one of `sizes`.
     """
     counted, run = batch.num_tokens, run_lengths(batch, every_token)
@@ -59,6 +61,9 @@ def make_micro_batch(
             parts.append(UnitIds(batch.prompt_ids[rows[0]], completions, num_targets, alone))
             if batch.inputs is not None:
                 prompts.append(batch.inputs[rows[0]])
+    if seen is not None and not any("pixel_values" in inputs for inputs in prompts):
+        parts.append(UnitIds(seen.ids, [[]], [0], alone=True))
+        prompts.append(seen.inputs or {})
     lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
     segments = None
     if lines.segment_lengths is not None:

@@ -81,8 +81,10 @@ def pack(
         if rows:
             lengths = _lengths(rows, prompt_lengths, completion_lengths)
             atoms[number] = _units_of_group(number, rows, lengths, layout, budget, split, sharing)
+    if not atoms:
+        return []
     tree = [Branch(0, 0, [*atoms])] if sharing is None else branches(sharing.groups)
-    packed = _pack_tree(tree, atoms, budget) if atoms else []
+    packed = _pack_tree(tree, atoms, budget)
 
     def largest_first(atom: _Atom) -> tuple[int, int]:
         tokens = atom.demand.size

@@ -4,11 +4,11 @@ Rows in the order of their ids have what two of them share between all neighbour
 the other, so the tree is in one number per pair of neighbours: the tokens after which they part. A
 branch is where these are fewer than on both sides.
 
-Branches are put at every EVERY-th position, just before the tokens that differ, so that no segment
-is a token or two long, and at the end of a group's prompt. So two rows share a number of tokens
-that does not depend on what else is in the tree: a plan may count it group by group. And a tree
-never has more tokens than one that parts a token early, as TRL's does: a row loses two tokens at
-most where it leaves the others, and its last token is not run.
+Branches are put at every EVERY-th position before the tokens that differ, counted from the end of
+the prompt where the rows are of one group, and at that end: no branch for a token or two. So two
+rows share tokens, whatever else is in the tree, and a plan may count them group by group. And a
+tree never has more tokens than one that parts a token early, as TRL's does: a row loses two tokens
+at most where it leaves the others, and its last token is not run.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ class Shares(NamedTuple):
     order: list[int]
     cuts: list[int]
 
-    @property
-    def total(self) -> int:
-        """Tokens that a row has in common with the rows before it, over all rows."""
-        return sum(self.cuts)
-
 
 @dataclass(slots=True)
 class Branch:
@@ -51,20 +46,33 @@ class Branch:
     children: list[Branch | int] = field(default_factory=list["Branch | int"])
 
 
+def in_order(keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+    """(row numbers by their keys, tokens that each one's begins with like the next one's)."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return order, [_num_common(keys[a], keys[b]) for a, b in pairwise(order)]
+
+
+def num_tokens(key: bytes) -> int:
+    return len(key) // _TOKEN
+
+
+def parted(common: int) -> int:
+    """Tokens that two rows share that have these in common, from where branches are counted."""
+    return common - common % EVERY
+
+
 def shared(keys: Sequence[bytes], *, behind: int = 0, ends: bool = True) -> Shares:
-    """What the rows with these keys share, behind `behind` tokens that all have in common.
+    """What the rows with these keys share, behind `behind` tokens that all have in common, from
+    which branches are counted.
 
     `ends`: a row ends with its key. One that the next one begins with needs no branch then: its
     tokens are the other's.
     """
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    cuts: list[int] = []
-    for a, b in pairwise(order):
-        if ends and keys[b].startswith(keys[a]):
-            cuts.append(behind + len(keys[a]) // _TOKEN)
-        else:
-            common = behind + _num_common(keys[a], keys[b])
-            cuts.append(max(behind, common - common % EVERY))
+    order, common = in_order(keys)
+    cuts = [
+        behind + (n if ends and n == num_tokens(keys[row]) else parted(n))
+        for row, n in zip(order, common, strict=False)
+    ]
     return Shares(order, cuts)
 
 

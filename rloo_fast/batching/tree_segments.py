@@ -7,9 +7,10 @@ of its own: it reads the other's, here its host's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-from .prefix_tree import Branch, Shares, branches, first_row, key_of, shared
+from .prefix_tree import Branch, Shares, branches, first_row, in_order, key_of, parted
 
 NONE = -1  # the parent of a segment that continues no other
 
@@ -81,14 +82,18 @@ def _ends(row: TreeRow, start: int) -> list[int]:
 def _hosts(rows: Sequence[TreeRow]) -> tuple[list[int], Shares]:
     """(the row whose tokens each row runs: its own, or those of one that begins with it; what these
     rows share)"""
-    order, cuts = shared([_key(row, number) for number, row in enumerate(rows)])
-    places: dict[int, list[int]] = {}
+    order, common = in_order([_key(row, number) for number, row in enumerate(rows)])
+    cuts = [
+        _parts_after(rows[a], rows[b], n) for (a, b), n in zip(pairwise(order), common, strict=True)
+    ]
+    last_place: dict[int, int] = {}
     for place, row in enumerate(order):
-        places.setdefault(rows[row].unit, []).append(place)
-    for unit_places in places.values():
-        prompt = rows[order[unit_places[0]]].prompt
-        for place in range(unit_places[0], unit_places[-1]):
-            cuts[place] = max(cuts[place], prompt)
+        before, prompt = last_place.get(rows[row].unit, place), rows[row].prompt
+        if before < place:  # rows of others may lie between two of a unit
+            least = prompt + parted(min(common[before:place]) - prompt)
+            for between in range(before, place):
+                cuts[between] = max(cuts[between], least)
+        last_place[rows[row].unit] = place
     hosts = [0] * len(rows)
     kept: list[tuple[int, int]] = []  # (host, tokens after which the next one parts from it)
     for row, cut in zip(reversed(order), [0, *reversed(cuts)], strict=True):
@@ -98,6 +103,14 @@ def _hosts(rows: Sequence[TreeRow]) -> tuple[list[int], Shares]:
         hosts[row] = kept[-1][0]
     kept.reverse()
     return hosts, Shares([row for row, _ in kept], [cut for _, cut in kept[:-1]])
+
+
+def _parts_after(row: TreeRow, next_row: TreeRow, common: int) -> int:
+    """Tokens after which the next row parts from one that it begins like."""
+    if common == len(row.ids):
+        return common
+    behind = row.prompt if row.unit == next_row.unit else 0
+    return behind + parted(common - behind)
 
 
 def _key(row: TreeRow, number: int) -> bytes:

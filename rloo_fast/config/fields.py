@@ -267,7 +267,9 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     num_sample_generations: int | None = _field(
         None, "Print that table this many times in the run, evenly spread."
     )
-    log_multimodal: bool = _field(True, "Only True is offered: there are no images to leave out.")
+    log_multimodal: bool = _field(
+        True, "Put the images of prompts into the completions tables of wandb and trackio."
+    )
 
     # Rollouts by vLLM
     use_vllm: bool = _field(False, "Sample with vLLM; False: with transformers' generate.")
@@ -353,7 +355,8 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     truncated_importance_sampling: str | None = _field(
         None,
         "Weight the loss by min(trainer's probability / sampler's, importance_sampling_cap): per "
-        "token | per sequence.",
+        "token | per sequence. Left out: no weights; in completions of older weights the ratio of "
+        "the loss is to the sampler, clipped.",
     )
     importance_sampling_cap: float = _field(2.0, "Largest of those weights.")
 

@@ -10,10 +10,9 @@ from .rloo_config import RLOOConfig
 def check_images_are_offered(args: RLOOConfig, engine: Any) -> None:
     """Raise ValueError for settings that do not go with images; `engine`: class of the rollouts."""
     sampler = "use_vllm=True" if args.use_vllm else f"rollout_engine={args.rollout_engine!r}"
-    refused = {
-        f"{args.world_size} processes": (args.world_size > 1, "start one process"),
-        "torch_compile=True": (args.torch_compile, "leave it out"),
-        f"max_staleness={args.max_staleness}": (args.max_staleness > 0, "leave it out"),
+    refused: dict[str, tuple[bool, str]] = {
+        "torch_compile=True": (bool(args.torch_compile), "leave it out"),
+        "max_staleness": (args.max_staleness > 0, "leave it out"),
         sampler: (not engine.takes_images, "let transformers sample, which is the default"),
     }
     for what, (is_set, advice) in refused.items():

@@ -32,7 +32,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "transformers' generate gathers the weights once per rollout, not layer by layer for every "
         "token; use_vllm=True samples without whole weights of the policy; leave it True",
     ),
-    "log_multimodal": ((True,), "there are no images here; leave it True"),
     "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
     "neftune_noise_alpha": (
         (None, 0.0),
@@ -148,6 +147,11 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
         if wrong:
             names = " and ".join(sorted(wrong))
             raise ValueError(f"{names} has no effect here, as {why}: leave it out.")
+    if args.vllm_weight_transfer == "nccl" and args.use_cpu:
+        raise ValueError(
+            "vllm_weight_transfer='nccl' sends from a GPU, and use_cpu is True: leave one of the "
+            "two out."
+        )
     if args.num_processes % args.vllm_tensor_parallel_size:
         raise ValueError(
             f"vllm_tensor_parallel_size ({args.vllm_tensor_parallel_size}) must divide the number "

@@ -142,6 +142,13 @@ def _parts(message: Message) -> list[dict[str, Any]]:
     return parts
 
 
+def shown_images(messages: Any, columns: Mapping[str, Any]) -> list[Image]:
+    """The images of a prompt: of its messages, or of its row where it is a text."""
+    if isinstance(messages, str):
+        return row_images(columns)
+    return [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+
+
 def without_images(messages: Any) -> Any:
     """Messages without the images themselves, for texts that are shown; others as they are."""
     if not isinstance(messages, list):

@@ -9,18 +9,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config.rloo_config import RLOOConfig, as_dict
-from ..models.chat_templates import TemplateLimit, apply_template
+from ..models.chat_templates import apply_template
 from ..models.vision import ImageReader
-from ..records import ImageInputs, Prompt
-from .images import COLUMNS, row_images, with_images, without_images
+from ..records import Prompt
+from .image_prompts import prompt_with_images, trial_prompt
+from .images import COLUMNS
+from .messages import is_conversational, kind_error, shown, template_errors
 from .row_errors import UnreadableRow, UnusableRow
 from .row_functions import Row
 
 OPTION = " skip_unusable_rows=True leaves such rows out and counts them."
-
-
-def is_conversational(text: Any) -> bool:
-    return isinstance(text, list) and bool(text) and isinstance(text[0], dict) and "role" in text[0]
 
 
 def tokenize(
@@ -56,13 +54,18 @@ def tokenize(
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
         inputs, text = None, row["prompt"]
         if reader is not None:
-            text, ids, inputs = _with_images(row, reader, chat_template_kwargs)
+            text, ids, inputs = prompt_with_images(row, reader, chat_template_kwargs)
+        elif any(row.get(name) is not None for name in COLUMNS):
+            raise UnusableRow(
+                "a row has an image, and the run has no processor: pass the processor of "
+                f"a vision-language model as processing_class. Its prompt begins {shown(text)}."
+            )
         else:
             ids = _encode(text, tokenizer, chat_template_kwargs)
         if not ids or text == "":
             raise UnusableRow(
                 f"a prompt {'is empty' if text in ('', []) else 'has no tokens'} "
-                f"({_shown(text)}): there is no token to continue. "
+                f"({shown(text)}): there is no token to continue. "
                 "Drop such rows from the dataset."
             )
         if num_embeddings is not None and max(ids) >= num_embeddings:
@@ -71,14 +74,14 @@ def tokenize(
             raise UnusableRow(
                 f"a prompt has {len(ids)} tokens, but only {max_prompt_tokens} fit into the "
                 f"model's context beside {length_option}: shorten or drop it, or lower "
-                f"{length_option}. The prompt begins {_shown(text)}."
+                f"{length_option}. The prompt begins {shown(text)}."
             )
         if engine_length is not None and len(ids) > engine_length:
             raise UnusableRow(
                 f"a prompt has {len(ids)} tokens, but the rollout engine was started for prompts "
                 f"of at most {engine_length}, from those that were there to see: set "
                 f"vllm_max_model_length to the longest prompt plus {length_option}, or "
-                f"max_prompt_length to leave longer prompts out. The prompt begins {_shown(text)}."
+                f"max_prompt_length to leave longer prompts out. The prompt begins {shown(text)}."
             )
         columns = {
             k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
@@ -87,42 +90,13 @@ def tokenize(
     return prompts
 
 
-def _with_images(
-    row: Row, reader: ImageReader, kwargs: dict[str, Any]
-) -> tuple[Any, list[int], ImageInputs]:
-    """(prompt, token ids, inputs) of a row: of a conversation the messages as the template had
-    them, images among their parts, which is what TRL gives to reward functions."""
-    text = row["prompt"]
-    images = row_images(row)
-    if not is_conversational(text):
-        if not isinstance(text, str):
-            raise UnusableRow(_kind_error(text))
-        try:
-            return text, *reader.text(text, images)
-        except ValueError as error:
-            raise UnusableRow(f"{error} The prompt is {_shown(text)}.") from error
-    if not reader.has_template and "chat_template" not in kwargs:
-        raise ValueError(
-            "a prompt is a conversation, but the processor has no chat template: set "
-            "processor.chat_template, or make the prompts strings."
-        )
-    messages = with_images(text, images)
-    with _template_errors(without_images(messages)):
-        return messages, *reader.chat(messages, kwargs)
-
-
-def _trial_prompt(reader: ImageReader, kwargs: dict[str, Any]) -> Prompt:
-    ids, inputs = reader.trial(kwargs)
-    return Prompt("", ids, {}, inputs)
-
-
 def _beyond(token_id: int, num_embeddings: int, tokenizer: Any, text: Any) -> str:
     token = tokenizer.convert_ids_to_tokens(token_id)
     return (
         f"a prompt has the token id {token_id} ({token!r}), but the model has embeddings for ids "
         f"below {num_embeddings} only, the tokenizer {len(tokenizer)} tokens: call "
         "model.resize_token_embeddings(len(tokenizer)) before the trainer is made, or pass the "
-        f"tokenizer that belongs to the model. The prompt begins {_shown(text)}."
+        f"tokenizer that belongs to the model. The prompt begins {shown(text)}."
     )
 
 
@@ -131,14 +105,7 @@ def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any
         return _apply_template(text, tokenizer, kwargs)
     if isinstance(text, str):
         return tokenizer(text).input_ids
-    raise UnusableRow(_kind_error(text))
-
-
-def _kind_error(text: Any) -> str:
-    return (
-        "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
-        f"got {_shown(text)}."
-    )
+    raise UnusableRow(kind_error(text))
 
 
 def _apply_template(
@@ -149,26 +116,12 @@ def _apply_template(
             "a prompt is a conversation, but the tokenizer has no chat template: set "
             "tokenizer.chat_template, or make the prompts strings."
         )
-    with _template_errors(messages):
+    with template_errors(messages):
         encoded: Any = apply_template(
             tokenizer, messages, add_generation_prompt=True, tokenize=True, return_dict=True,
             **kwargs,
         )  # fmt: skip
     return encoded["input_ids"]
-
-
-@contextmanager
-def _template_errors(messages: Any) -> Iterator[None]:
-    """What a template runs into, as an error that shows the messages."""
-    try:
-        yield
-    except TemplateLimit as error:
-        raise ValueError(f"{error} The prompt is {_shown(messages)}.") from error
-    except Exception as error:  # whatever the template's code runs into
-        raise UnusableRow(
-            f"the chat template fails on a prompt ({type(error).__name__}: {error}). The prompt "
-            f"is {_shown(messages)}."
-        ) from error
 
 
 class RowTokenizer:
@@ -197,7 +150,7 @@ class RowTokenizer:
         # a prompt with an image, to try out what a model can do with it
         self.seen: Prompt | None = None
         if reader is not None:
-            self.seen = _trial_prompt(reader, chat_template_kwargs)
+            self.seen = trial_prompt(reader, chat_template_kwargs)
         self.chat_template_kwargs, self.keep_columns = chat_template_kwargs, keep_columns
         self.num_embeddings, self._check_columns = num_embeddings, check_columns
         self._good_columns: set[frozenset[str]] = set()
@@ -268,14 +221,14 @@ class RowTokenizer:
             try:
                 self._check_columns(columns if self.keep_columns else ())
             except ValueError as error:
-                raise UnusableRow(f"{error} (The prompt: {_shown(row.get('prompt'))}.)") from error
+                raise UnusableRow(f"{error} (The prompt: {shown(row.get('prompt'))}.)") from error
             self._good_columns.add(columns)
         return row
 
     def num_tokens(self, rows: Sequence[Row]) -> list[int]:
         """Tokens of each row's prompt, chat template and images included; 0 for one that cannot be
         tokenised."""
-        texts = [row.get("prompt") for row in rows]
+        texts: list[Any] = [row.get("prompt") for row in rows]
         if self.reader is None and all(isinstance(text, str) for text in texts):
             return [len(ids) for ids in self.tokenizer(texts).input_ids]
         return [self._num_tokens(row) for row in rows]
@@ -283,7 +236,7 @@ class RowTokenizer:
     def _num_tokens(self, row: Row) -> int:
         try:
             if self.reader is not None:
-                return len(_with_images(row, self.reader, self.chat_template_kwargs)[1])
+                return len(prompt_with_images(row, self.reader, self.chat_template_kwargs)[1])
             return len(_encode(row.get("prompt"), self.tokenizer, self.chat_template_kwargs))
         except UnusableRow:
             return 0
@@ -298,8 +251,3 @@ def _naming_the_option() -> Iterator[None]:
     except UnusableRow as error:
         error.args = (f"{error}{OPTION}",)
         raise
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 120 else shown[:117] + "..."

@@ -37,52 +37,60 @@ def is_vision_model(model: Any) -> bool:
 def auto_class(name: str, *, with_images: bool, **kwargs: Any) -> Any:
     """The class of transformers that loads `name`: of a vision-language model whole, also for text
     alone where there is no class for that."""
+    config = _config_of(name, **kwargs)
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping
+    takes_text = type(config) in AutoModelForCausalLM._model_mapping
+    whole = takes_images and (with_images or not takes_text)
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
+
+
+def _config_of(name: str, **kwargs: Any) -> Any:
+    """None where there is none: loading the model will say why."""
     known = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     try:
-        config = AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in known if k in kwargs})
-    except Exception:  # loading the model itself will say why
-        return AutoModelForCausalLM
-    seen = type(config) in AutoModelForImageTextToText._model_mapping
-    only_seen = seen and type(config) not in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if (with_images and seen) or only_seen else (
-        AutoModelForCausalLM
-    )  # fmt: skip
+        return AutoConfig.from_pretrained(name, **{k: kwargs[k] for k in known if k in kwargs})
+    except Exception:
+        return None
 
 
-def find_processor(
-    given: Any, model: Any, *, with_images: bool, **kwargs: Any
-) -> ProcessorMixin | None:
-    """The processor of a run: as given, or, for datasets with images, the one saved with the model;
-    None for a text run. `kwargs` are those of from_pretrained.
-
-    Raises ValueError for images and a tokenizer, a model without an image tower, or no processor.
-    """
-    kind = type(base_causal_lm(model)).__name__
-    if isinstance(given, PreTrainedTokenizerBase) or (given is None and not with_images):
-        if not with_images:
-            return None
+def check_takes_images(model: Any, processing_class: Any, *, images: bool, **kwargs: Any) -> None:
+    """Raise ValueError, before a model is loaded, for a tokenizer or a text model and images, or a
+    text model and a processor. `images`: the datasets have some. `kwargs`: of from_pretrained."""
+    if images and isinstance(processing_class, PreTrainedTokenizerBase):
         raise ValueError(
             "the dataset has an image column, but processing_class is a tokenizer: pass the "
             "model's processor, as AutoProcessor.from_pretrained(...), or remove the column."
         )
-    if not is_vision_model(model):
-        what = "the dataset has an image column" if with_images else "you passed a processor"
+    if isinstance(model, str):
+        config = _config_of(model, **kwargs)
+        takes = config is None or type(config) in AutoModelForImageTextToText._model_mapping
+    else:
+        takes = is_vision_model(model)
+    if not takes:
+        what = "the dataset has an image column" if images else "processing_class is a processor"
+        named = repr(model) if isinstance(model, str) else type(base_causal_lm(model)).__name__
         raise ValueError(
-            f"{what}, but the model {kind} takes no images: give a vision-language model, or "
+            f"{what}, but the model {named} takes no images: give a vision-language model, or "
             "remove the column and pass a tokenizer."
         )
+
+
+def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
+    """The processor as given, or the one saved with the model. `kwargs`: of from_pretrained.
+
+    Raises ValueError where there is none, or the model that was loaded takes no images.
+    """
+    check_takes_images(model, given, images=given is None)
     if given is None:
         name = getattr(model.config, "_name_or_path", "") or ""
         try:
             given = AutoProcessor.from_pretrained(name, **kwargs)
         except Exception as error:
             raise ValueError(
-                f"no processor could be loaded for the model ({name or 'built in memory'!r}: "
+                f"no processor could be loaded for the model ({name or 'built in memory'!r}; "
                 f"{type(error).__name__}: {error}): pass it as processing_class=..."
             ) from error
     if not isinstance(given, ProcessorMixin):
-        if not with_images:
-            return None  # no tokenizer either, which `load_tokenizer` says
         raise ValueError(
             f"the dataset has an image column, but processing_class is {type(given).__name__}: "
             "pass the model's processor, as AutoProcessor.from_pretrained(...)."
@@ -102,13 +110,14 @@ class ImageReader:
         self.kind = type(base).__name__
         config = base.config
         ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        self.image_token_id: int | None = next((i for i in ids if isinstance(i, int)), None)
-        if self.image_token_id is None:
+        image_token_id = next((i for i in ids if isinstance(i, int)), None)
+        if image_token_id is None:
             raise ValueError(
                 f"the configuration of {self.kind} names no image_token_id, by which images find "
                 "their places: such models are not offered."
             )
-        self._rope_index = getattr(getattr(base, "model", base), "get_rope_index", None)
+        self.image_token_id = image_token_id
+        self._rope_index: Any = getattr(getattr(base, "model", base), "get_rope_index", None)
 
     @property
     def has_template(self) -> bool:

@@ -1,7 +1,7 @@
 """Which layout a model can be trained in: by what it declares, and by trying it out.
 
-The trial: log-probs of a short completion behind a prompt that it shares with another one, in the
-layout, against a padded line of its own. A model that mixes up the two, or their positions, is off
+The trial: log-probs of a short completion behind a prompt that it shares with two more, one of which
+begins like it, in the layout, against a padded line of its own. A model that mixes up the two, or their positions, is off
 by as much as one that reads the other completion as part of the prompt.
 """
 
@@ -106,7 +106,7 @@ def _trial(
     try:
         right = logps([second], "padded")
         mixed = logps([first + second], "padded")
-        found = logps([first, second], layout)
+        found = logps([first, second[:3] + first[:2], second], layout)
         if has_dropout_rates(model):  # may be in the attention, which no layout but padded has
             policy.model.train()
             # a resumed run tries it later than the run that it continues: no draw may be left

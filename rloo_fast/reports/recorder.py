@@ -205,7 +205,8 @@ class Recorder:
         if self.log_completions:
             self._print(samples, label)
         if self._samples_writer is not None:
-            self._samples_writer.write(completions.draw_rows(samples, self.num_shown))
+            texts = completions.without_images(samples)
+            self._samples_writer.write(completions.draw_rows(texts, self.num_shown))
 
     def print_completions(self, step: int) -> None:
         """The newest samples of training with their rewards: to the terminal and the trackers."""
@@ -214,7 +215,8 @@ class Recorder:
             self._print(samples, "train")
 
     def _print(self, samples: pd.DataFrame, label: str) -> None:
-        shown = completions.draw_rows(samples, self.num_shown)
+        texts = completions.without_images(samples)
+        shown = completions.draw_rows(texts, self.num_shown)
         completions.print_table(shown, *heading(samples))
         name = "completions" if label == "train" else f"{label}_completions"
         completions.log_completions_table(self.report_to, samples, name)

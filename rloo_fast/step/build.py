@@ -30,7 +30,7 @@ from ..offload.engine_memory import EngineMemory
 from ..policy.forward import Policy
 from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
-from ..records import Sampling
+from ..records import Prompt, Sampling
 from ..reports.progress import rollout_bar
 from ..rewards import Rewards
 from ..rewards.shaping import ScoreSettings, SoftPunish
@@ -207,6 +207,8 @@ def build_collector(
         mask_truncated=args.mask_truncated_completions,
         overlap_rewards=args.use_vllm if args.overlap_rewards is None else args.overlap_rewards,
         with_texts=any(looked_at),
+        with_images=args.log_multimodal,
+        shows_images=not {"wandb", "trackio"}.isdisjoint(args.report_to or ()),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
@@ -221,8 +223,9 @@ def build_update(
     parallel: TrainingEngine,
     clock: StepClock,
     say: Callable[[str], None],
+    seen: Prompt | None,
 ) -> UpdateParts:
-    """`say`: tells the user a sentence once."""
+    """`say`: tells the user a sentence once. `seen`: a prompt with an image, in a run with some."""
     accelerator, settings = parallel.accelerator, loss_settings(args)
     policy, reference, dropout = policies
     coef = router_coef(policy.model, args.router_aux_loss_coef)
@@ -236,6 +239,7 @@ def build_update(
         multiple_of=multiple_of,
         every_token=coef != 0,  # a load-balancing loss counts tokens that predict nothing, too
         few_sizes=args.torch_compile,
+        seen=seen if accelerator.num_processes > 1 else None,
     )
     runner = MicroBatchRunner(accelerator, can_retry=parallel.can_retry)
     advantages = AdvantageMaker(settings, accelerator)

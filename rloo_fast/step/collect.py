@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from ..batching.balance import balance_rows, with_sizes
 from ..batching.planner import Planner
+from ..data.images import shown_images
 from ..data.seeds import step_seed
 from ..data.tokenize import RowTokenizer, is_conversational
 from ..distributed.collectives import gather_objects, gather_rows, total
@@ -80,8 +81,9 @@ class Collector:
 
     `stage(name)`: a context that times what runs in it. `hidden(seconds)`: is told what of the
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
-    of all processes are gathered for whoever looks at them. `progress(completions)`: a context that
-    is told the tokens of each that is finished.
+    of all processes are gathered for whoever looks at them; `with_images`: images too, where a
+    tracker `shows_images`. `progress(completions)`: a context that is told the tokens of each that
+    is finished.
     """
 
     def __init__(
@@ -97,6 +99,8 @@ class Collector:
         mask_truncated: bool,
         overlap_rewards: bool,
         with_texts: bool,
+        with_images: bool,
+        shows_images: bool,
         tokens_per_pair: float,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
@@ -106,7 +110,9 @@ class Collector:
         self.tokenizer, self.seen = tokenize.tokenizer, tokenize.seen
         self.sampling, self.planner, self.accelerator = sampling, planner, accelerator
         self.scores, self.mask_truncated = scores, mask_truncated
-        self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
+        self.overlap_rewards = overlap_rewards
+        self.with_texts, self.with_images = with_texts, with_images
+        self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
         self.progress = progress
         self.stops = Stops(sampling, tokenize.tokenizer)
@@ -194,6 +200,9 @@ class Collector:
         """Of all processes' completions, if somebody looks at them."""
         if not self.with_texts:
             return None
+        images = None
+        if self.with_images and self.shows_images and _inputs(scored.rows) is not None:
+            images = [shown_images(row.text, row.columns) for row in scored.rows]
         return gather_texts(
             self.accelerator,
             self.rewards.names,
@@ -201,6 +210,7 @@ class Collector:
             scored.completions,
             scored.rewards,
             scored.given.extra,
+            images,
         )
 
     def _sample_and_score(

@@ -104,14 +104,15 @@ def aged(batch: GenerationBatch, shift: int) -> GenerationBatch:
 
 
 def group_to_plain(group: Group) -> dict[str, Any]:
-    """For a checkpoint; what a reward function gave to log_extra becomes text where it has to."""
+    """For a checkpoint, without the images that trackers show; what a reward function gave to
+    log_extra becomes text where it has to."""
     texts = group.texts
     if texts is not None:
         extra = {
             name: [x if isinstance(x, PLAIN) else str(x) for x in values]
             for name, values in texts.extra.items()
         }
-        texts = texts._replace(extra=extra)
+        texts = texts._replace(extra=extra, images=None)
     return {
         "number": group.number,
         "batch": as_plain(group.batch),

@@ -30,7 +30,7 @@ from ..models.dropout import disable_dropout
 from ..models.loading import check_model_path, context_length, load_policy, num_embeddings
 from ..models.reference import make_reference
 from ..models.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
-from ..models.vision import ImageReader, find_processor
+from ..models.vision import ImageReader, check_takes_images, find_processor
 from ..policy.router import router_coef
 from ..rewards import Rewards, RewardSources
 from ..rollout.engine import RolloutEngine
@@ -77,10 +77,18 @@ def load_run(
             "reads_vllm_settings = True in its class."
         )
     check_datasets(train_dataset, eval_dataset, args)
+    from_hub: dict[str, Any] = {
+        "revision": as_dict(args.model_init_kwargs).get("revision"),
+        "trust_remote_code": args.trust_remote_code,
+    }
     images = have_images(train_dataset, eval_dataset, look=not args.skip_unusable_rows)
     with_images = images or isinstance(processing_class, ProcessorMixin)
     if with_images:
         check_images_are_offered(args, engine_class)
+        check_takes_images(model, processing_class, images=images, **from_hub)
+        if args.ddp_find_unused_parameters is None:
+            # some towers have layers behind the one that is looked at
+            args.ddp_find_unused_parameters = True
     if isinstance(model, str):
         check_model_path(model)
     check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
@@ -105,11 +113,7 @@ def load_run(
         num_processes=args.world_size,
         with_images=with_images,
     )
-    from_hub: dict[str, Any] = {
-        "revision": as_dict(args.model_init_kwargs).get("revision"),
-        "trust_remote_code": args.trust_remote_code,
-    }
-    processor = find_processor(processing_class, policy, with_images=images, **from_hub)
+    processor = find_processor(processing_class, policy, **from_hub) if with_images else None
     reader = None if processor is None else ImageReader(processor, policy)
     tokenizer = load_tokenizer(
         processing_class if reader is None else reader.processor.tokenizer, policy, **from_hub

@@ -20,12 +20,14 @@ def gather_texts(
     completions: list[Any],
     rewards: Tensor,  # (R, F)
     extra: Mapping[str, list[Any]],
+    images: list[list[Any]] | None = None,
 ) -> CompletionTexts:
     """Of this process' rows -> of those of all; `extra`: what reward functions gave to log_extra,
     left out where it is not one value per row."""
     mine = {
         "prompts": [without_images(row.text) for row in rows],
         "completions": completions,
+        "images": images or [],
         "rewards": rewards.tolist(),
         "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
     }
@@ -44,6 +46,7 @@ def gather_texts(
             ]
             for name in names
         },
+        images=None if images is None else [x for one in everyone for x in one["images"]],
     )
 
 
@@ -54,12 +57,14 @@ def texts_of(texts: CompletionTexts, rows: slice) -> CompletionTexts:
         completions=texts.completions[rows],
         rewards={name: values[rows] for name, values in texts.rewards.items()},
         extra={name: values[rows] for name, values in texts.extra.items()},
+        images=None if texts.images is None else texts.images[rows],
     )
 
 
 def joined_texts(parts: Sequence[CompletionTexts]) -> CompletionTexts:
     """One part's rows after the other's; what a part has no extra value for is None."""
     names = sorted({name for part in parts for name in part.extra})
+    images = [part.images for part in parts if part.images is not None]
     return CompletionTexts(
         prompts=[x for part in parts for x in part.prompts],
         completions=[x for part in parts for x in part.completions],
@@ -70,6 +75,7 @@ def joined_texts(parts: Sequence[CompletionTexts]) -> CompletionTexts:
             name: [x for part in parts for x in part.extra.get(name, [None] * len(part.prompts))]
             for name in names
         },
+        images=[x for some in images for x in some] if len(images) == len(parts) else None,
     )
 
 

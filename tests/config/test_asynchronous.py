@@ -76,5 +76,5 @@ def test_one_server_may_be_a_text_or_a_list(given, tmp_path):
 
 def test_images_are_not_sampled_ahead_whatever_the_engine_takes(tmp_path):
     args = config(tmp_path, max_staleness=1, rollout_engine="engine.py:Mine")
-    with pytest.raises(ValueError, match="not offered with max_staleness=1 yet: leave it out"):
+    with pytest.raises(ValueError, match="not offered with max_staleness yet: leave it out"):
         check_images_are_offered(args, type("Mine", (), {"takes_images": True}))

@@ -562,6 +562,15 @@ def test_effect_of_log_completions_csv(run, capsys, monkeypatch, tmp_path):
     assert (tmp_path / "out/completions.csv").read_text().count("PROMPT") == 3
 
 
+def test_effect_of_view_mib(run, tmp_path):
+    run()
+    assert not (tmp_path / "out/_view").exists()
+    run(view_mib=1)
+    assert [path.name for path in (tmp_path / "out/_view").glob("step-*")] == [
+        "step-00000001.parquet"
+    ]
+
+
 # Precision, memory, kernels
 
 

@@ -79,7 +79,6 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "label_names": (["labels"], "RLOO has no labels"),
     "label_smoothing_factor": (0.1, "RLOO has no labels"),
     "length_column_name": ("tokens", "not grouped by length"),
-    "log_multimodal": (False, "there are no images here"),
     "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
     "optim": ("lomo", "inside the backward pass"),
     "parallelism_config": (
@@ -171,7 +170,7 @@ ELSEWHERE = {  # field: the test that shows its effect
     **dict.fromkeys(
         (
             "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
-            "vllm_server_timeout",
+            "vllm_server_timeout", "vllm_weight_transfer",
         ),
         "rollout/test_build.py::test_settings_of_the_server",
     ),
@@ -275,6 +274,14 @@ def test_a_setting_of_another_engine_is_refused(case, tmp_path):
     fields, names, why = OTHER_ENGINE[case]
     with pytest.raises(ValueError, match=f"^{names} has no effect here, as {why}: leave it out"):
         RLOOConfig(str(tmp_path), **fields)
+
+
+def test_nccl_needs_a_trainer_on_a_gpu(tmp_path):
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_weight_transfer": "nccl"}
+    with pytest.raises(ValueError, match="sends from a GPU, and use_cpu is True"):
+        RLOOConfig(str(tmp_path), use_cpu=True, **server)
+    with pytest.raises(ValueError, match="'auto', 'nccl', 'gloo' or 'http'"):
+        RLOOConfig(str(tmp_path), **server | {"vllm_weight_transfer": "ipc"})
 
 
 def test_engines_are_shared_by_a_divisor_of_the_processes(tmp_path):

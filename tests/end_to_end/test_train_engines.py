@@ -58,6 +58,10 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "four groups per rank, of unequal lengths": (
         ("ddp", "zero2"), {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 25},
     ),
+    "groups that share a system prompt and an example": (
+        ("ddp", "fsdp2", "zero3"),
+        {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 60, "system": True},
+    ),
     ONE_RANK_HAS_ROWS: (ENGINES, {**WHOLE, "beta": 0.0, "reward": "only_long_prompts"}),
     "normalized, num_iterations 2, token-level KL": (
         SPLITS_WEIGHTS,

@@ -113,31 +113,39 @@ def test_number_of_forwards(fields, policy, reference, tmp_path):
     assert (trainer.reference_count.forwards if trainer.reference else 0) == reference
 
 
-def injected_lengths():
-    """[(prompt tokens, completion tokens of its four samples)] of the first step's two prompts."""
+def injected_runs():
+    """[(prompt tokens, what is run of its four samples)] of the first step's two prompts."""
     engine, found = Injected(4), []
     prompts = [row["prompt"] for row in PROMPTS.select(range(2))]
     ids = [make_tokenizer()(prompt)["input_ids"] for prompt in prompts for _ in range(4)]
     completions = engine.ids(ids)
     for i in (0, 4):
-        found.append((len(ids[i]), [len(c) for c in completions[i : i + 4]]))
+        found.append((len(ids[i]), [c[:-1] for c in completions[i : i + 4]]))
     return found
 
 
+def run_once(prompt, runs):
+    """None of these begin alike, but one may be the beginning of another, which it then reads."""
+    kept = [
+        r for i, r in enumerate(runs) if not any(o[: len(r)] == r for o in runs[:i] + runs[i + 1 :])
+    ]
+    return prompt + sum(map(len, kept))
+
+
 TOKENS = {
-    "shared_prefix": lambda p, ls: p + sum(n - 1 for n in ls),
-    "packed": lambda p, ls: sum(p + n - 1 for n in ls),
+    "shared_prefix": run_once,
+    "packed": lambda p, runs: sum(p + len(run) for run in runs),
 }
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
 def test_number_of_tokens_run(layout, tmp_path):
     trainer = train(tmp_path, layout=layout)
-    groups = injected_lengths()
+    groups = injected_runs()
     if layout == "padded":
-        want = 8 * max(p + max(ls) - 1 for p, ls in groups)
+        want = 8 * max(p + max(map(len, runs)) for p, runs in groups)
     else:
-        want = sum(TOKENS[layout](p, ls) for p, ls in groups)
+        want = sum(TOKENS[layout](*group) for group in groups)
     assert trainer.policy_count.tokens == want == trainer.reference_count.tokens
     assert trainer.logs[0]["update/tokens_run"] == want
 
@@ -278,13 +286,11 @@ def constant_for_first_prompt(completion_ids, **kwargs):
 def test_groups_without_signal_are_not_run(tmp_path):
     """beta 0: a group whose rewards are all equal has no gradient."""
     trainer = train(tmp_path, reward=constant_for_first_prompt, beta=0.0)
-    assert trainer.policy_count.tokens == TOKENS["shared_prefix"](*injected_lengths()[1])
+    assert trainer.policy_count.tokens == run_once(*injected_runs()[1])
     assert trainer.logs[0]["update/frac_groups_not_run"] == 0.5
     assert trainer.logs[0]["entropy"] > 0
     with_them = train(tmp_path, reward=constant_for_first_prompt, beta=1e-12)
-    assert with_them.policy_count.tokens == sum(
-        TOKENS["shared_prefix"](*group) for group in injected_lengths()
-    )
+    assert with_them.policy_count.tokens == sum(run_once(*group) for group in injected_runs())
     assert with_them.logs[0]["update/frac_groups_not_run"] == 0
     assert_same_gradient(trainer.gradient, with_them.gradient)
 

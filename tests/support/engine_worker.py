@@ -13,6 +13,7 @@ Settings are RLOOConfig fields, and
     evaluate       False: not after the training
     room           True: before every rollout all that can move is moved to the host
     stale          True: of injected completions, older weights sampled some, and a part of others
+    system         True: all prompts begin with the same words, and some with an example more
 """
 
 import gc
@@ -37,6 +38,10 @@ from tests.support.tiny import InjectedEngine, make_tokenizer
 
 PROMPTS = [" ".join(f"w{(i * 7 + j) % 26}" for j in range(1 + i % 5)) for i in range(40)]
 DATASET = Dataset.from_dict({"prompt": PROMPTS})
+SYSTEM, EXAMPLE = (" ".join(f"w{(i * 5 + n) % 26}" for i in range(n)) for n in (11, 6))
+WITH_SYSTEM = Dataset.from_dict(
+    {"prompt": [f"{SYSTEM} {EXAMPLE if i % 3 else ''} {p}" for i, p in enumerate(PROMPTS)]}
+)
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
 
 
@@ -86,6 +91,7 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     engine = engine_fields(settings.pop("engine", None), settings.pop("more", None))
     out_of_memory, room = settings.pop("out_of_memory", False), settings.pop("room", False)
     stale = settings.pop("stale", False)
+    dataset = WITH_SYSTEM if settings.pop("system", False) else DATASET
     defaults = dict(
         max_completion_length=MAX_NEW,
         max_steps=3,
@@ -107,8 +113,8 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
         with_adapters(model) if lora == "passed in" else str(model),
         globals()[reward] if isinstance(reward, str) else reward,
         args,
-        train_dataset=DATASET,
-        eval_dataset=DATASET.select(range(5)),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(5)),
         processing_class=make_tokenizer(),
         peft_config=LORA if lora is True else None,
     )
