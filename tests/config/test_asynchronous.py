@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rloo_fast import RLOOConfig
+from rloo_fast.config.images import check_images_are_offered
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
 
@@ -71,3 +72,9 @@ def test_what_does_not(fields, says, tmp_path):
 @pytest.mark.parametrize("given", ["http://a:1", ["http://a:1"]])
 def test_one_server_may_be_a_text_or_a_list(given, tmp_path):
     assert config(tmp_path, **SERVER, vllm_server_base_url=given).server_urls == ["http://a:1"]
+
+
+def test_images_are_not_sampled_ahead_whatever_the_engine_takes(tmp_path):
+    args = config(tmp_path, max_staleness=1, rollout_engine="engine.py:Mine")
+    with pytest.raises(ValueError, match="not offered with max_staleness yet: leave it out"):
+        check_images_are_offered(args, type("Mine", (), {"takes_images": True}))
