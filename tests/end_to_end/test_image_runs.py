@@ -147,3 +147,21 @@ def test_text_alone(family, by_processor, tmp_path):
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if log["step"] == 2 and "loss" in log]
     assert log["sampling/logp_diff_max"] < 1e-4
+
+
+NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processing_class": make_processor("llava").tokenizer}, "is a tokenizer: pass"),
+        ({"processing_class": make_processor("qwen2_5_vl")}, "makes image_grid_thw, which Llava"),
+        ({"use_vllm": True}, "are not offered with use_vllm=True yet"),
+        ({"data": NO_IMAGE, "reward": lengths}, r"row 0 .counted from 0.: its image 0 must be a"),
+    ],
+    ids=["tokenizer", "another processor", "vllm", "no image"],
+)  # fmt: skip
+def test_what_is_refused(given, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, **given)
