@@ -184,8 +184,8 @@ class GenerationBatch:
 
     @cached_property
     def stale_rows(self) -> Tensor:
-        """(R,) bool: an older policy drew a token of it. Then even its newest tokens followed from
-        what that policy had computed of the row."""
+        """(R,) bool: an older policy drew a token of it. Then even its newest tokens may rest on
+        keys and values that this policy had computed of the row."""
         return segment_sum((self.staleness != 0).long(), self.cu_seqlens) > 0
 
     @cached_property

@@ -54,6 +54,8 @@ KIND_OF = {
             "rollout/test_registry",
             "sandbox/test_collected",
             "sandbox/test_sandbox",
+            "rollout/test_vllm_servers",
+            "step/test_ahead",
             "step/test_failures",
             "step/test_nonfinite",
             "step/test_termination",

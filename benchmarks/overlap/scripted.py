@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
@@ -93,7 +92,7 @@ def step_seconds(
         max_staleness=max_staleness, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True, gradient_checkpointing=False, logp_diff_stop=0, logp_diff_warn=0,
     )  # fmt: skip
-    trainer = RLOOTrainer(
+    trainer: Any = RLOOTrainer(
         str(folder / "model"),
         models.fixed_reward,
         args,
@@ -110,8 +109,7 @@ def step_seconds(
         clock.collected_at = time.perf_counter()
         return collected
 
-    trainer.source.next = timed  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.source.next = timed
     trainer.train()
     trainer.end()
-    torch.set_num_threads(torch.get_num_threads())
     return [end - begin for begin, end in zip(clock.ended, clock.ended[1:], strict=False)]

@@ -44,13 +44,15 @@ def save_model(folder: Path) -> None:
 
 
 @contextmanager
-def server(folder: Path, port: int, core: int | None) -> Iterator[str]:
+def server(
+    folder: Path, port: int, core: int | None, max_length: int = PROMPT + LIMIT
+) -> Iterator[str]:
     """The address of a server that holds no weights yet, on one core if there are several."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     command += ["--weight-transfer-config", '{"backend": "rloo_fast"}', "--load-format", "dummy"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", str(PROMPT + LIMIT), "--block-size", "32"]
+    command += ["--enforce-eager", "--max-model-len", str(max_length), "--block-size", "32"]
     command += ["--kv-cache-memory-bytes", str(128 << 20), "--max-num-seqs", "64"]
     command += ["--distributed-executor-backend", "uni", "--enable-scale-out"]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="write this one .html file, and serve nothing")
     parser.add_argument(
-        "--max_mib", type=float, default=20.0, help="of completions in that file, about [20]"
+        "--max_mib", type=float, default=8.0, help="of completions in that file, about [8]"
     )
     parser.add_argument("--port", type=int, default=PORT, help=f"0: any free one [{PORT}]")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
@@ -79,7 +79,9 @@ def _write(runs: list[Run], out: Path, max_mib: float) -> int:
         data = report(runs, max_mib).encode()
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, data)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"The report is in {out} ({len(data) / 2**20:.1f} MiB).")
     return 0

@@ -14,10 +14,8 @@ from typing import Any, cast
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .fields import RLOOFields
+from .fields import OWN_PARTS, RLOOFields
 from .names_2024 import RENAMED, Names2024
-from .sampling_ahead import SamplingAhead
-from .which_prompts import WhichPrompts
 
 # (field, field that says the same): the one that was set last counts
 SAME_THING: tuple[tuple[str, str], ...] = (
@@ -86,7 +84,7 @@ class FixedFields:
     """
 
     def __init__(self, args: RLOOFields):
-        parts = (RLOOFields, Names2024, WhichPrompts, SamplingAhead)
+        parts = (*OWN_PARTS, Names2024)
         own = {*ONCE, *(name for part in parts for name in part.__annotations__)} - LATE
         self.args = args
         self.values = {name: value for name, value in values_of(args).items() if name in own}

@@ -355,7 +355,8 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     truncated_importance_sampling: str | None = _field(
         None,
         "Weight the loss by min(trainer's probability / sampler's, importance_sampling_cap): per "
-        "token | per sequence.",
+        "token | per sequence. Left out: no weights; in completions of older weights the ratio of "
+        "the loss is to the sampler, clipped.",
     )
     importance_sampling_cap: float = _field(2.0, "Largest of those weights.")
 
@@ -417,3 +418,7 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
         if not self.torch_compile:
             return None
         return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+
+
+# the classes whose fields are ours, beside Names2024; the others are transformers'
+OWN_PARTS = (RLOOFields, WhichPrompts, SamplingAhead)

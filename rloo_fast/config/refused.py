@@ -147,6 +147,11 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
         if wrong:
             names = " and ".join(sorted(wrong))
             raise ValueError(f"{names} has no effect here, as {why}: leave it out.")
+    if args.vllm_weight_transfer == "nccl" and args.use_cpu:
+        raise ValueError(
+            "vllm_weight_transfer='nccl' sends from a GPU, and use_cpu is True: leave one of the "
+            "two out."
+        )
     if args.num_processes % args.vllm_tensor_parallel_size:
         raise ValueError(
             f"vllm_tensor_parallel_size ({args.vllm_tensor_parallel_size}) must divide the number "

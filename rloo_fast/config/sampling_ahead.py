@@ -18,7 +18,9 @@ class SamplingAhead:
         "the next N are sampled; a token is at most N optimizer steps old when it is trained.",
     )
     max_inflight_tasks: int = _field(
-        -1, "Most completions that are sampled at a time with max_staleness. -1: all that may be."
+        -1,
+        "Most completions that are sampled at a time with max_staleness. -1: all that may be, up "
+        "to 1024.",
     )
     weight_sync_steps: int = _field(
         1, "Optimizer steps from one weight update of the engine to the next, with max_staleness."

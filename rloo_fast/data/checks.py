@@ -34,6 +34,11 @@ def check_datasets(train: Any, evaluation: Any, args: RLOOConfig) -> None:
     look = not args.skip_unusable_rows
     check_dataset(train, "train_dataset", look=look)
     if isinstance(train, IterableDataset):
+        if args.curriculum is not None:
+            raise ValueError(
+                f"curriculum={args.curriculum} remembers every row of train_dataset by its number, "
+                "which a streamed one has not: load it without streaming, or leave curriculum out."
+            )
         if args.max_steps <= 0:
             raise ValueError(
                 "args.max_steps must be set to a positive value if dataloader does not have a "

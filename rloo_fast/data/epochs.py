@@ -99,8 +99,9 @@ class MapEpochs:
         return epoch_order(len(self.rows), epoch, **how)
 
     def _read_ahead(self, places: list[int]) -> Iterator[Any]:
+        source: Any = self.rows  # torch asks for __getitem__ by its types only
         loader = DataLoader(
-            self.rows,  # pyright: ignore[reportArgumentType]
+            source,
             batch_sampler=[[place] for place in places],
             collate_fn=_same,
             num_workers=self.num_workers,

@@ -26,7 +26,7 @@ BYTES_PER_TOKEN = 12  # on disk: four float16, and what texts come to
 BROKEN = "\ufffd"  # what a part of a character decodes to
 MOST_PARTS = 4  # tokens of one character: UTF-8 has at most four bytes
 
-Tokens = dict[str, list[Any]]  # column -> a list per row, of one entry per token
+Tokens = dict[str, Any]  # column -> a list or an array, one entry per token
 
 
 class TokenPieces:
@@ -114,7 +114,7 @@ def _of_tokens(batch: PreparedBatch) -> dict[str, np.ndarray]:  # (N,) each
     """sampler_diff: the sampler's log-prob less the trainer's; logp: the trainer's, where a row
     was not run the sampler's."""
     size = sum(batch.generation.num_tokens)
-    nothing = torch.full((size,), float("nan"))
+    nothing = torch.full((size,), float("nan"), dtype=torch.float32)
     old = batch.old_logps if batch.old_logps is not None else nothing
     sampler = batch.generation.sampler_logps
     sampler = sampler if sampler is not None else nothing

@@ -25,6 +25,7 @@ from ..distributed.collectives import gather_objects
 from ..records import Prompt, Rollout
 from ..rollout.ahead import Flight, Sampled, SharedCycle, make_workers
 from ..rollout.ahead import flight as in_flight
+from ..rollout.settings import MOST_SEQUENCES
 from .collect import Collected, Collector, GivenByRewards, Scored
 from .pending import Pending
 from .source import check_kind
@@ -46,12 +47,11 @@ class AheadSettings(NamedTuple):
     @classmethod
     def from_config(cls, args: RLOOConfig) -> AheadSettings:
         rows = int(args.generation_batch_size or 0) * (args.max_staleness + 1)
-        given = [args.max_inflight_tasks, args.queue_maxsize]
-        most_inflight, queue_maxsize = [rows if n == -1 else n for n in given]
+        inflight = max(min(rows, MOST_SEQUENCES), args.num_generations)
         return cls(
             max_staleness=args.max_staleness,
-            max_inflight=most_inflight,
-            queue_maxsize=queue_maxsize,
+            max_inflight=inflight if args.max_inflight_tasks == -1 else args.max_inflight_tasks,
+            queue_maxsize=rows if args.queue_maxsize == -1 else args.queue_maxsize,
             weight_sync_steps=args.weight_sync_steps,
             prompts_per_batch=args.prompts_per_generation,
             num_generations=args.num_generations,
@@ -298,7 +298,7 @@ def _from_plain(found: Any, shift: int) -> Found | None:
         return None
     return [
         [
-            None if row is None else Sampled(*row[:3], [version + shift for version in row[3]])
+            None if row is None else Sampled(*row[:3], versions=[v + shift for v in row[3]])
             for row in rows
         ]
         for rows in found

@@ -73,7 +73,7 @@ class Run:
             "started": about.get("started"),
             "config": about.get("config"),
             "environment": about.get("environment"),
-            "stamp": [*self._stamp, len(self.steps.summaries()) if self.steps else 0],
+            "stamp": [*self._stamp, *(self.steps.stamp() if self.steps else ())],
         }
 
     def curves(self) -> dict[str, Any]:

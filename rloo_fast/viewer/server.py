@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ from .run import Run
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+OWN_NAMES = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?")  # any port: it may be forwarded
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -57,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "rloo-fast", ""
 
     def do_GET(self) -> None:
-        if self.headers.get("Host") not in self._own_names():
+        if not OWN_NAMES.fullmatch(self.headers.get("Host", "")):
             return self._send(HTTPStatus.FORBIDDEN, b"This page is for 127.0.0.1 only.", "txt")
         url = urlsplit(self.path)
         if url.path.startswith("/api/"):
@@ -68,10 +70,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, ASSETS[name].read_bytes(), name.rpartition(".")[2])
 
     do_HEAD = do_GET
-
-    def _own_names(self) -> set[str]:
-        port = self.server.server_port
-        return {f"{HOST}:{port}", f"localhost:{port}"}
 
     def _answer(self, path: str, query: dict[str, str]) -> None:
         try:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from ..reports.columns import MARKS
 from ..reports.view_format import SUMMARY, prompt_id, step_files
 
+compute: Any = pyarrow.compute  # has its functions since it was imported, not as written
 TOKENS = "token/"
 HEAVY = ("messages",)  # of a row, sent where it is opened
 MAX_HITS, MAX_SEARCH_S = 200, 5.0
@@ -33,6 +34,11 @@ class KeptSteps:
         self._summaries: dict[int, dict[str, Any] | None] = {}
         self._tokens: tuple[int, pa.Table] | None = None  # of the step asked for last
 
+    def stamp(self) -> tuple[int, int]:
+        """Another one whenever there are other steps."""
+        files = step_files(self.run_dir)
+        return len(files), max(files, default=0)
+
     def summaries(self) -> list[dict[str, Any]]:
         """What each step says of all its completions, and the prompts of those that are kept."""
         files = step_files(self.run_dir)
@@ -45,7 +51,7 @@ class KeptSteps:
         """The completions of a step, without their tokens. ValueError if it is not kept."""
         path = self._path(step)
         names = [n for n in pq.read_schema(path).names if not n.startswith(TOKENS)]
-        return [_plain(row) for row in pq.read_table(path, columns=names).to_pylist()]
+        return [_plain(row) for row in _read(path, names).to_pylist()]
 
     def tokens(self, step: int, row: int) -> dict[str, list[Any]]:
         """text, logp, entropy, kl and sampler_diff of the tokens of a row of `rows`; None where a
@@ -64,15 +70,15 @@ class KeptSteps:
         if kept is None or kept[0] != step:
             path = self._path(step)
             names = [n for n in pq.read_schema(path).names if n.startswith(TOKENS)]
-            kept = self._tokens = step, pq.read_table(path, columns=names)
+            kept = self._tokens = step, _read(path, names)
         return kept[1]
 
     def with_prompt(self, wanted: str) -> list[tuple[int, list[Row]]]:
         """(step, rows) of the completions of this prompt, over the run."""
         found = []
         for step, path in step_files(self.run_dir).items():
-            column = pq.read_table(path, columns=["prompt_id"])["prompt_id"]
-            if pc.any(pc.equal(column, wanted)).as_py():
+            column = _read(path, ["prompt_id"])["prompt_id"]
+            if compute.any(compute.equal(column, wanted)).as_py():
                 rows = self.rows(step)
                 found.append((step, [row for row in rows if row["prompt_id"] == wanted]))
         return found
@@ -87,8 +93,8 @@ class KeptSteps:
             if time.monotonic() - started > MAX_SEARCH_S or len(hits) >= MAX_HITS:
                 return hits[:MAX_HITS], False
             names = ["group", "sample", "completion", "reward"]
-            table = pq.read_table(path, columns=names)
-            mask = pc.match_substring(table["completion"], text, ignore_case=True)
+            table = _read(path, names)
+            mask = compute.match_substring(table["completion"], text, ignore_case=True)
             hits += [{"step": step, **_plain(row)} for row in table.filter(mask).to_pylist()]
         return hits[:MAX_HITS], len(hits) <= MAX_HITS
 
@@ -104,8 +110,12 @@ class StepsOfCSV:
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / "completions.csv"
-        self._read_at: tuple[float, int] | None = None
+        self._read_at: tuple[int, int] | None = None
         self._steps: dict[int, list[Row]] = {}
+
+    def stamp(self) -> tuple[int, int]:
+        stat = self.path.stat()
+        return stat.st_mtime_ns, stat.st_size
 
     def summaries(self) -> list[dict[str, Any]]:
         self._read()
@@ -143,10 +153,10 @@ class StepsOfCSV:
         return first[:MAX_HITS], len(first) <= MAX_HITS
 
     def _read(self) -> None:
-        stat = self.path.stat()
-        if self._read_at == (stat.st_mtime, stat.st_size):
+        stamp = self.stamp()
+        if self._read_at == stamp:
             return
-        self._read_at, self._steps = (stat.st_mtime, stat.st_size), {}
+        self._read_at, self._steps = stamp, {}
         with open(self.path, newline="", encoding="utf-8") as file:
             for row in _csv_rows(file):
                 self._steps.setdefault(row.pop("step"), []).append(row)
@@ -195,6 +205,11 @@ def kept_steps(run_dir: Path) -> KeptSteps | StepsOfCSV | None:
     if step_files(run_dir):
         return KeptSteps(run_dir)
     return StepsOfCSV(run_dir) if (run_dir / "completions.csv").is_file() else None
+
+
+def _read(path: Path, names: list[str]) -> pa.Table:
+    """Not by read_table, which first imports pandas and takes a second for it."""
+    return pq.ParquetFile(path).read(columns=names)
 
 
 def _summary(path: Path) -> dict[str, Any] | None:

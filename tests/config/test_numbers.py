@@ -43,6 +43,7 @@ RIGHT: dict[str, tuple] = {
     "min_p": (None, 0, 0.5, 1), "repetition_penalty": (0.5, 1), "beta": (0, 0.05, 3),
     "router_aux_loss_coef": (None, 0, 0.001), "epsilon": (0, 0.2, INF),
     "epsilon_high": (None, 0.28, INF), "ref_model_mixup_alpha": (0, 0.6, 1),
+    "max_sampling_rounds": COUNT, "soft_punish_cache": LEFT_OUT, "curriculum": (None, 0.01, 1),
     "reward_weights": (None, [1.0, 0, -2]), "missing_eos_penalty": (None, 0, 1.0, -1.0),
     "reward_timeout_s": (None, 0.1, 3600), "num_sample_generations": (None, 0, 10),
     "stop_token_id": (None, 0, 151643), "reward_model_label": (None, 0, 1, "POSITIVE"),

@@ -128,6 +128,7 @@ SAMPLING = columns(
     importance_raw=[4.0, 2.0, 12.0, 0],
     importance_raw_max=[1.5, 1.0, 5.0, 0],
     importance_clipped=[4.0, 2.0, 9.0, 0],
+    importance_squared=[4.0, 2.0, 18.0, 0],
     importance_at_cap=[0, 0, 3, 0],
 )
 
@@ -142,6 +143,7 @@ def test_sampling_metrics():
         "sampling/importance_raw_max": 5,
         "sampling/importance_clipped_mean": 1.25,
         "sampling/frac_clipped": 0.25,
+        "sampling/ess": 15**2 / (12 * 24),
     }
 
 

@@ -46,8 +46,8 @@ def read(path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_iterations": 2}, {"loss": "dapo"}, {"layout": "padded"}],
-    ids=["one pass", "two passes", "kl in the loss", "padded"],
+    [{}, {"num_iterations": 2}, {"loss": "dapo"}, {"layout": "padded"}, {"dynamic_sampling": True}],
+    ids=["one pass", "two passes", "kl in the loss", "padded", "groups replaced"],
 )
 def test_tokens_add_up_to_what_the_run_logged(tmp_path, settings):
     train(tmp_path, **settings)

@@ -26,6 +26,7 @@ from rloo_fast.rollout.vllm.http import NOT_FETCHED
 from rloo_fast.rollout.vllm.offers import BucketServer
 from rloo_fast.rollout.vllm.pack import pack
 from rloo_fast.rollout.vllm.server import VLLMServer
+from rloo_fast.rollout.vllm.servers import VLLMServers
 from rloo_fast.rollout.vllm.transport import Endpoint, Refused
 from rloo_fast.weight_sync.coverage import poison, uncovered
 from rloo_fast.weight_sync.unmerged import AdapterShape, adapter_shape, policy_buckets
@@ -597,6 +598,40 @@ def test_a_run_samples_from_its_policy_in_every_step(server, tmp_path):
     assert max(row["sampling/logp_diff_max"] for row in steps) < 1e-4
     assert steps[-1]["reward"] > steps[0]["reward"] + 0.5
     trainer.rollouts.close()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_weights_change_in_flight_and_each_token_is_of_the_policy_that_its_version_names(server):
+    """The stand-in of test_vllm_servers.py is to answer as this server."""
+    models, long = [tiny(1), tiny(2), tiny(3)], sampling(max_new_tokens=100, stop_token_ids=())
+    engine = VLLMServers([server.url], vocab_size=32)
+    prompts = [[6 + seed % 20, 7, 8] for seed in range(24)]
+
+    def load(version: int) -> None:
+        if engine.version is not None:
+            engine.sleep(0)
+        engine.wake(("weights",))
+        engine.load_weights(version, buckets_of(models[version]))
+        engine.wake(("kv_cache",))
+
+    load(0)
+    prepared = engine.prepare(long, 3)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [pool.submit(engine.complete, p, i, prepared) for i, p in enumerate(prompts)]
+        for version in (1, 2):
+            time.sleep(0.3)
+            load(version)
+        found = [future.result() for future in asked]
+    engine.close()
+    assert max(len(set(sampled.versions)) for sampled in found) > 1
+    for prompt, sampled in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt + sampled.ids])
+        with torch.no_grad():
+            logps = [model(ids).logits[0, 2:-1].log_softmax(-1) for model in models]
+        assert sampled.logps is not None
+        for place, (version, token) in enumerate(zip(sampled.versions, sampled.ids, strict=True)):
+            assert abs(float(logps[version][place, token]) - sampled.logps[place]) < 1e-4
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def ahead(output_dir: Path, max_staleness: int, reward: Any = slow_reward, **set
         "train_dataset": ROWS,
         **settings,
     }
-    trainer = make_trainer(output_dir, reward, **given)
+    trainer: Any = make_trainer(output_dir, reward, **given)
     collect, trainer.trained = trainer.source.next, []
 
     def noted(*args: Any) -> Any:
@@ -98,7 +98,15 @@ def test_with_bound_0_weights_and_metrics_are_those_of_the_synchronous_run(
 
 @pytest.mark.parametrize(
     ("bound", "settings"),
-    [(1, {}), (3, {}), (2, {"weight_sync_steps": 3}), (3, {"queue_maxsize": 4})],
+    [
+        (1, {}),
+        (3, {}),
+        (2, {"weight_sync_steps": 3}),
+        (3, {"queue_maxsize": 4}),
+        (2, {"rollout_engine": ENGINE.replace("SlowCopiedEngine", "CopiedCalls")}),
+        (2, {"eval_strategy": "steps", "eval_steps": 3}),
+    ],
+    ids=["1", "3", "weights every third step", "short queue", "whole calls", "evaluation"],
 )
 def test_no_token_is_older_than_the_bound_and_prompts_keep_their_order(bound, settings, tmp_path):
     trainer = ahead(tmp_path, bound, **settings)
@@ -106,7 +114,7 @@ def test_no_token_is_older_than_the_bound_and_prompts_keep_their_order(bound, se
     lags = torch.cat([batch.staleness for batch in trainer.trained])
     assert lags.min() == 0
     assert 0 < lags.max() <= bound
-    synchronous = make_trainer(tmp_path / "order", train_dataset=ROWS, model=None)
+    synchronous: Any = make_trainer(tmp_path / "order", train_dataset=ROWS, model=None)
     order = [row["prompt"] for rows in synchronous.get_train_dataloader() for row in rows]
     expected = [tuple(synchronous.processing_class(text).input_ids) for text in order]
     assert prompts_of(trainer) == [ids for ids in expected for _ in range(K)]

@@ -25,14 +25,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 def train(out: Path, settings: dict[str, Any]) -> None:
     settings = {"train_dataset": ROWS, "max_steps": STEPS // 2, "save_strategy": "no", **settings}
+    modules: tuple[Any, ...] = (build, loaders)
     if "by_the_queue" in settings:
         by_the_queue = settings.pop("by_the_queue")
-        for module in (build, loaders):
-            module.samples_ahead = lambda args: by_the_queue  # pyright: ignore
+        for module in modules:
+            module.samples_ahead = lambda args: by_the_queue
         trainer: Any = make_trainer(out, slow_reward, **settings)
     else:
-        for module in (build, loaders):
-            module.samples_ahead = lambda args: args.max_staleness > 0  # pyright: ignore
+        for module in modules:
+            module.samples_ahead = lambda args: args.max_staleness > 0
         trainer = ahead(out, **settings)
     collect, trained = trainer.source.next, []
 

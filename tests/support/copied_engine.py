@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from rloo_fast.records import Bucket, Sampling
+from rloo_fast.records import Bucket, Rollout, Sampling
 from rloo_fast.rollout.ahead import RequestEngine, Sampled
-from rloo_fast.rollout.engine import EngineError
+from rloo_fast.rollout.engine import EngineError, OnFinished, RolloutEngine
 from rloo_fast.rollout.settings import EngineSettings
 
 
 class CopiedEngine(RequestEngine):
+    """See the module."""
+
     stall_s = 0.0
     token_s = 0.0
 
@@ -80,3 +82,40 @@ class SlowCopiedEngine(CopiedEngine):
     """Its completions take longer than a step."""
 
     token_s = 0.01
+
+
+class CopiedCalls(RolloutEngine):
+    """An engine that answers whole calls, with weights of its own."""
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        return cls(settings.model)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.one_by_one = SlowCopiedEngine(model)
+        self.calling = False
+
+    def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        assert not self.calling, "weights come between two calls"
+        self.one_by_one._load(version, buckets)
+
+    def _generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        assert not self.calling, "one call at a time"
+        self.calling = True
+        rows = [
+            self.one_by_one.complete(ids, seed, sampling)
+            for ids, seed in zip(prompt_ids, seeds, strict=True)
+        ]
+        self.calling = False
+        return Rollout(
+            [row.ids for row in rows],
+            [row.finish_reason for row in rows],
+            [row.logps or [] for row in rows],
+        )

@@ -53,13 +53,14 @@ def slow_reward(completions: list[str], **_: Any) -> list[float]:
 def make(output_dir: Path, case: str) -> Any:
     """A trainer that writes down what each of its steps trains."""
     staleness, by_the_queue = CASES[case]
-    for module in (build, loaders):
-        module.samples_ahead = lambda args: by_the_queue  # pyright: ignore
+    modules: tuple[Any, ...] = (build, loaders)
+    for module in modules:
+        module.samples_ahead = lambda args: by_the_queue
     given: dict[str, Any] = {"max_staleness": staleness}
     if staleness:
         given["rollout_engine"] = ENGINE
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-    trainer = make_trainer(output_dir, slow_reward, None, rows, None, **SETTINGS, **given)
+    trainer: Any = make_trainer(output_dir, slow_reward, None, rows, None, **SETTINGS, **given)
     collect = trainer.source.next
 
     def noted(*args: Any) -> Any:

@@ -61,7 +61,7 @@ def serving(
     command += ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
     command += ["--distributed-executor-backend", executor]
-    command += ["--enable-lora", "--max-lora-rank", "8", *options]
+    command += ["--enable-lora", "--max-lora-rank", "8", "--enable-scale-out", *options]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # two workers may share a core
     environment |= {"RLOO_FAST_API_KEY_FILE": str(folder / "key"), "VLLM_API_KEY": ""}

@@ -13,8 +13,12 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.request import urlopen
 
+import torch
+
+from rloo_fast.rollout.vllm.receiver import Receiver
+
+ROOM = 1 << 20  # bytes of an update
 PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed")
 
 
@@ -28,6 +32,7 @@ class StandInServer:
         self.running = threading.Event()  # not paused
         self.running.set()
         self.dead = False
+        self._receiver = Receiver("0-0", torch.device("cpu"))
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._connections: list[socket.socket] = []
@@ -71,8 +76,14 @@ class StandInServer:
             self.running.clear()
         elif name == "/resume":
             self.running.set()
+        elif name == "/init_weight_transfer_engine":
+            info = asked["init_info"]
+            if "meet" in info:
+                self._receiver.meet(info["meet"], info.get("group"))
         elif name == "/update_weights":
-            self.num_fetched += len(urlopen(asked["update_info"]["url"]).read())
+            given = asked["update_info"]
+            buckets = self._receiver.arrivals(given["url"], given.get("trainer", ""), ROOM)
+            self.num_fetched += sum(bucket.nbytes for bucket in buckets)
         elif name in ("/update_weight_version", "/finish_weight_update"):
             self.label = asked.get("new_version") or asked["weight_version"]
         return {"weight_version": self.label, "success": True}

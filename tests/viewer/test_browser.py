@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.viewer.made_runs import lock
+from rloo_fast.records import CompletionTexts
+from rloo_fast.reports.view_format import OF_TOKENS
+from rloo_fast.reports.view_rows import step_summary, view_table
 from rloo_fast.viewer.report import report
 from tests.support.browser import browser
 from tests.viewer.conftest import EVIL, make, opened, served
@@ -79,6 +84,14 @@ def look(chromium, finished):
             page.close(server.address)
 
 
+def until(page, expression):
+    """Until it is true; wait_for_function is one more script that the page may not run."""
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(30)
+
+
 def test_curves_are_there_when_it_opens(look):
     page = look()
     page.wait_for_selector("canvas")
@@ -104,7 +117,7 @@ def test_zooming_one_chart_zooms_all(look):
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60, steps=4)
     page.mouse.up()
     button = page.get_by_role("button", name="Whole run")
-    page.wait_for_function("!document.getElementById('unzoom').disabled")
+    until(page, "!document.getElementById('unzoom').disabled")
     button.click()
     assert button.is_disabled()
 
@@ -115,7 +128,7 @@ def test_texts_of_models_are_shown_and_never_run(look, shade):
     page.wait_for_selector(".card")
     cards = page.locator(".group").first.locator(".card > .text")
     if shade:
-        page.wait_for_function("document.querySelectorAll('.group .tokens').length >= 4")
+        until(page, "document.querySelectorAll('.group .tokens').length >= 4")
     assert cards.evaluate_all("all => all.map(one => one.textContent)") == [*EVIL]
     assert page.title() == "first · rloo-fast"
     assert page.locator("main script, main img, main svg").count() == 0
@@ -127,15 +140,15 @@ def test_filters_and_sorting_leave_what_was_asked_for(look):
     assert page.locator(".card").count() == 16
     page.get_by_role("searchbox").fill("answer 8 of")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.card').length === 4")
+    until(page, "document.querySelectorAll('.card').length === 4")
     page.get_by_label("sort").select_option("-reward")
-    page.wait_for_function("location.hash.includes('sort=-reward')")
-    page.wait_for_function("document.querySelectorAll('.card').length === 4")
+    until(page, "location.hash.includes('sort=-reward')")
+    until(page, "document.querySelectorAll('.card').length === 4")
     rewards = [float(text) for text in page.locator(".card .reward").all_inner_texts()]
     assert rewards == sorted(rewards, reverse=True)
     page.get_by_label("reward to").fill(str(rewards[-1]))
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.card').length === 1")
+    until(page, "document.querySelectorAll('.card').length === 1")
     assert "1 of 16 completions" in page.locator(".count").inner_text()
     page.get_by_role("button", name="search all steps").click()
     page.wait_for_selector("text=the newest first")
@@ -157,8 +170,54 @@ def test_an_address_leads_to_a_group_and_to_a_completion(look):
     assert any(spans.evaluate_all("all => all.map(s => s.style.backgroundColor)"))
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("text=group 1 · sample 3")
+    assert page.evaluate("location.hash").endswith("group=0&sample=2")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
+    assert page.evaluate("location.hash").endswith("group=0")
+
+
+def test_turns_and_tool_calls_are_folded(chromium, tmp_path):
+    made = make(tmp_path / "chat", steps=1)
+    call = {"function": {"name": "add", "arguments": '{"a": "<script>"}'}}
+    said = [
+        {"role": "assistant", "content": "<think>a long thought</think>", "tool_calls": [call]},
+        {"role": "tool", "content": "42<img src=x>"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    prompts = [[{"role": "user", "content": "6 x 7?"}]] * 2
+    texts = CompletionTexts(prompts, [said] * 2, {"f": [0.0, 1.0]}, {"tries": [3, 4]})
+    zeros = dict.fromkeys(("reward", "score", "advantage", "kl", "length", "truncated"))
+    rows = {name: torch.zeros(2) for name in zeros}
+    nothing = np.full(1, np.nan, np.float16)
+    tokens = {"text": ["x"], **dict.fromkeys(OF_TOKENS, nothing)}
+    table = view_table(texts, rows, {0: tokens, 1: tokens}, 2)
+    made.view.write(2, table, step_summary(texts, rows, 2))
+    with served(tmp_path / "chat") as server:
+        tab = Page(chromium)
+        page = tab.open(f"{server.address}#completions?step=2&group=0&sample=1")
+        dialog = page.get_by_role("dialog")
+        dialog.locator("details", has_text="tool call").wait_for()
+        assert dialog.locator("details").evaluate_all("all => all.some((one) => one.open)") is False
+        assert "It is 42." in dialog.inner_text()
+        assert "a long thought" in dialog.locator("details", has_text="think").inner_text()
+        dialog.locator("summary", has_text="tool call").click()
+        assert "<script>" in dialog.locator("details[open]").inner_text()
+        assert "tries\n4" in dialog.inner_text()
+        tab.close(server.address)
+
+
+def test_a_damaged_file_is_said_and_mended(chromium, tmp_path):
+    make(tmp_path / "run", steps=2)
+    path = tmp_path / "run" / "metrics.jsonl"
+    whole = path.read_text()
+    with served(tmp_path / "run") as server:
+        tab = Page(chromium)
+        page = tab.open(server.address)
+        path.write_text("not json\n" + whole)
+        page.wait_for_selector("text=line 1: expected a JSON object")
+        path.write_text(whole)
+        page.wait_for_selector("#notice", state="hidden")
+        tab.context.close()
 
 
 def test_a_prompt_is_followed_over_the_run(look):
@@ -178,7 +237,7 @@ def test_keys_lead_everywhere(look):
     page.keyboard.press("2")
     page.wait_for_selector(".steps")
     page.keyboard.press("[")
-    page.wait_for_function("location.hash.includes('step=5')")
+    until(page, "location.hash.includes('step=5')")
     page.wait_for_selector("output:text-is('5')")
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
@@ -218,7 +277,7 @@ def test_two_runs_are_compared(chromium, finished, other):
         table = page.get_by_role("region", name="Settings that differ")
         assert table.locator("tbody tr").all_inner_texts() == ["beta\t0.05\t0"]
         page.get_by_role("button", name=re.compile("second")).click()
-        page.wait_for_function("document.querySelectorAll('.run[aria-pressed=false]').length === 1")
+        until(page, "document.querySelectorAll('.run[aria-pressed=false]').length === 1")
         page.wait_for_selector("dl.figures")
         page.goto(f"{server.address}#health?run=1")
         page.wait_for_selector("main[data-view=health]")

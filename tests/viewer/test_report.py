@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -123,6 +125,12 @@ def test_the_command_writes_the_file(finished, tmp_path, capsys):
     assert cli.main(["view", str(finished / "metrics.jsonl"), "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
     assert out.read_text().startswith("<!doctype html>")
+
+
+def test_the_command_is_there_before_torch_could_be():
+    code = "import sys, rloo_fast.cli.view; print(sorted({'torch', 'pandas'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,20 @@ def test_it_listens_on_the_loopback_alone(server):
     assert server.socket.getsockname()[0] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8321", "127.0.0.1", ""])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8321", "127.0.0.1.evil.example", "localhost.evil.example:1",
+     "evil.example@127.0.0.1", "0.0.0.0", "127.0.0.1:8321:evil.example", ""],
+)  # fmt: skip
 def test_another_name_for_this_address_is_refused(server, host):
     response, body = ask(server, "/api/runs", Host=host)
     assert response.status == 403
     assert b"first" not in body
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9000", "localhost:1", "localhost"])
+def test_a_port_that_is_forwarded_is_this_machine_too(server, host):
+    assert ask(server, "/api/runs", Host=host)[0].status == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])

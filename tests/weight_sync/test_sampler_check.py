@@ -84,7 +84,7 @@ def test_nothing_is_said_of_samples_that_were_not_run(tmp_path):
 
 
 def test_rows_of_older_weights_are_logged_apart_and_not_judged(tmp_path):
-    """A completion that new weights went on with still rests on what the old ones computed."""
+    """A completion that new weights went on with may rest on what the old ones computed."""
     batch = make_batch([[0.1, -0.3], [2.0, -1.0], [-3.0], [], [0.2]])
     versions = torch.tensor([7, 7, 6, 7, 5, 7], dtype=torch.int32)
     stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)

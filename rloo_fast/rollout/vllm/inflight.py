@@ -97,7 +97,7 @@ def read_versions(spans: Any, count: int, run: str) -> list[int]:
         start, end = span.get("start"), span.get("end")
         if owner != run or not number.isdecimal():
             raise OddAnswer(f"tokens were sampled by weights {shown(span.get('version'))}")
-        if start != len(versions) or type(end) is not int or not start <= end <= count:
+        if start != len(versions) or type(end) is not int or not len(versions) <= end <= count:
             raise OddAnswer(f"weight_versions do not cover its tokens: {shown(spans)}")
         versions += [int(number)] * (end - len(versions))
     if len(versions) != count or versions != sorted(versions):

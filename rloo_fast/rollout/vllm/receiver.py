@@ -38,7 +38,7 @@ class Receiver:
     never used. `name`: that of no other such worker of the server."""
 
     def __init__(self, name: str, device: torch.device):
-        self._name, self._device = name, device
+        self._name, self.device = name, device
         self._group: Group | None = None
         self._trainer = ""  # the token under which it met us
 
@@ -48,7 +48,7 @@ class Receiver:
         self.close()
         meeting = MeetingOverHttp(url, os.environ.get(TRAINER_HOST, ""), SILENT_S)
         if group is None:
-            meeting.set(HELLO + self._name, End.of(self._device).said())
+            meeting.set(HELLO + self._name, End.of(self.device).said())
         else:
             meeting.set(f"joining/{self._name}", b"")  # and we know our address
             workers = list(group["workers"])
@@ -58,7 +58,7 @@ class Receiver:
                 1 + workers.index(self._name),
                 1 + len(workers),
                 address=meeting.own_address,
-                device=self._device,
+                device=self.device,
             )
         self._trainer = str(url).split("/")[3]
 

@@ -50,6 +50,10 @@ class WeightSender:
         self._num_workers = 1
         self.meet()
 
+    def take_way(self, wanted: str) -> None:
+        self._wanted = wanted
+        self.meet()
+
     def meet(self) -> None:
         """Find out what the server's workers have, and make a group with them if they can."""
         self._leave()

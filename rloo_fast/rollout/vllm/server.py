@@ -156,6 +156,12 @@ class VLLMServer(RolloutEngine):
             raise StaleWeights(self._changed(f"{version}@..."))
         self._has_base = self._sends_adapter
 
+    def take_way(self, wanted: str) -> None:
+        """Send weights by this way from now on; see `WeightSender`. Of the main process."""
+        assert self._sender is not None
+        with self._explained():
+            self._sender.take_way(wanted)
+
     def _send(
         self, label: str, parts: SentParts, buckets: Iterable[Bucket], sender: WeightSender
     ) -> None:

@@ -132,6 +132,8 @@ class VLLMServers(RequestEngine):
             barrier=settings.barrier,
             timeout_s=settings.server.timeout_s,
             vocab_size=base_causal_lm(settings.model).config.get_text_config().vocab_size,
+            weight_transfer=settings.server.weight_transfer,
+            device=settings.device,
         )
 
     def __init__(
@@ -147,7 +149,7 @@ class VLLMServers(RequestEngine):
         self.servers = [InflightServer(url, is_main=is_main, **options) for url in base_urls]
         self.num_taken_out = self.num_sent_again = 0
         self._lock = threading.Lock()
-        self._prepared: dict[int, Prepared] = {}  # by id of the sampling
+        self._prepared: tuple[Sampling, Prepared] | None = None  # the newest, as it was asked for
         self._hung_up = False
 
     # Completions
@@ -161,11 +163,11 @@ class VLLMServers(RequestEngine):
                 f"--max-model-len {longest + sampling.max_new_tokens}, or lower "
                 "max_completion_length."
             )
-        known = self._prepared.get(id(sampling))
-        if known is None:
+        known = self._prepared
+        if known is None or known[0] is not sampling:
             self._alive()[0].check(sampling)
-            known = self._prepared[id(sampling)] = Prepared(request_fields(sampling))
-        return known
+            known = self._prepared = sampling, Prepared(request_fields(sampling))
+        return known[1]
 
     def complete(self, prompt_ids: list[int], seed: int, prepared: Prepared) -> Sampled:
         num_lost = 0  # answers, by servers that are there

@@ -132,9 +132,9 @@ async function watch() {
   try {
     await look();
     if (byId("notice").dataset.lost) { delete byId("notice").dataset.lost; notice(""); }
-  } catch {
+  } catch (error) {
     byId("notice").dataset.lost = "1";
-    notice("The server has ended: start rloo-fast view again to follow the run.");
+    notice(error instanceof TypeError ? "The server has ended: start rloo-fast view again to follow the run." : error.message);
   }
   setTimeout(watch, EVERY_MS);
 }

@@ -46,7 +46,12 @@ export async function openCompletion({ run, step, number, row, prompt, shade, cl
         legend(chosen)),
       chosen && tokens.text ? shadedText(tokens, chosen) : completionText);
   };
-  const aside = (by) => { dialog.close(); next(by); };
+  let isLeft = true;
+  const aside = (by) => {
+    if (!next(by)) return;
+    isLeft = false;
+    dialog.close();
+  };
   let completionText = foldedMarks(row.completion);
   dialog.append(
     h("div", { class: "dialogtop" }, h("h2", {}, `Step ${step} · group ${row.group + 1} · sample ${row.sample + 1}`),
@@ -62,7 +67,7 @@ export async function openCompletion({ run, step, number, row, prompt, shade, cl
   dialog.addEventListener("close", () => {
     window.removeEventListener("keydown", pressed);
     dialog.remove();
-    close();
+    if (isLeft) close();
   });
   document.body.append(dialog);
   draw("");

@@ -150,17 +150,18 @@ function promptText(prompt) {
   return h("details", { class: "prompt" }, h("summary", {}, h("span", { class: "text" }, `${prompt.slice(0, 200)}…`)), h("div", { class: "text" }, prompt));
 }
 
-function whole(row, place) {
+// `before`: the address when it is closed again.
+function whole(row, place, before = location.hash) {
   const all = place.siblings ?? [row];
   const address = (one) => history.replaceState(null, "", `${linkTo(place, one)}&sample=${one.sample}${place.shade ? `&shade=${place.shade}` : ""}`);
-  const before = location.hash;
   address(row);
   openCompletion({
     ...place, number: row.number, row, prompt: place.prompts[row.prompt_id],
     close: () => history.replaceState(null, "", before),
     next: (by) => {
       const at = all.indexOf(row);
-      if (all[at + by]) whole(all[at + by], place);
+      if (all[at + by]) whole(all[at + by], place, before);
+      return Boolean(all[at + by]);
     },
   });
 }
@@ -174,7 +175,7 @@ function arrive(list, groups, place) {
   box?.querySelector(".group").classList.add("chosen");
   if (sample === undefined) return;
   const row = groups[at]?.rows.find((one) => String(one.sample) === sample);
-  if (row) whole(row, place);
+  if (row) whole(row, place, linkTo(place, row));
 }
 
 // The same prompt, step after step

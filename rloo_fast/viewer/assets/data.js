@@ -20,15 +20,19 @@ export async function ask(path, query) {
     throw new Error("This is not in the report: the run's directory has it.");
   }
   if (kept.has(wanted)) return kept.get(wanted);
-  const promise = fetch(`/api/${wanted}`).then(async (response) => {
-    const found = await response.json();
-    if (!response.ok) throw new Error(found.error ?? response.statusText);
-    return found;
-  });
+  const promise = fetched(wanted);
   promise.catch(() => kept.delete(wanted));
   if (kept.size > MOST_KEPT) kept.delete(kept.keys().next().value);
   kept.set(wanted, promise);
   return promise;
+}
+
+// Fails with a TypeError where there is no server, else with what it says.
+async function fetched(wanted) {
+  const response = await fetch(`/api/${wanted}`);
+  const found = await response.json();
+  if (!response.ok) throw new Error(found.error ?? response.statusText);
+  return found;
 }
 
 export const stepsInReport = (run) => (isReport ? embedded.report.steps[run] ?? [] : null);
@@ -43,6 +47,5 @@ export function forget(run) {
 
 export async function askNow(path) {
   if (isReport) return embedded[path];
-  const response = await fetch(`/api/${path}`);
-  return response.json();
+  return fetched(path);
 }

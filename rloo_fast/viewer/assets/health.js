@@ -3,7 +3,7 @@
 import { ask } from "./data.js";
 import { chart, smoothed } from "./charts.js";
 import { h, keyOf, picker } from "./dom.js";
-import { colour, faded } from "./format.js";
+import { colour, faded, figure } from "./format.js";
 import { chosenRun, go, state } from "./state.js";
 
 const WORDS = { ok: "fine", worry: "look here", unknown: "not known" };
@@ -48,11 +48,11 @@ function parts(check, curves) {
   const names = check.series.map((key) => key.replace(/^rewards\/(.+)\/mean$/, "$1"));
   const lines = check.series.map((key, i) => {
     const [at, y] = curves.series[key];
-    return { name: names[i], x: at.map((n) => curves.x.step[n]), y: smoothed(y, y.length > 30 ? 0.06 : 0), colour: colour(i), points: y.length < 3 };
+    return { name: names[i], x: at.map((n) => curves.x.step[n]), y: smoothed(y, y.length > 30 ? 0.06 : 0), colour: colour(i), points: y.length < 3, quiet: true };
   });
   const badge = h("span", { class: `badge ${check.state}` }, WORDS[check.state]);
   return h("section", { class: "check", "data-key": check.key, "data-state": check.state },
-    chart({ title: check.title, unit: check.unit, lines, badge }), keyOf(names, colour), h("p", { class: "why" }, check.why));
+    chart({ title: check.title, unit: check.unit, lines, badge }), keyOf(lines.map((line) => `${line.name} ${figure(line.y.at(-1))}`), colour), h("p", { class: "why" }, check.why));
 }
 
 // Quantiles of each step: least, 10 %, 25 %, median, 75 %, 90 %, largest

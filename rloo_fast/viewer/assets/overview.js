@@ -125,7 +125,7 @@ function evaluations(key, group, groups, x) {
     const what = prefix === "eval_" ? "evaluation" : prefix.slice(5, -1);
     const found = curve(one, prefix + key, x);
     return {
-      name: isAlone ? what : `${group.label}, ${what}`, ...found, dashed: !isAlone,
+      name: isAlone ? what : `${group.label}, ${what}`, ...found, dashed: !isAlone, quiet: !isAlone,
       colour: isAlone ? colour(1) : group.colour, points: isAlone || found.x.length < 3,
     };
   }));
