@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
 from rloo_fast import RLOOConfig, RLOOTrainer
+from rloo_fast.reports import completions
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
@@ -125,6 +128,27 @@ def test_tables_of_samples_have_no_bytes_of_images(tmp_path, capsys):
     for text in (capsys.readouterr().out, written):
         assert "[image]" in text
         assert "PIL" not in text
+
+
+@pytest.mark.parametrize("log_multimodal", [True, False])
+def test_trackers_get_the_images_of_prompts(log_multimodal, tmp_path, monkeypatch):
+    tables = []
+    tracker = SimpleNamespace(
+        Table=lambda dataframe: dataframe,
+        Image=lambda image: image.size,
+        log=lambda logged: tables.append(logged["completions"]),
+    )
+    monkeypatch.setattr(completions, "_active_tracker", lambda name: tracker)
+    trainer = make_trainer(tmp_path, log_completions=True, log_multimodal=log_multimodal)
+    trainer.recorder.report_to = ["wandb"]
+    trainer.collector.shows_images = True
+    trainer.train()
+    assert len(tables) == 2
+    for table in tables:
+        assert ("image" in table) == log_multimodal
+        if log_multimodal:
+            shown = [text.count("[image]") for text in table["prompt"]]
+            assert [len(images) for images in table["image"]] == shown
 
 
 def test_evaluation_with_images(tmp_path):
