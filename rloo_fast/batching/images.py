@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def _joined(parts: list[Tensor], along: int) -> Tensor:
     """The tensors one after another along a dimension, each as large in the others as the
     largest."""
     largest = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
-    filled = []
+    filled: list[Tensor] = []
     for part in parts:
         missing = [
             (0, 0 if dim == along else size - part.shape[dim]) for dim, size in enumerate(largest)
@@ -38,6 +39,10 @@ def _joined(parts: list[Tensor], along: int) -> Tensor:
         pads = [n for pair in reversed(missing) for n in pair]
         filled.append(functional.pad(part, pads) if any(pads) else part)
     return torch.cat(filled, dim=along)
+
+
+def _numbers(tensor: Any) -> list[int]:
+    return tensor.tolist()
 
 
 def inputs_of_lines(
@@ -64,7 +69,7 @@ def inputs_of_lines(
 
     for name in PER_TOKEN_INPUTS:
         if any(name in p for p in prompts):
-            types = [p[name].tolist() for p in prompts]
+            types = [_numbers(p[name]) for p in prompts]
             inputs[name] = lay(types, [[[0] * len(c) for c in unit.completions] for unit in units])
     if any("position_ids" in p for p in prompts):
         firsts = [int(p["position_ids"].max()) + 1 for p in prompts]
@@ -73,6 +78,6 @@ def inputs_of_lines(
             for first, unit in zip(firsts, units, strict=True)
         ]
         inputs["position_ids"] = torch.stack(
-            [lay([p["position_ids"][d].tolist() for p in prompts], later) for d in range(3)]
+            [lay([_numbers(p["position_ids"][d]) for p in prompts], later) for d in range(3)]
         )
     return inputs

@@ -172,15 +172,14 @@ def _check_rows(dataset: Any, name: str, tokenize_rows: RowTokenizer) -> None:
 
 def _check_images(dataset: Dataset, tokenize_rows: RowTokenizer) -> None:
     """The same one by one, and of fewer rows: each of their images is read."""
-    (first,) = ReadRows(dataset).__getitems__([0])
-    tokenize_rows([first])
-    rows = ReadRows(only_columns(dataset, tokenize_rows.columns))
+    whole, rows = ReadRows(dataset), ReadRows(only_columns(dataset, tokenize_rows.columns))
     for number in range(min(len(dataset), NUM_CHECKED_IMAGES)):
-        (row,) = rows.__getitems__([number])
+        (row,) = (rows if number else whole).__getitems__([number])
         try:
             if isinstance(row, UnreadableRow):
                 raise row
-            tokenize_rows.prompts([row])
+            read = tokenize_rows.prompts if number else tokenize_rows
+            read([row])
         except ValueError as error:
             raise ValueError(f"row {number} (counted from 0): {error}") from error
 

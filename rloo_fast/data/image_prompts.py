@@ -17,13 +17,13 @@ def prompt_with_images(
 ) -> tuple[Any, list[int], ImageInputs]:
     """(prompt, token ids, inputs) of a row: of a conversation the messages as the template had
     them, images among their parts, which is what TRL gives to reward functions."""
-    text = row["prompt"]
+    text: Any = row["prompt"]
     is_chat = is_conversational(text)
     if not (is_chat or isinstance(text, str)):
         raise UnusableRow(kind_error(text))
     try:
         images = row_images(row)
-        if not is_chat:
+        if isinstance(text, str):
             return text, *reader.text(text, images)
         messages = with_images(text, images)
     except ValueError as error:

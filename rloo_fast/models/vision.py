@@ -56,11 +56,6 @@ def _config_of(name: str, **kwargs: Any) -> Any:
 def check_takes_images(model: Any, processing_class: Any, *, images: bool, **kwargs: Any) -> None:
     """Raise ValueError, before a model is loaded, for a tokenizer or a text model and images, or a
     text model and a processor. `images`: the datasets have some. `kwargs`: of from_pretrained."""
-    if images and isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ValueError(
-            "the dataset has an image column, but processing_class is a tokenizer: pass the "
-            "model's processor, as AutoProcessor.from_pretrained(...), or remove the column."
-        )
     if isinstance(model, str):
         config = _config_of(model, **kwargs)
         takes = config is None or type(config) in AutoModelForImageTextToText._model_mapping
@@ -73,6 +68,11 @@ def check_takes_images(model: Any, processing_class: Any, *, images: bool, **kwa
             f"{what}, but the model {named} takes no images: give a vision-language model, or "
             "remove the column and pass a tokenizer."
         )
+    if images and isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            "the dataset has an image column, but processing_class is a tokenizer: pass the "
+            "model's processor, as AutoProcessor.from_pretrained(...), or remove the column."
+        )
 
 
 def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
@@ -83,11 +83,16 @@ def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
     check_takes_images(model, given, images=given is None)
     if given is None:
         name = getattr(model.config, "_name_or_path", "") or ""
+        if not name:
+            raise ValueError(
+                "the model was built in memory, so that there is no processor saved with it: pass "
+                "it as processing_class=..."
+            )
         try:
             given = AutoProcessor.from_pretrained(name, **kwargs)
         except Exception as error:
             raise ValueError(
-                f"no processor could be loaded for the model ({name or 'built in memory'!r}; "
+                f"no processor could be loaded for the model ({name!r}; "
                 f"{type(error).__name__}: {error}): pass it as processing_class=..."
             ) from error
     if not isinstance(given, ProcessorMixin):
@@ -117,6 +122,7 @@ class ImageReader:
                 "their places: such models are not offered."
             )
         self.image_token_id = image_token_id
+        self._taken = {*inspect.signature(base.forward).parameters}
         self._rope_index: Any = getattr(getattr(base, "model", base), "get_rope_index", None)
 
     @property
@@ -169,6 +175,14 @@ class ImageReader:
     def _split(self, encoded: Mapping[str, Any]) -> tuple[list[int], ImageInputs]:
         ids = encoded["input_ids"]
         others = {name: value for name, value in encoded.items() if name not in TEXT_INPUTS}
+        for name in PER_TOKEN_INPUTS:  # not all models look at the types that a processor makes
+            if name not in self._taken:
+                others.pop(name, None)
+        if foreign := sorted(others.keys() & {*IMAGE_INPUTS} - self._taken):
+            raise ValueError(
+                f"{type(self.processor).__name__} makes {', '.join(foreign)}, which {self.kind} "
+                "does not take: pass the processor that belongs to the model."
+            )
         if unknown := sorted(others.keys() - {*IMAGE_INPUTS, *PER_TOKEN_INPUTS}):
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(unknown)}, which micro-batches "

@@ -49,8 +49,9 @@ class RolloutCycle:
         """RolloutEngine.generate from the policy's weights as they are now."""
         version = self.version()
         self._make_ready(version, mode)
+        more = {} if inputs is None else {"inputs": inputs}  # engines may be anyone's
         return self.engine.generate(
-            prompt_ids, sampling, seeds, version=version, on_finished=on_finished, inputs=inputs
+            prompt_ids, sampling, seeds, version=version, on_finished=on_finished, **more
         )
 
     def sleep(self, *, give_back: bool = True) -> None:

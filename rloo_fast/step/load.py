@@ -81,14 +81,9 @@ def load_run(
         "revision": as_dict(args.model_init_kwargs).get("revision"),
         "trust_remote_code": args.trust_remote_code,
     }
-    images = have_images(train_dataset, eval_dataset, look=not args.skip_unusable_rows)
-    with_images = images or isinstance(processing_class, ProcessorMixin)
-    if with_images:
-        check_images_are_offered(args, engine_class)
-        check_takes_images(model, processing_class, images=images, **from_hub)
-        if args.ddp_find_unused_parameters is None:
-            # some towers have layers behind the one that is looked at
-            args.ddp_find_unused_parameters = True
+    with_images = _sees_images(
+        model, processing_class, train_dataset, eval_dataset, args, engine_class, from_hub
+    )
     if isinstance(model, str):
         check_model_path(model)
     check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
@@ -168,6 +163,27 @@ def load_run(
         engine_class,
         longest,
     )
+
+
+def _sees_images(
+    model: Any,
+    processing_class: Any,
+    train: Any,
+    evaluation: Any,
+    args: RLOOConfig,
+    engine_class: type[RolloutEngine],
+    from_hub: dict[str, Any],
+) -> bool:
+    """Whether it is a run with images, which then is checked and set up as one."""
+    images = have_images(train, evaluation, look=not args.skip_unusable_rows)
+    with_images = images or isinstance(processing_class, ProcessorMixin)
+    if with_images:
+        check_images_are_offered(args, engine_class)
+        check_takes_images(model, processing_class, images=images, **from_hub)
+        if args.ddp_find_unused_parameters is None:
+            # some towers have layers behind the one that is looked at
+            args.ddp_find_unused_parameters = True
+    return with_images
 
 
 def check_router(policy: Any, coef: float | None) -> None:

@@ -94,6 +94,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "vllm_group_port": (1, "has no effect here"),
 }
 ELSEWHERE = {  # field: the test that shows its effect
+    "log_multimodal": "end_to_end/test_image_runs.py::test_trackers_get_the_images_of_prompts",
     "layout": "step/test_update.py::test_a_step_is_the_same_in_every_layout",
     "fsdp": "end_to_end/test_train_engines.py::test_two_processes_train_what_one_does",
     "max_tokens_per_micro_batch": "step/test_update.py::test_number_of_forwards",

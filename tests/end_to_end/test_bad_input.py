@@ -101,7 +101,7 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "images": (
         {"train_dataset": rows("w0", "w1", images=[1, 2])},
         ValueError,
-        "image column, but processing_class is a tokenizer: pass .* or remove the column",
+        "image column, but the model .*model' takes no images: .* remove the column and pass a tok",
     ),
     "images and a text model": (
         {"train_dataset": rows("w0", "w1", image=["a", "b"]), "processing_class": None},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
 from rloo_fast import RLOOConfig, RLOOTrainer
+from rloo_fast.reports import completions
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
@@ -127,6 +130,27 @@ def test_tables_of_samples_have_no_bytes_of_images(tmp_path, capsys):
         assert "PIL" not in text
 
 
+@pytest.mark.parametrize("log_multimodal", [True, False])
+def test_trackers_get_the_images_of_prompts(log_multimodal, tmp_path, monkeypatch):
+    tables = []
+    tracker = SimpleNamespace(
+        Table=lambda dataframe: dataframe,
+        Image=lambda image: image.size,
+        log=lambda logged: tables.append(logged["completions"]),
+    )
+    monkeypatch.setattr(completions, "_active_tracker", lambda name: tracker)
+    trainer = make_trainer(tmp_path, log_completions=True, log_multimodal=log_multimodal)
+    trainer.recorder.report_to = ["wandb"]
+    trainer.collector.shows_images = True
+    trainer.train()
+    assert len(tables) == 2
+    for table in tables:
+        assert ("image" in table) == log_multimodal
+        if log_multimodal:
+            shown = [text.count("[image]") for text in table["prompt"]]
+            assert [len(images) for images in table["image"]] == shown
+
+
 def test_evaluation_with_images(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="no")
     metrics = trainer.evaluate(rows(3))
@@ -147,3 +171,21 @@ def test_text_alone(family, by_processor, tmp_path):
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if log["step"] == 2 and "loss" in log]
     assert log["sampling/logp_diff_max"] < 1e-4
+
+
+NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"processing_class": make_processor("llava").tokenizer}, "is a tokenizer: pass"),
+        ({"processing_class": make_processor("qwen2_5_vl")}, "makes image_grid_thw, which Llava"),
+        ({"use_vllm": True}, "are not offered with use_vllm=True yet"),
+        ({"data": NO_IMAGE, "reward": lengths}, r"row 0 .counted from 0.: its image 0 must be a"),
+    ],
+    ids=["tokenizer", "another processor", "vllm", "no image"],
+)  # fmt: skip
+def test_what_is_refused(given, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, **given)
