@@ -46,6 +46,17 @@ $(BIN)/.test: $(BIN)/.dev
 	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
 	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
 	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
+	$(MAKE) $(BIN)/.browser
+	@touch $@
+
+# A browser for the tests of `rloo-fast view`: one that is there, else Playwright's, else, in CI
+# alone, the system's package. Where none of them can be had, those tests skip and say so.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+$(BIN)/.browser: $(BIN)/.dev
+	for name in $(BROWSERS); do command -v $$name && exit 0; done; \
+	timeout 300 $(BIN)/playwright install chromium-headless-shell && exit 0; \
+	test -n "$$CI" && (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) && exit 0; \
+	echo "no browser could be installed: the tests of the page skip"
 	@touch $@
 
 $(BIN)/.peers: $(BIN)/.dev

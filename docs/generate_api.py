@@ -16,7 +16,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rloo_fast.config.fields import RLOOFields
+from rloo_fast.config.fields import OWN_PARTS
 from rloo_fast.config.names_2024 import Names2024
 
 PAGE = Path(__file__).with_name("api.md")
@@ -181,9 +181,16 @@ def method(owner: str, name: str, value: Any) -> str:
 
 def fields(config: type) -> str:
     """What RLOOConfig adds to transformers' TrainingArguments, or gives another default."""
+    known = {f.name: f for f in dataclasses.fields(config) if f.init}
+    # not Field.type, which transformers' HfArgumentParser overwrites
     own, old = (
-        [f for f in dataclasses.fields(config) if f.init and f.name in base.__annotations__]
-        for base in (RLOOFields, Names2024)
+        [
+            (known[name], kind)
+            for part in parts
+            for name, kind in part.__annotations__.items()
+            if name in known
+        ]
+        for parts in (OWN_PARTS, (Names2024,))
     )
     return (
         "Fields of its own, of TRL's, and those of transformers that have another default:\n\n"
@@ -191,11 +198,11 @@ def fields(config: type) -> str:
     )
 
 
-def table(some: list[dataclasses.Field]) -> str:
+def table(some: list[tuple[dataclasses.Field, str]]) -> str:
     lines = ["| field | type | default | |", "| --- | --- | --- | --- |"]
-    for field in some:
+    for field, kind in some:
         help_text = field.metadata.get("help", "").replace("%%", "%")
-        cells = [f"`{field.name}`", f"`{annotation(field.type)}`", f"`{field.default!r}`"]
+        cells = [f"`{field.name}`", f"`{annotation(kind)}`", f"`{field.default!r}`"]
         lines.append(" | ".join(["", *[c.replace("|", r"\|") for c in (*cells, help_text)], ""]))
     return "\n".join(line.strip() for line in lines) + "\n"
 

@@ -13,34 +13,24 @@ A later stage returns a new record (`dataclasses.replace`); nobody writes into a
 Letters: P prompts, K samples per prompt, R completions (rows) of one process, N counted completion
 tokens of these rows, F reward functions. Rows are prompt-major: the K samples of a prompt are
 neighbours. A field says along what it runs: `per_row` has an entry for every row, `per_token` for
-every counted token, row after row; the others hold for the whole batch. Moving rows between
-processes (`take_rows`, `concatenate`) follows the fields, so that a new one cannot be lost.
+every counted token, row after row; the others hold for the whole batch. What moves and saves
+records (`record_rows.py`) follows the fields, so that a new one cannot be lost.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rloo_kernels import Objective
+from rloo_kernels.loss.packed import segment_sum
 from torch import Tensor
+
+from .record_rows import newest, per_row, per_token
 
 Message = dict[str, Any]
 PromptText = str | list[Message]
@@ -48,21 +38,16 @@ Unit = list[int]  # rows of one group that run together, ascending
 Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor), at least one
 # what an engine is sent: the weights with their adapters, or apart from them, or these alone
 SentParts = Literal["merged", "base+adapter", "adapter"]
+# what a model's forward takes of a prompt beside its ids, by the names there: pixel_values, grids,
+# sizes; per token of the prompt (L,) PER_TOKEN_INPUTS and (3, L) position_ids, where it counts
+# them in three directions. Rows of one prompt share one object, which nobody writes into
+ImageInputs = dict[str, Tensor]
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NAN = float("nan")
 
 
 class Count(float):
     """A metric that is summed over the calls and processes of a step; others are averaged."""
-
-
-def per_row(**kwargs: Any) -> Any:
-    """A dataclass field with an entry per row: a list, a tensor (R, ...), or a record of such."""
-    return field(metadata={"along": "rows"}, **kwargs)
-
-
-def per_token(**kwargs: Any) -> Any:
-    """A dataclass field with an entry per counted token: a tensor (N,), row after row."""
-    return field(metadata={"along": "tokens"}, **kwargs)
 
 
 # Prompts and completions
@@ -78,6 +63,7 @@ class Prompt:
     text: PromptText  # as in the dataset's `prompt` column
     ids: list[int]
     columns: dict[str, Any]  # every other dataset column, for the reward functions
+    inputs: ImageInputs | None = None  # None: a text run
 
 
 @dataclass(frozen=True)
@@ -110,7 +96,9 @@ class Rollout:
     # per token, of the distribution it was drawn from: after temperature, top-p, top-k and min-p;
     # None: the engine has none to give
     logps: list[list[float]] | None = None
-    weights_version: int | None = None  # of the policy that sampled them
+    weights_version: int | None = None  # of the newest policy that sampled of them
+    # per token, of the policy that drew it; None: all by weights_version
+    token_versions: list[list[int]] | None = None
 
 
 class CompletionTexts(NamedTuple):
@@ -120,6 +108,21 @@ class CompletionTexts(NamedTuple):
     completions: list[Any]
     rewards: dict[str, list[float]]  # by reward function
     extra: dict[str, list[Any]]  # what reward functions gave to log_extra
+    images: list[list[Any]] | None = None  # of each prompt; None: nobody looks at them
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """The completions of one prompt, as a rollout_filter sees them: K of each list."""
+
+    prompt: PromptText
+    columns: dict[str, Any]  # every other dataset column of the prompt's row
+    completions: list[Any]  # texts, or messages, as reward functions get them
+    completion_ids: list[list[int]]
+    rewards: dict[str, list[float]]  # by reward function; NaN: not applicable
+    reward: list[float]  # their weighted sum; NaN: unscorable
+    lengths: list[int]  # in tokens
+    truncated: list[bool]  # cut before it ended
 
 
 # A generation batch: sampled, scored, prepared
@@ -148,7 +151,8 @@ class BatchSizes(NamedTuple):
 class GenerationBatch:
     """Completions that were sampled together, with their scores: this process' rows.
 
-    A masked row (truncated, under mask_truncated_completions) has no counted token.
+    A masked row (truncated, under mask_truncated_completions) has no counted token. Rows may have
+    been sampled by several policies, a row by more than one: `token_versions` says by which.
     """
 
     prompt_ids: list[list[int]] = per_row()
@@ -160,12 +164,29 @@ class GenerationBatch:
     num_generations: int = 0  # K
     whole_groups: bool = True  # on every process, all K rows of each of its prompts
     sampler_logps: Tensor | None = per_token(default=None)  # (N,) as the engine sampled them
-    weights_version: int | None = None  # of the policy that sampled
+    # (N,) int32, of the policy that drew each; None: all by weights_version
+    token_versions: Tensor | None = per_token(default=None)
+    inputs: list[ImageInputs] | None = per_row(default=None)  # of its prompt; None: a text run
+    # of the policy when the batch was collected: its first update starts from these weights
+    weights_version: int | None = newest(default=None)
     sizes: BatchSizes = BatchSizes()
 
     @property
     def num_rows(self) -> int:
         return len(self.completion_ids)
+
+    @cached_property
+    def staleness(self) -> Tensor:
+        """(N,) int64: versions that the policy was ahead of the one that drew the token."""
+        if self.token_versions is None or self.weights_version is None:
+            return torch.zeros(sum(self.num_tokens), dtype=torch.long)
+        return self.weights_version - self.token_versions.long()
+
+    @cached_property
+    def stale_rows(self) -> Tensor:
+        """(R,) bool: an older policy drew a token of it. Then even its newest tokens may rest on
+        keys and values that this policy had computed of the row."""
+        return segment_sum((self.staleness != 0).long(), self.cu_seqlens) > 0
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -193,10 +214,12 @@ class PreparedBatch:
     """A generation batch with all that is known before rows of it are trained on."""
 
     generation: GenerationBatch
-    on_policy: bool = True  # the weights have not changed since it was sampled
+    on_policy: bool = True  # the weights have not changed since it was collected
     ref_logps: Tensor | None = None  # (N,)
-    old_logps: Tensor | None = None  # (N,) of the policy that sampled; None: not needed or not yet
+    # (N,) of the policy when it was collected, whoever sampled; None: not needed or not yet
+    old_logps: Tensor | None = None
     old_entropy: Tensor | None = None  # (R,) sum_t H_t, where a pass before the update found it
+    token_entropy: Tensor | None = None  # (N,) H_t, of the pass or update that made old_logps
     # (R,), or (N,) with a KL to go; None: they come out of the update's own forward
     advantages: Tensor | None = None
     policy_rows: PolicyRows | None = None
@@ -283,8 +306,10 @@ class MicroBatch:
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (R + 1,) on the CPU; row r owns tokens cu_seqlens[r]:cu_seqlens[r + 1]
     token_weights: Tensor  # as input_ids: rows that a token stands for, 0 for padding
-    position_ids: Tensor | None = None  # (1, T) None: from 0 in every line
+    # (1, T), or (3, R, T) of a model that counts in three directions; None: from 0 in every line
+    position_ids: Tensor | None = None
     segments: Segments | None = None  # which tokens see which; None: all before them in the line
+    inputs: ImageInputs | None = None  # of its images, in their tokens' order, for forward
 
 
 class LossInputs(NamedTuple):
@@ -296,7 +321,8 @@ class LossInputs(NamedTuple):
     rewards: Tensor | None = None  # (R,) whole groups: KL and baseline come out of the forward
     advantages: Tensor | None = None  # (R,)
     token_advantages: Tensor | None = None  # (N,)
-    old_logps: Tensor | None = None  # (N,) None: on-policy, the ratio is exactly 1
+    # (N,) None: on-policy, the ratio is exactly 1; NaN: of this token
+    old_logps: Tensor | None = None
     ref_logps: Tensor | None = None  # (N,)
 
 
@@ -368,72 +394,3 @@ class StepResult:
         """The batches of which no earlier step took rows."""
         batches = {piece.number: piece.batch for piece in self.pieces}
         return [batch for batch in batches.values() if batch.on_policy]
-
-
-# Moving rows, saving records
-
-
-class DataclassRecord(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-
-Record = TypeVar("Record", bound=DataclassRecord)
-
-
-def _along(record: Any) -> list[tuple[Field[Any], Any, str]]:
-    """(field, value, "rows" or "tokens") of what runs along rows and is there."""
-    found = [(f, getattr(record, f.name), f.metadata.get("along")) for f in fields(record)]
-    return [(f, value, along) for f, value, along in found if along and value is not None]
-
-
-def take_rows(record: Record, rows: Sequence[int]) -> Record:
-    """The record of these rows only, in this order."""
-    taken: dict[str, Any] = {}
-    for f, value, along in _along(record):
-        if along == "tokens":
-            taken[f.name] = value[cast(GenerationBatch, record).token_index(rows)]
-        elif is_dataclass(value):
-            taken[f.name] = take_rows(cast(DataclassRecord, value), rows)
-        elif isinstance(value, Tensor):
-            taken[f.name] = value[list(rows)]
-        else:
-            taken[f.name] = [value[row] for row in rows]
-    return replace(record, **taken)
-
-
-def concatenate(parts: Sequence[Record]) -> Record:
-    """The rows of all records, one record's after the other's; the rest is the first one's."""
-    joined: dict[str, Any] = {}
-    for f, value, _ in _along(parts[0]):
-        values = [getattr(part, f.name) for part in parts]
-        if is_dataclass(value):
-            joined[f.name] = concatenate(values)
-        elif isinstance(value, Tensor):
-            joined[f.name] = torch.cat(values)
-        else:
-            joined[f.name] = [row for value in values for row in value]
-    return replace(parts[0], **joined)
-
-
-def as_plain(record: Any) -> Any:
-    """A record as dicts, lists, numbers and tensors, which torch.load(weights_only=True) reads."""
-    if is_dataclass(record):
-        return {f.name: as_plain(getattr(record, f.name)) for f in fields(record)}
-    value: Any = record
-    return (
-        dict(value._asdict()) if isinstance(record, tuple) and hasattr(value, "_asdict") else value
-    )
-
-
-def from_plain(kind: Any, plain: Any) -> Any:
-    """The inverse of `as_plain`. Raises TypeError for a field that `kind` does not have."""
-    if get_origin(kind) in (types.UnionType, Union):
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    if plain is None or not isinstance(plain, dict):
-        return plain
-    entries = cast(dict[str, Any], plain)
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        values = {name: from_plain(hints.get(name), value) for name, value in entries.items()}
-        return cast(Any, kind)(**values)
-    return kind(**entries) if hasattr(kind, "_fields") else entries

@@ -37,7 +37,7 @@ from .reports.recorder import Recorder
 from .reports.run_card import RunCard, has_chats
 from .rewards import RewardFunc, RewardSources
 from .rollout.settings import EngineSettings, sampling_of
-from .step import build
+from .step import build, loaders
 from .step.callbacks import StepCallback, SyncReference
 from .step.clock import StepClock
 from .step.evaluation import Evaluator
@@ -115,7 +115,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             data_collator=_unchanged,
             train_dataset=loaded.train_dataset,
             eval_dataset=loaded.eval_dataset,
-            processing_class=loaded.tokenizer,
+            processing_class=loaded.processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -202,14 +202,17 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         planner = self.update.planner
         if not planner.layout_name:
             planner.layout_name, why = choose_layout(
-                self.args.layout, self.policy, model, self.accelerator
+                self.args.layout, self.policy, model, self.accelerator, self.collector.seen
             )
             self._say_once(f"Micro-batches: {why}.")
 
     def _collect(self, rows: list[loader.Row], seed: int, mode: str) -> GenerationBatch:
         """Completions of these prompts, scored: this process' share."""
-        k = self.args.completions_per_prompt(mode)
-        collected = self.collector(rows, k, seed, mode, self.state)
+        if mode == "train":
+            collected = self.source.next(rows, seed, self.state)
+        else:
+            k = self.args.completions_per_prompt(mode)
+            collected = self.collector(rows, k, seed, mode, self.state)
         step = self.state.global_step
         self.recorder.record_collected(mode, collected.logged, collected.texts, step)
         if self.skipping is not None:
@@ -230,8 +233,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             advantages_per_token=self.update.settings.advantages_per_token,
             num_real=num_real,
         )
-        k, seen = batch.generation.num_generations, self.state.num_input_tokens_seen
-        self.recorder.record_rollout(rows, mode, k, seen)
+        self.recorder.record_rollout(rows, mode, batch, self.state.num_input_tokens_seen)
         return rows
 
     def _record_evaluated(self, batch: PreparedBatch, num_real: int) -> None:
@@ -250,31 +252,10 @@ class RLOOTrainer(TransformersHooks, TRLNames):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        return loader.train_loader(
-            self.train_dataset,
-            prompts_per_batch=args.prompts_per_generation,
-            micro_steps_per_batch=self.buffer.micro_steps_per_pass * args.num_iterations,
-            micro_steps_per_update=args.micro_steps_per_update,
-            shuffle=bool(args.shuffle_dataset),
-            seed=args.seed,
-            num_workers=args.dataloader_num_workers,
-            skipping=self.skipping,
-        )
+        return loaders.train_loader(self.train_dataset, self.args, self.skipping)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        sets: Any = self.eval_dataset
-        dataset = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        dataset = sets if dataset is None else dataset
-        if dataset is None:
-            raise ValueError("evaluation requires an eval_dataset: pass one to the trainer.")
-        rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
-        return loader.eval_loader(
-            dataset,
-            prompts_per_batch=max(1, rows // self.args.completions_per_prompt("eval")),
-            num_workers=self.args.dataloader_num_workers,
-            skipping=self.skipping,
-        )
+        return loaders.eval_loader(self.eval_dataset, eval_dataset, self.args, self.skipping)
 
     # What transformers' Trainer offers
 
@@ -292,6 +273,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             with locked(self.args, self.accelerator), self.termination, whole_batch:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
+            self.source.close()
             self.rewards.close()
         self.termination.exit_if_requested(self.state.global_step, self.checkpoints.last_saved_step)
         self.recorder.draw_curves(self.state.log_history)
@@ -352,6 +334,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
 
     def end(self) -> None:
         """Close the rollout engine, trackers and process groups, in this order."""
+        self.source.close()
         self.rollouts.close()
         # transformers < 5.18 has no such method
         getattr(super(), "end", self.accelerator.end_training)()
@@ -381,7 +364,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         sampling = sampling_of(args, loaded.stop_ids)
         self.sampler_check = build.build_sampler_check(args, sampling, models, engine, parallel)
         self.update = build.build_update(
-            models, tokenizer, args, parallel, self.clock, self._say_once
+            models, tokenizer, args, parallel, self.clock, self._say_once, loaded.tokenize.seen
         )
         self.collector = build.build_collector(
             self.rollouts,
@@ -393,6 +376,9 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             args,
             self.accelerator,
             self.clock,
+        )
+        self.source = loaders.build_source(
+            self.collector, self.train_dataset, args, loaded.skipping
         )
         self.buffer = build.build_buffer(args)
         self.evaluator = Evaluator(
@@ -414,6 +400,8 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             self.metrics,
             self.callback_handler.callbacks,
             reward_names=self.rewards.names,
+            tokenizer=tokenizer,
+            limits=self.sampler_check.limits,
         )
         self.card = RunCard.from_config(
             self.args,
@@ -430,7 +418,12 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             self.model,
             moving,
             parallel,
-            {"buffer": self.buffer, "metrics": self.metrics, "planner": self.update.planner.budget},
+            {
+                "buffer": self.buffer,
+                "metrics": self.metrics,
+                "planner": self.update.planner.budget,
+                "source": self.source,
+            },
             [self.nonfinite, self.recorder, self.sampler_check.limits, LossSinceLog(self)],
             load_rng_state=self._load_rng_state,
         )
@@ -443,7 +436,8 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             completions_wait=lambda: bool(self.buffer.queue),
             write_card=lambda directory: self.create_model_card(output_dir=directory),
         )
-        undone = [self.buffer, self.metrics, self.sampler_check.limits]  # of a step that fails
+        # of a step that fails
+        undone = [self.source, self.buffer, self.metrics, self.sampler_check.limits]
         self._save_on_failure = SaveOnFailure(undone, self.collector, parallel, self.checkpoints)
         if moving is not None:
             self.add_callback(SyncReference(parallel, self.model, moving))

@@ -156,8 +156,7 @@ def _set_log_completions(trainer: Any, value: bool) -> None:
 
 
 def _set_log_multimodal(trainer: Any, value: bool) -> None:
-    if not value:
-        raise ValueError("log_multimodal=False is refused: there are no images here.")
+    trainer.collector.with_images = value
 
 
 def _on(part: str, name: str) -> Name:
@@ -252,7 +251,7 @@ class TRLNames:
 
     # Logs
     log_completions = Name(lambda trainer: trainer.recorder.log_completions, _set_log_completions)
-    log_multimodal = Name(lambda trainer: True, _set_log_multimodal)
+    log_multimodal = Name(lambda trainer: trainer.collector.with_images, _set_log_multimodal)
     log_unique_prompts = Name(
         lambda trainer: trainer.recorder.samples.unique_prompts,
         lambda trainer, value: setattr(trainer.recorder.samples, "unique_prompts", bool(value)),

@@ -23,7 +23,7 @@ from .device import GIB, Cuda, Host
 from .part import Smoke
 from .shapes import checksum, make_model
 
-TIMEOUT = datetime.timedelta(seconds=90)
+TIMEOUT = datetime.timedelta(seconds=240)  # two starts of Python on a loaded machine
 
 
 def run(smoke: Smoke) -> None:

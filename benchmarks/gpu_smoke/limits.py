@@ -92,6 +92,16 @@ LIMITS: dict[str, dict[str, Limit]] = {
         "reward_first": Limit(None, None, "mean reward of the first five steps"),
         "reward_last": Limit(None, None, "mean reward of the last five steps"),
     },
+    "transfer": {
+        "group_differ": Limit(0, 0, "1: by NCCL the worker has other bits than the trainer"),
+        "http_differ": Limit(0, 0, "1: by HTTP it has"),
+        "after_given_up_differ": Limit(0, 0, "1: after a sync that the trainer gave up it has"),
+        "after_killed_differ": Limit(0, 0, "1: a new worker in place of a killed one has"),
+        "given_up_s": Limit(None, 20, "until a gathering that fails is told on both sides"),
+        "killed_s": Limit(None, 20, "until the trainer is told that the worker was killed"),
+        "group_gb_per_s": Limit(None, None, "by NCCL, fastest of all but the first"),
+        "http_gb_per_s": Limit(None, None, "by HTTP on the same machine"),
+    },
 }  # fmt: skip
 
 

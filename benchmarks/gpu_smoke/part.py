@@ -27,6 +27,7 @@ MODULES = {  # part -> module, function
     "rollout": ("sampling", "run_rollout"),
     "sampler_check": ("sampling", "run_sampler_check"),
     "training": ("training", "run"),
+    "transfer": ("transfer", "run"),
 }
 
 

@@ -5,10 +5,11 @@
      60 s   allocator_expandable      the same with torch's expandable segments
     150 s   room                  (b) a trainer's state of 1.5B parameters to the host and back
      90 s   ddp                   (c) two processes on the GPU: what the memory plan counts
-    210 s   start                 (d) vLLM started twice: the process's settings stay
+    180 s   start                 (d) vLLM started twice: the process's settings stay
     150 s   rollout               (e) tokens per second, with and without seeds
-    180 s   sampler_check         (f) noise, and weights that are stale, in bfloat16
-    300 s   training              (g) a run that is killed and resumed
+    150 s   sampler_check         (f) noise, and weights that are stale, in bfloat16
+    270 s   training              (g) a run that is killed and resumed
+     90 s   transfer              (h) weights to a server on another GPU; skipped where there is one
 
 Each is a process with its own limit of time: a part that crashes, hangs or runs out of memory is a
 result, and the next one runs. FOLDER/gpu_smoke.json has the machine, the versions, and per part its
@@ -67,10 +68,11 @@ PARTS = (
     ),
     Part("room", 150),
     Part("ddp", 90, ENGINE_NEEDS),
-    Part("start", 210, (*ENGINE_NEEDS, "vllm")),
+    Part("start", 180, (*ENGINE_NEEDS, "vllm")),
     Part("rollout", 150, ENGINE_NEEDS),
-    Part("sampler_check", 180, ENGINE_NEEDS),
-    Part("training", 300, (*TRAINER_NEEDS, "reasoning_gym")),
+    Part("sampler_check", 150, ENGINE_NEEDS),
+    Part("training", 270, (*TRAINER_NEEDS, "reasoning_gym")),
+    Part("transfer", 90, ENGINE_NEEDS),
 )  # fmt: skip
 
 

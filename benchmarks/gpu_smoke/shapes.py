@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rloo_fast.offload.storages import whole_storage
 
@@ -22,6 +21,8 @@ CHUNK = 1 << 24  # numbers that a checksum takes at a time
 
 def make_model(name: str, device: torch.device, *, tied: bool = True, seed: int = 0) -> Any:
     """With random float32 weights on `device`, in eval mode; none of its tokens ends a text."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
     hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
     no_token: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
     config = Qwen2Config(

@@ -182,13 +182,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="the same for all providers")
     add("--runs", type=int, default=7, help="timed rounds")
     add("--table", action="store_true", help="full, LoRA merged, LoRA as adapter; also by a server")
+    add("--places", default="colocate,server", help="where the engines of --table run")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --table's engines")
     add("--json", help="write env and rows here")
     args = parser.parse_args(argv)
     args.policies = args.policies.split(",")
+    args.places = args.places.split(",")
     args.bucket_mib = [int(size) for size in args.bucket_mib.split(",")]
     if unknown := [name for name in args.policies if name not in POLICIES]:
         parser.error(f"--policies are {', '.join(POLICIES)}; got {', '.join(unknown)}.")
+    if unknown := {*args.places} - {"colocate", "server"}:
+        parser.error(f"--places are colocate and server; got {', '.join(sorted(unknown))}.")
     if args.table and args.model not in step_models.GROUPED:
         known = ", ".join(step_models.GROUPED)
         parser.error(f"--table needs a model in which vLLM has LoRA: {known}; got {args.model}.")

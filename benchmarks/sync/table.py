@@ -1,8 +1,8 @@
 """Bytes and seconds of a sync by what is sent: all weights, LoRA merged into them, LoRA alone.
 
-Each in the training process and through a server on this machine. The first sync of each is not
-timed (an adapter's brings the frozen weights too), and its log-probs must be those of the policy,
-as must those after the last.
+Each in the training process and through a server on this machine, there by gloo and by HTTP in
+turn. The first sync by each way is not timed (an adapter's brings the frozen weights too), and
+its log-probs must be those of the policy, as must those after the last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,22 @@ def table(args: argparse.Namespace) -> list[Row]:
     dtype = getattr(torch, args.dtype)
     policies = {name: make_policy(args.model, name) for name in ("full", "lora")}
     rows = []
-    for way, name in WAYS.items():
+    for way, name in WAYS.items() if "colocate" in args.places else ():
         policy = policies[name]
         change_trained(policy)
         engine = _in_process(policy, dtype, is_apart=way == "LoRA as adapter")
         try:
-            rows.append(_row(f"colocate, {way}", engine, policy, dtype, args))
+            rows += _rows(f"colocate, {way}", engine, policy, dtype, args)
         finally:
             engine.close()
+    if "server" not in args.places:
+        return rows
     with _server(policies["full"], adapter_shape(policies["lora"]).rank, args) as url:
         for way, name in WAYS.items():
             policy = policies[name]
             shape = adapter_shape(policy) if way == "LoRA as adapter" else None
-            engine = VLLMServer(url, timeout_s=START_S, adapter=shape)
-            rows.append(_row(f"server, {way}", engine, policy, dtype, args))
+            engine = VLLMServer(url, timeout_s=START_S, adapter=shape, weight_transfer="http")
+            rows += _rows(f"server, {way}", engine, policy, dtype, args, by=("http", "gloo"))
             engine.close()
     return rows
 
@@ -74,30 +76,45 @@ def change_trained(policy: Any) -> None:
             parameter.add_(0.01 * torch.randn_like(parameter))
 
 
-def _row(name: str, engine: Any, policy: Any, dtype: torch.dtype, args: argparse.Namespace) -> Row:
-    row = Row("sync", name, args.model, "cpu", args.dtype)
-    errors, seconds = [], []
-    for version in range(args.runs + 1):
+def _rows(
+    name: str,
+    engine: Any,
+    policy: Any,
+    dtype: torch.dtype,
+    args: argparse.Namespace,
+    by: Sequence[str] = ("",),
+) -> list[Row]:
+    """A row per way `by` which weights reach the engine; these take turns."""
+    rows = {way: Row("sync", ", ".join(filter(None, (name, way))), args.model, "cpu", args.dtype)
+            for way in by}  # fmt: skip
+    errors = {way: list[float]() for way in by}
+    seconds = {way: list[float]() for way in by}
+    turns = [(number, way) for number in range(args.runs + 1) for way in by]
+    for version, (number, way) in enumerate(turns):
         change_trained(policy)
         wake_weights(engine)
+        if way:
+            engine.take_way(way)
         parts: SentParts = engine.wanted
         start = time.perf_counter()
         engine.load_weights(version, policy_buckets(policy, BUCKET_BYTES, dtype, parts))
-        if version:
-            seconds.append(time.perf_counter() - start)
+        if number:
+            seconds[way].append(time.perf_counter() - start)
         engine.wake(("kv_cache",))
-        if version in (0, args.runs):
+        if number in (0, args.runs):
             rollout = engine.generate(PROMPTS, SAMPLING, range(len(PROMPTS)), version=version)
-            errors.append(largest_error(policy, PROMPTS, rollout))
-    row.error_vs_reference = error = max(errors)
-    if not error <= TOLERANCE[dtype]:  # nan: refused
-        row.skipped = f"wrong: log-probs off by {error:.1e} after a sync"
-        return row
-    row.set_times(seconds)
+            errors[way].append(largest_error(policy, PROMPTS, rollout))
     sent = sum(_nbytes(engine, b) for b in policy_buckets(policy, BUCKET_BYTES, dtype, parts))
-    row.add_note(f"{sent / 2**20:.2f} MiB sent")
-    print(f"{name}: {row.note}, {row.seconds_median:.3f} s, error {error:.1e}", flush=True)
-    return row
+    for way, row in rows.items():
+        row.error_vs_reference = error = max(errors[way])
+        if not error <= TOLERANCE[dtype]:  # nan: refused
+            row.skipped = f"wrong: log-probs off by {error:.1e} after a sync"
+            continue
+        row.set_times(seconds[way])
+        row.add_note(f"{sent / 2**20:.2f} MiB sent")
+        print(f"{row.provider}: {row.note}, {row.seconds_median:.3f} s, error {error:.1e}",
+              flush=True)  # fmt: skip
+    return [*rows.values()]
 
 
 def _nbytes(engine: Any, bucket: Any) -> int:

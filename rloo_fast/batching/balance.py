@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from ..distributed.collectives import gather_objects, gather_tensor
-from ..records import BatchSizes, GenerationBatch, concatenate, take_rows
+from ..record_rows import concatenate, take_rows
+from ..records import BatchSizes, GenerationBatch
 from .layouts import Layout
 from .packing import balance
 from .planner import Planner
@@ -49,7 +50,7 @@ def _spread(
         [ids[:n] for ids, n in zip(batch.completion_ids[start : start + k], lengths, strict=True)]
         for start, lengths in zip(starts, counted, strict=True)
     ]
-    sharing = layout.sharing(prompts, completions)
+    sharing = None if batch.inputs is not None else layout.sharing(prompts, completions)
     if sharing is None:
         return balance(costs, num_ranks)
 

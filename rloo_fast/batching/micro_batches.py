@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from rloo_kernels.transfer import to_device
 
-from ..records import GenerationBatch, MicroBatch, Unit
+from ..records import GenerationBatch, ImageInputs, MicroBatch, Prompt, Unit
 from .compiled_sizes import CompiledSizes
+from .images import inputs_of_lines
 from .layouts import Layout, UnitIds
 from .segments import make_segments
 
@@ -37,24 +38,32 @@ def make_micro_batch(
     every_token: bool = False,
     multiple_of: int = 1,
     sizes: CompiledSizes | None = None,
+    seen: Prompt | None = None,
 ) -> MicroBatch:
     """The micro-batch of `units`; without units a filler, which runs one token and weighs nothing.
 
     Made on the host and queued for the device, so that it can be built while the one before runs.
+    `seen`: a prompt with an image that goes along, weighing nothing, where no other prompt has one.
     Lines are lengthened to a multiple of `multiple_of` tokens, or to one of `sizes`.
     """
     counted, run = batch.num_tokens, run_lengths(batch, every_token)
     targets: list[int] = []
     parts: list[UnitIds] = []
+    prompts: list[ImageInputs] = []
     for unit in units:
         rows = [r for r in unit if counted[r] or every_token]
         for r in rows:
             targets += batch.completion_ids[r][: counted[r]]
         if rows:
             completions = [batch.completion_ids[r][: run[r]] for r in rows]
-            parts.append(
-                UnitIds(batch.prompt_ids[rows[0]], completions, [counted[r] for r in rows])
-            )
+            num_targets = [counted[r] for r in rows]
+            alone = batch.inputs is not None
+            parts.append(UnitIds(batch.prompt_ids[rows[0]], completions, num_targets, alone))
+            if batch.inputs is not None:
+                prompts.append(batch.inputs[rows[0]])
+    if seen is not None and not any("pixel_values" in inputs for inputs in prompts):
+        parts.append(UnitIds(seen.ids, [[]], [0], alone=True))
+        prompts.append(seen.inputs or {})
     lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
     segments = None
     if lines.segment_lengths is not None:
@@ -63,7 +72,12 @@ def make_micro_batch(
         )
     rows = [r for unit in units for r in unit]
     lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
-    positions = lines.positions
+    positions = None if lines.positions is None else torch.tensor([lines.positions])
+    inputs = None
+    if batch.inputs is not None:
+        inputs = inputs_of_lines(parts, prompts, layout, multiple_of=multiple_of, sizes=sizes)
+        positions = inputs.pop("position_ids", positions)
+        inputs = {name: to_device(value, device) for name, value in inputs.items()}
     return MicroBatch(
         rows=rows,
         input_ids=to_device(torch.tensor(lines.input_ids), device),
@@ -71,6 +85,7 @@ def make_micro_batch(
         targets=to_device(torch.tensor(targets, dtype=torch.long), device),
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         token_weights=to_device(torch.tensor(lines.weights), device),
-        position_ids=(None if positions is None else to_device(torch.tensor([positions]), device)),
+        position_ids=None if positions is None else to_device(positions, device),
         segments=segments,
+        inputs=inputs,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..records import GenerationBatch, MicroBatch, MicroBatchPlan, Unit
+from ..records import GenerationBatch, MicroBatch, MicroBatchPlan, Prompt, Unit
 from .budget import TokenBudget
 from .compiled_sizes import CompiledSizes
 from .layouts import LAYOUTS, Layout, Sharing
@@ -18,7 +18,9 @@ class Planner:
     """Rows -> micro-batches of at most a budget of tokens, in one layout.
 
     `every_token`: run also tokens from which nothing is predicted. `few_sizes`: micro-batches of a
-    few sizes only, for a compiled model. `layout` is set once, before the first plan.
+    few sizes only, for a compiled model. `seen`: a prompt with an image for every micro-batch
+    without one, where processes must run the same modules. `layout` is set once, before the first
+    plan.
     """
 
     def __init__(
@@ -30,10 +32,11 @@ class Planner:
         multiple_of: int | None = None,
         every_token: bool = False,
         few_sizes: bool = False,
+        seen: Prompt | None = None,
     ):
         self.budget, self.device, self.pad_token_id = budget, device, pad_token_id
         self.multiple_of, self.every_token = multiple_of or 1, every_token
-        self.few_sizes = few_sizes
+        self.few_sizes, self.seen = few_sizes, seen
         self.layout_name = ""
 
     @property
@@ -82,6 +85,7 @@ class Planner:
             every_token=self.every_token,
             multiple_of=self.multiple_of,
             sizes=sizes,
+            seen=self.seen,
         )
 
     def lengths(self, batch: GenerationBatch) -> tuple[list[int], list[int]]:
@@ -89,6 +93,8 @@ class Planner:
         return [len(ids) for ids in batch.prompt_ids], run_lengths(batch, self.every_token)
 
     def _sharing(self, batch: GenerationBatch, groups: Sequence[Unit]) -> Sharing | None:
+        if batch.inputs is not None:  # its units are alone, see UnitIds
+            return None
         run = run_lengths(batch, self.every_token)
         return self.layout.sharing(
             [batch.prompt_ids[rows[0]] for rows in groups],

@@ -75,7 +75,7 @@ class RunState:
         self.resume_from = None
         with reading(checkpoint, "rloo_state_*.pt"):
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                part.load_state_dict(state.get(name, {}))
             for counter in self.counters:
                 counter.load_state_dict(state)
         return True

@@ -18,6 +18,7 @@ RLOO (REINFORCE Leave-One-Out) training of language models.
   train        train a model on your prompts and rewards
   eval judge   how often a model's texts are preferred to reference texts
   eval reward  the mean of your rewards over a model's completions
+  view         a page to look at runs: curves, completions, health; live, or as one file
   plot         curves of one or more runs, as a PNG
   quickstart   train a small model on a small task, to see it work
   doctor       what this machine has, and what rloo_fast will use of it
@@ -31,7 +32,7 @@ A first run:
   rloo-fast train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
       --dataset_name prompts.jsonl --reward_funcs my_rewards.py:score --output_dir runs/first"""
 
-COMMANDS = ("train", "eval", "plot", "quickstart", "doctor", "plan", "recipe")
+COMMANDS = ("train", "eval", "view", "plot", "quickstart", "doctor", "plan", "recipe")
 
 
 def run_and_exit() -> NoReturn:
@@ -125,6 +126,8 @@ def _run(command: str, argv: list[str]) -> int:
         from .train_command import main as run
     elif command == "eval":
         from .eval import main as run
+    elif command == "view":
+        from .view import main as run
     elif command == "plot":
         from .plot import main as run
     elif command == "quickstart":

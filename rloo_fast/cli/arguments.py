@@ -46,6 +46,8 @@ NUMBERS = {  # field of TrainArguments: its range
     "lora_dropout": (0, 1),
 }
 
+VIEW_MIB = 256  # unless view_mib says otherwise
+
 
 def _help(text: str, **more: Any) -> dict[str, Any]:
     return {"help": text, **more}
@@ -225,7 +227,7 @@ def build(values: Mapping[str, Any]) -> tuple[TrainArguments, RLOOConfig]:
     modules_here()
     with as_usage_errors(Exception):
         given = {k: v for k, v in values.items() if k not in mine}
-        config = RLOOConfig(**{"log_format": "line", **given})
+        config = RLOOConfig(**{"log_format": "line", "view_mib": VIEW_MIB, **given})
     loading = {
         "dtype": script.dtype,
         "attn_implementation": script.attn_implementation,

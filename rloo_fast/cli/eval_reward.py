@@ -12,7 +12,9 @@ from .options import UsageError
 from .train import prepare
 
 TRAINS_NOTHING = {"beta": 0.0, "max_steps": 1, "eval_on_start": True, "save_strategy": "no"}
-DEFAULTS = {"num_generations_eval": 1, "report_to": "none", "log_completions": False}
+DEFAULTS = {
+    "num_generations_eval": 1, "report_to": "none", "log_completions": False, "view_mib": 0,
+}  # fmt: skip
 
 SHOWN = ("eval_reward", "eval_completions/mean_length", "eval_completions/clipped_ratio")
 

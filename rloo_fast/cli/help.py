@@ -68,6 +68,7 @@ SECTIONS: dict[str, dict[str, str | None]] = {
         "output_dir": "For checkpoints, metrics, the model. Default: trainer_output.",
         "logging_steps": None,
         "log_completions": "Print samples with their rewards at every log.",
+        "view_mib": "MiB of completions kept for `rloo-fast view`; 0: none. Default: 256.",
         "report_to": "Trackers: wandb, tensorboard, trackio, ..., none.",
         "eval_strategy": "When to evaluate: no, steps, epoch.",
         "eval_steps": "Steps between evaluations. Default: logging_steps.",

@@ -25,17 +25,17 @@ def main(argv: Sequence[str]) -> int:
         EPILOG,
     )
     parser.add_argument(
-        "run_dirs", nargs="+", type=_run_dir, metavar="RUN_DIR", help="output_dir of a run"
+        "run_dirs", nargs="+", type=run_dir_of, metavar="RUN_DIR", help="output_dir of a run"
     )
     parser.add_argument(
         "--output", help="the PNG [RUN_DIR/curves.png; ./curves.png for several runs]"
     )
     parser.add_argument(
-        "--keys", type=_names, help="metrics, one panel each: reward,kl,... [those that matter]"
+        "--keys", type=names_of, help="metrics, one panel each: reward,kl,... [those that matter]"
     )
     parser.add_argument(
         "--labels",
-        type=_names,
+        type=names_of,
         help="a name for each run, with commas; runs of equal name become one line [directories]",
     )
     parser.add_argument("--x", choices=list(X_AXES), default="step", help="the x axis [step]")
@@ -50,11 +50,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _run_dir(text: str) -> Path:
+def run_dir_of(text: str) -> Path:
     """Its metrics.jsonl stands for the directory."""
     path = Path(text)
     return path.parent if path.name == "metrics.jsonl" and path.is_file() else path
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]

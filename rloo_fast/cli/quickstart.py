@@ -241,6 +241,7 @@ def _report(
     )
     _say(f"The model, its card, metrics and curves are in {out / 'rloo'}.")
     _say(f"These figures: {out / 'result.json'}")
+    _say(f"To look at the run, its completions token by token: rloo-fast view {out / 'rloo'}")
 
 
 def _no_progress_bars() -> None:

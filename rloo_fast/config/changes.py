@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .fields import RLOOFields
+from .fields import OWN_PARTS, RLOOFields
 from .names_2024 import RENAMED, Names2024
 
 # (field, field that says the same): the one that was set last counts
@@ -84,7 +84,8 @@ class FixedFields:
     """
 
     def __init__(self, args: RLOOFields):
-        own = {*RLOOFields.__annotations__, *Names2024.__annotations__, *ONCE} - LATE
+        parts = (*OWN_PARTS, Names2024)
+        own = {*ONCE, *(name for part in parts for name in part.__annotations__)} - LATE
         self.args = args
         self.values = {name: value for name, value in values_of(args).items() if name in own}
 

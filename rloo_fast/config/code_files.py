@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .paths import user_path
 
@@ -36,3 +37,18 @@ def load_module(where: str, what: str) -> ModuleType:
         return run_file(f"rloo_fast_file_{path.stem}_{abs(hash(path))}", path)
     except Exception as error:  # a module can raise anything
         raise ValueError(f"{what} could not be loaded: {type(error).__name__}: {error}") from error
+
+
+def load_function(named: Any, what: str) -> Any:
+    """The function of "package.module:function" or "path/to/file.py:function"; `what` names it in
+    the ValueError."""
+    where, colon, name = named.rpartition(":") if isinstance(named, str) else ("", "", "")
+    if not (where and colon and name):
+        raise ValueError(
+            f"{what} must be 'package.module:function' or 'path/to/file.py:function', got "
+            f"{named!r}: a run that is resumed finds it by its name."
+        )
+    function = getattr(load_module(where, f"{what}={named!r}"), name, None)
+    if not callable(function):
+        raise ValueError(f"{what}={named!r}: {where} has no function {name!r}.")
+    return function

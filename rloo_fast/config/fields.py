@@ -17,16 +17,16 @@ from transformers import TrainingArguments
 
 from ..batching.layouts import layouts_help
 from ..objective.losses import ADVANTAGES, LOSSES, choices_help
+from .documented import documented as _field
 from .names_2024 import Names2024
+from .sampling_ahead import SamplingAhead
+from .server_address import server_urls
 from .shares import DefaultShare
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [
@@ -254,6 +254,12 @@ class RLOOFields(Names2024, TrainingArguments):
         "At every log, append the samples that log_completions would print to completions.csv in "
         "output_dir; it prints nothing itself.",
     )
+    view_mib: int = _field(
+        0,
+        "Keep the completions of the steps in _view/ of output_dir, with log-prob, entropy, KL and "
+        "sampler's difference of each token, for `rloo-fast view`: at most this many MiB; beyond, "
+        "every second step is dropped. 0: none are kept. `rloo-fast train` takes 256.",
+    )
     num_completions_to_print: int | None = _field(
         None, "How many of them, drawn at random. Default: all."
     )
@@ -261,7 +267,9 @@ class RLOOFields(Names2024, TrainingArguments):
     num_sample_generations: int | None = _field(
         None, "Print that table this many times in the run, evenly spread."
     )
-    log_multimodal: bool = _field(True, "Only True is offered: there are no images to leave out.")
+    log_multimodal: bool = _field(
+        True, "Put the images of prompts into the completions tables of wandb and trackio."
+    )
 
     # Rollouts by vLLM
     use_vllm: bool = _field(False, "Sample with vLLM; False: with transformers' generate.")
@@ -292,13 +300,20 @@ class RLOOFields(Names2024, TrainingArguments):
     vllm_structured_outputs_regex: str | None = _field(
         None, "Completions must match this regular expression."
     )
-    vllm_server_base_url: str | None = _field(
-        None, "Address of the server; then vllm_server_host and vllm_server_port do not count."
+    vllm_server_base_url: list[str] | None = _field(
+        None,
+        "Address of the server, or addresses of several, which share the prompts; then "
+        "vllm_server_host and vllm_server_port do not count.",
     )
     vllm_server_host: str = _field("0.0.0.0", "Host of the server.")
     vllm_server_port: int = _field(8000, "Port of the server.")
     vllm_server_timeout: float = _field(240.0, "How long to wait for the server, in seconds.")
-    vllm_group_port: int = _field(51216, "Not offered yet.")
+    vllm_group_port: int = _field(51216, "Not offered: the system gives free ports.")
+    vllm_weight_transfer: str = _field(
+        "auto",
+        "How weights reach a server: nccl: from GPU to GPU, none of them shared | gloo: between "
+        "hosts | http | auto: nccl where it can be, gloo between CPUs, else http.",
+    )
     vllm_gpu_memory_utilization: float = _field(
         DefaultShare(0.3),
         "Share of the GPU's memory for the engine: weights and KV cache. Default: 0.3; with "
@@ -340,7 +355,8 @@ class RLOOFields(Names2024, TrainingArguments):
     truncated_importance_sampling: str | None = _field(
         None,
         "Weight the loss by min(trainer's probability / sampler's, importance_sampling_cap): per "
-        "token | per sequence.",
+        "token | per sequence. Left out: no weights; in completions of older weights the ratio of "
+        "the loss is to the sampler, clipped.",
     )
     importance_sampling_cap: float = _field(2.0, "Largest of those weights.")
 
@@ -382,6 +398,12 @@ class RLOOFields(Names2024, TrainingArguments):
         return self.per_device_train_batch_size * int(self.steps_per_generation or 1)
 
     @property
+    def server_urls(self) -> list[str]:
+        """Addresses of the rollout servers."""
+        host, port = self.vllm_server_host, self.vllm_server_port
+        return server_urls(self.vllm_server_base_url, host, port)
+
+    @property
     def prompts_per_generation(self) -> int:
         """Prompts of one generation batch, all processes."""
         return int(self.generation_batch_size or 0) // self.num_generations
@@ -396,3 +418,7 @@ class RLOOFields(Names2024, TrainingArguments):
         if not self.torch_compile:
             return None
         return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+
+
+# the classes whose fields are ours, beside Names2024; the others are transformers'
+OWN_PARTS = (RLOOFields, WhichPrompts, SamplingAhead)

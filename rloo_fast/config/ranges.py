@@ -17,6 +17,7 @@ Test = Callable[[Any], bool]
 
 TOO_MANY = 2**31  # of anything that is counted
 MAX_PROCESSES = 4096  # that one process starts
+MAX_VIEW_MIB = 2**20  # a TiB
 MAX_SECONDS = 1e9  # what a clock of the system can wait for
 
 
@@ -47,12 +48,13 @@ COUNTS_BEFORE = (
 )  # fmt: skip
 COUNTS = (
     "num_iterations", "max_completion_length", "ref_model_sync_steps", "max_nonfinite_steps",
-    "vllm_tensor_parallel_size", "weight_sync_bucket_mib",
+    "vllm_tensor_parallel_size", "weight_sync_bucket_mib", "weight_sync_steps",
+    "max_sampling_rounds",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
     "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
-    "vllm_max_model_length", "max_prompt_length",
+    "vllm_max_model_length", "max_prompt_length", "soft_punish_cache",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 Ranges = dict[str, tuple[Test, str | Callable[[], str]]]
@@ -116,6 +118,7 @@ RANGES: Ranges = {
         _optional(lambda ws: all(math.isfinite(w) and w is not True for w in ws)),
         "a list of finite numbers, one per reward function",
     ),
+    "curriculum": (_optional(lambda c: 0 < c <= 1), "in (0, 1], or left out"),
     "missing_eos_penalty": (_optional(math.isfinite), "a finite number, or left out"),
     "reward_over_limit": (_is_over_limit, "'error', 'none' or a finite number"),
     "reward_timeout_s": (
@@ -144,9 +147,22 @@ RANGES: Ranges = {
         "auto, bfloat16, float16, float32, or left out",
     ),
     "reward_processes": (_from(0, MAX_PROCESSES), f"an integer >= 0, at most {MAX_PROCESSES}"),
+    "view_mib": (_from(0, MAX_VIEW_MIB), f"an integer from 0 to {MAX_VIEW_MIB}"),
     "log_format": (lambda name: name in ("dict", "line"), "'dict' or 'line'"),
+    "max_staleness": (_from(0, TOO_MANY), "an integer >= 0; 0: sampled, then trained"),
+    **dict.fromkeys(
+        ("max_inflight_tasks", "queue_maxsize"),
+        (
+            lambda n: n == -1 or _is_count(n),
+            "an integer >= 1, or -1: as many as max_staleness lets",
+        ),
+    ),
     "vllm_mode": (lambda mode: mode in ("colocate", "server"), "'colocate' or 'server'"),
     "vllm_lora": (lambda way: way in ("merged", "adapter"), "'merged' or 'adapter'"),
+    "vllm_weight_transfer": (
+        lambda way: way in ("auto", "nccl", "gloo", "http"),
+        "'auto', 'nccl', 'gloo' or 'http'",
+    ),
     "vllm_model_impl": (
         lambda name: name in ("vllm", "transformers", "auto"),
         "'vllm', 'transformers' or 'auto'",

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from .fields import RLOOFields
-from .server_address import read_address, server_url
+from .server_address import read_address
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "transformers' generate gathers the weights once per rollout, not layer by layer for every "
         "token; use_vllm=True samples without whole weights of the policy; leave it True",
     ),
-    "log_multimodal": ((True,), "there are no images here; leave it True"),
     "torch_empty_cache_steps": ((None,), "it is not in this version; leave it out"),
     "neftune_noise_alpha": (
         (None, 0.0),
@@ -89,6 +88,7 @@ HOW_BATCHES_ARE_FETCHED = (
 # vLLM's settings that belong to one of its two modes
 SERVER = {
     "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_weight_transfer",
 }  # fmt: skip
 COLOCATED = {
     "vllm_engine_kwargs", "vllm_gpu_memory_utilization", "vllm_max_model_length",
@@ -107,12 +107,8 @@ def refuse(args: RLOOFields) -> None:
         )
     _refuse_engine_settings(args)
     if args.vllm_mode == "server":
-        base_url, host, port = (
-            args.vllm_server_base_url,
-            args.vllm_server_host,
-            args.vllm_server_port,
-        )
-        read_address(server_url(base_url, host, port))
+        for url in args.server_urls:
+            read_address(url)
     for name, (fine, why) in REFUSED.items():
         value = getattr(args, name, fine[0])  # not every transformers version has every field
         if value not in fine:
@@ -133,7 +129,7 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
     vllm = {name for name in changed if name.startswith("vllm_")}
     for wrong, why in (
         (changed & {"transformers_continuous_batching_config"}, "there is no continuous batching"),
-        (changed & {"vllm_group_port"}, "weights reach a server over HTTP"),
+        (changed & {"vllm_group_port"}, "the system gives free ports"),
         (set[str]() if args.use_vllm else vllm, "use_vllm is False"),
         (
             changed & COLOCATED if args.vllm_mode == "server" else set[str](),
@@ -151,6 +147,11 @@ def _refuse_engine_settings(args: RLOOFields) -> None:
         if wrong:
             names = " and ".join(sorted(wrong))
             raise ValueError(f"{names} has no effect here, as {why}: leave it out.")
+    if args.vllm_weight_transfer == "nccl" and args.use_cpu:
+        raise ValueError(
+            "vllm_weight_transfer='nccl' sends from a GPU, and use_cpu is True: leave one of the "
+            "two out."
+        )
     if args.num_processes % args.vllm_tensor_parallel_size:
         raise ValueError(
             f"vllm_tensor_parallel_size ({args.vllm_tensor_parallel_size}) must divide the number "

@@ -12,10 +12,12 @@ from typing import Any, Self
 import torch
 
 from ..masking import MASK, find_mask, learn, masked_errors, masked_values, shown
+from .asynchronous import refuse_asynchronous
 from .changes import changed_since, prefer_the_changed, values_of
 from .checks import batch_sizes, check_ranges, clean
 from .engines import prepare_engine
 from .fields import RLOOFields
+from .prompt_checks import refuse_which_prompts
 from .ranges import BEFORE, check_values
 from .refused import refuse
 from .renames import apply_names_2024
@@ -64,6 +66,8 @@ class RLOOConfig(RLOOFields):
         check_ranges(self)
         refuse(self)
         batch_sizes(self)
+        refuse_asynchronous(self)
+        refuse_which_prompts(self)
         self._when_made: dict[str, Any] = values_of(self)
 
     def settle(self) -> None:

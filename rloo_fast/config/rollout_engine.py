@@ -26,7 +26,13 @@ def settled(rollout_engine: str | None, use_vllm: bool, vllm_mode: str) -> tuple
     return needs_vllm, mode
 
 
-def engine_name(rollout_engine: str | None, use_vllm: bool, vllm_mode: str) -> str:
-    """`rollout_engine`, or the name of what use_vllm and vllm_mode ask for."""
+def engine_name(
+    rollout_engine: str | None, use_vllm: bool, vllm_mode: str, *, in_flight: bool = False
+) -> str:
+    """`rollout_engine`, or the name of what use_vllm and vllm_mode ask for.
+
+    `in_flight`: servers that go on sampling while their weights are replaced, or several of them.
+    """
     named = {same: name for name, same in SAME_AS.items()}
-    return rollout_engine or named[use_vllm, vllm_mode]
+    name = rollout_engine or named[use_vllm, vllm_mode]
+    return "vllm_servers" if name == "vllm_server" and in_flight else name

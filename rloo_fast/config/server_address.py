@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 EXPECTED = (
@@ -18,11 +18,17 @@ class ServerAddress(NamedTuple):
     is_https: bool
 
 
-def server_url(base_url: str | None, host: str, port: int) -> str:
-    """`base_url`, or that of the host, which may be an IPv6 address, and the port."""
+def server_urls(base_url: Any, host: str, port: int) -> list[str]:
+    """`base_url`, one or a list, or that of the host, which may be an IPv6 address, and the port.
+    Raises ValueError for a list with an address twice."""
     # text: YAML may hold a number where text belongs
     host = f"[{host}]" if ":" in str(host) else host
-    return str(base_url or f"http://{host}:{port}")
+    given = base_url or f"http://{host}:{port}"
+    many = cast(Any, given) if isinstance(given, (list, tuple)) else [given]
+    urls = [str(url) for url in many]
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ValueError(f"vllm_server_base_url names a server twice: {urls}. Write each once.")
+    return urls
 
 
 def read_address(url: str) -> ServerAddress:

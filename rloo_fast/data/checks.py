@@ -11,13 +11,16 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import IntervalStrategy
 
 from ..config.rloo_config import RLOOConfig
-from .first_rows import columns_of, first_row, is_transformed, prompts_of
+from .first_rows import columns_of, first_row, is_transformed, only_columns, rows_of
+from .images import has_image_column
+from .row_errors import ReadRows, UnreadableRow
 from .skipping import Skipping
 from .tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 10_000  # prompts that are tokenised when the trainer is made, to fail early
+NUM_CHECKED_IMAGES = 256  # rows with images, of which each takes milliseconds
 
 
 def check_datasets(train: Any, evaluation: Any, args: RLOOConfig) -> None:
@@ -31,6 +34,11 @@ def check_datasets(train: Any, evaluation: Any, args: RLOOConfig) -> None:
     look = not args.skip_unusable_rows
     check_dataset(train, "train_dataset", look=look)
     if isinstance(train, IterableDataset):
+        if args.curriculum is not None:
+            raise ValueError(
+                f"curriculum={args.curriculum} remembers every row of train_dataset by its number, "
+                "which a streamed one has not: load it without streaming, or leave curriculum out."
+            )
         if args.max_steps <= 0:
             raise ValueError(
                 "args.max_steps must be set to a positive value if dataloader does not have a "
@@ -104,6 +112,12 @@ def check_reward_columns(
             raise ValueError(f"{name}: {error}") from error
 
 
+def have_images(train: Any, evaluation: Any, *, look: bool) -> bool:
+    """Whether a set has a column of images. `look`: see `columns_of`."""
+    sets = [("train_dataset", train), *evaluation_sets(evaluation)]
+    return any(has_image_column(columns_of(d, name, look=look) or ()) for name, d in sets)
+
+
 def evaluation_sets(evaluation: Any) -> list[tuple[str, Any]]:
     """(name for messages, dataset) of each evaluation set."""
     if evaluation is None:
@@ -115,7 +129,7 @@ def evaluation_sets(evaluation: Any) -> list[tuple[str, Any]]:
 
 def check_dataset(dataset: Any, name: str, *, look: bool = True) -> None:
     """Raise TypeError or ValueError unless `dataset` is a datasets.Dataset or IterableDataset that
-    has rows, a column `prompt` and no images. `look`: see `columns_of`."""
+    has rows and a column `prompt`. `look`: see `columns_of`."""
     if not isinstance(dataset, Dataset | IterableDataset):
         hint = " Pass one of its splits." if isinstance(dataset, dict) else ""
         if isinstance(dataset, list):
@@ -136,8 +150,6 @@ def check_dataset(dataset: Any, name: str, *, look: bool = True) -> None:
         elif is_transformed(dataset):
             hint = " Its transform must return one."
         raise ValueError(f"{name} has no column 'prompt', only {sorted(columns)}.{hint}")
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"{name} has an image column; rloo_fast trains text models: remove it.")
 
 
 def _check_rows(dataset: Any, name: str, tokenize_rows: RowTokenizer) -> None:
@@ -147,12 +159,30 @@ def _check_rows(dataset: Any, name: str, tokenize_rows: RowTokenizer) -> None:
             row = first_row(dataset)
             tokenize_rows([{} if row is None else row])
             return
+        if tokenize_rows.reader is not None:
+            _check_images(dataset, tokenize_rows)
+            return
         tokenize_rows([dataset[0]])
         for start in range(0, min(len(dataset), NUM_CHECKED), 1000):
-            texts = prompts_of(dataset, start, min(start + 1000, NUM_CHECKED))
-            tokenize_rows.prompts([{"prompt": text} for text in texts])
+            stop = min(start + 1000, NUM_CHECKED)
+            tokenize_rows.prompts(rows_of(dataset, start, stop, tokenize_rows.columns))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _check_images(dataset: Dataset, tokenize_rows: RowTokenizer) -> None:
+    """The same one by one, and of fewer rows: each of their images is read."""
+    (first,) = ReadRows(dataset).__getitems__([0])
+    tokenize_rows([first])
+    rows = ReadRows(only_columns(dataset, tokenize_rows.columns))
+    for number in range(min(len(dataset), NUM_CHECKED_IMAGES)):
+        (row,) = rows.__getitems__([number])
+        try:
+            if isinstance(row, UnreadableRow):
+                raise row
+            tokenize_rows.prompts([row])
+        except ValueError as error:
+            raise ValueError(f"row {number} (counted from 0): {error}") from error
 
 
 def check_fills_a_batch(num_rows: int, prompts_per_batch: int) -> None:

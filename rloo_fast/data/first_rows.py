@@ -6,6 +6,7 @@ generator knows none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -45,7 +46,14 @@ def columns_of(dataset: Any, name: str, *, look: bool = True) -> list[str] | Non
     return list(row)
 
 
-def prompts_of(dataset: Dataset, start: int, stop: int) -> list[Any]:
-    """The prompts of these rows, other columns unread where they can be."""
-    rows: Any = dataset if is_transformed(dataset) else dataset.select_columns("prompt")
-    return list(rows[start:stop]["prompt"])
+def only_columns(dataset: Dataset, columns: Sequence[str]) -> Dataset:
+    """The dataset, of whose other columns nothing is read where that can be."""
+    if is_transformed(dataset):
+        return dataset
+    return dataset.select_columns([name for name in columns if name in dataset.column_names])
+
+
+def rows_of(dataset: Dataset, start: int, stop: int, columns: Sequence[str]) -> list[Row]:
+    """These rows, of these columns where the others need not be read."""
+    batch: Any = only_columns(dataset, columns)[start:stop]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

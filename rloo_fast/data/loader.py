@@ -2,19 +2,20 @@
 
 The loader yields one item per optimizer step: the generation batches that start in that step, each
 a list of dataset rows (none in a step that only reuses earlier completions). Every process reads
-the same items and takes its own completions from them.
+the same items and takes its own completions from them. Where prompts come from a PromptStream, the
+loader still says how many generation batches begin in a step, and its rows are empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import islice, repeat
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from .checks import check_fills_a_batch
+from .order import epoch_order
 from .row_errors import ReadRows, UnreadableRow, read
 from .row_functions import Row
 from .skipping import Skipping
@@ -57,11 +58,8 @@ class StepSampler(Sampler[list[int]]):
         return -(-micro_steps // self.micro_steps_per_update)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.num_rows))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_rows, generator=generator).tolist()
-        order = [row for row in order if row not in self.left_out]
+        how = {"shuffle": self.shuffle, "seed": self.seed, "left_out": self.left_out}
+        order = epoch_order(self.num_rows, self.epoch, **how)
         for update in range(len(self)):
             first = update * self.micro_steps_per_update
             last = min(
@@ -70,6 +68,26 @@ class StepSampler(Sampler[list[int]]):
             begin = -(-first // self.micro_steps_per_batch)
             end = -(-last // self.micro_steps_per_batch)
             yield order[begin * self.prompts_per_batch : end * self.prompts_per_batch]
+
+
+class NoRows:
+    """As many empty rows as a dataset has, or without an end, where nobody reads them."""
+
+    def __init__(self, num_rows: int | None = None):
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        assert self.num_rows is not None
+        return self.num_rows
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Row]:
+        return [{} for _ in numbers]
+
+    def __iter__(self) -> Iterator[Row]:
+        return repeat({})
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
 
 
 class StepLoader(DataLoader):
@@ -137,10 +155,11 @@ class StreamedSteps(IterableDataset):
 def train_loader(
     dataset: Any, *, prompts_per_batch: int, micro_steps_per_batch: int,
     micro_steps_per_update: int, shuffle: bool, seed: int, num_workers: int = 0,
-    skipping: Skipping | None = None,
+    skipping: Skipping | None = None, with_rows: bool = True,
 ) -> DataLoader:  # fmt: skip
     """One item per optimizer step, without the rows that `skipping` leaves out.
 
+    `with_rows=False`: as many items, of as many rows, all of them empty; nothing is read.
     Raises ValueError if no generation batch can be filled. What the dataset raises while it is
     read is in an item, as an UnreadableRow.
     """
@@ -148,6 +167,8 @@ def train_loader(
 
     sizes = (prompts_per_batch, micro_steps_per_batch, micro_steps_per_update)
     if isinstance(dataset, datasets.IterableDataset):
+        if not with_rows:
+            return DataLoader(StreamedSteps(NoRows(), *sizes), batch_size=None, collate_fn=_same)
         if shuffle:
             dataset = dataset.shuffle(seed=seed)
         steps = StreamedSteps(dataset, *sizes, skipping)
@@ -158,6 +179,8 @@ def train_loader(
         skipping.begin("train", left_out)
     check_fills_a_batch(len(dataset) - len(left_out), prompts_per_batch)
     sampler = StepSampler(len(dataset), *sizes, shuffle=shuffle, seed=seed, left_out=left_out)
+    if not with_rows:
+        return StepLoader(NoRows(len(dataset)), sampler, 0)
     return StepLoader(ReadRows(dataset), sampler, num_workers)
 
 

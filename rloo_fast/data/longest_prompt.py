@@ -8,10 +8,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from .checks import evaluation_sets
-from .first_rows import prompts_of
+from .first_rows import rows_of
 from .tokenize import RowTokenizer
 
-AT_A_TIME = 1000  # prompts that are tokenised together
 OF_A_STREAM = 256  # rows that are read of a stream
 MARGIN = 2  # a stream's later prompts may be so many times as long as those rows
 
@@ -31,10 +30,11 @@ def longest_prompt(train: Any, evaluation: Any, tokenizer: RowTokenizer, limit: 
 def _longest(dataset: Any, tokenizer: RowTokenizer) -> int:
     if isinstance(dataset, IterableDataset):
         rows: Any = islice(iter(dataset), OF_A_STREAM)
-        texts = [row["prompt"] for row in rows if isinstance(row, dict) and "prompt" in row]
-        return MARGIN * max(tokenizer.num_tokens(texts), default=1) if texts else 1
+        rows = [row for row in rows if isinstance(row, dict) and "prompt" in row]
+        return MARGIN * max(tokenizer.num_tokens(rows), default=1) if rows else 1
     assert isinstance(dataset, Dataset)
-    starts = range(0, len(dataset), AT_A_TIME)
+    size = tokenizer.at_a_time
     return max(
-        max(tokenizer.num_tokens(prompts_of(dataset, start, start + AT_A_TIME))) for start in starts
+        max(tokenizer.num_tokens(rows_of(dataset, start, start + size, tokenizer.columns)))
+        for start in range(0, len(dataset), size)
     )

@@ -8,12 +8,10 @@ from typing import Any
 from datasets import IterableDataset
 
 from .checks import check_fills_a_batch, evaluation_sets
-from .first_rows import prompts_of
+from .first_rows import rows_of
 from .tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
-
-AT_A_TIME = 1000  # prompts that are tokenised together
 
 
 def drop_long_prompts(
@@ -42,10 +40,11 @@ def drop_long_prompts(
 
 def _within(dataset: Any, tokenizer: RowTokenizer, limit: int, name: str) -> Any:
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(lambda row: tokenizer.num_tokens([row.get("prompt")])[0] <= limit)
+        return dataset.filter(lambda row: tokenizer.num_tokens([row])[0] <= limit)
     kept, longest = [], 0
-    for start in range(0, len(dataset), AT_A_TIME):
-        lengths = tokenizer.num_tokens(prompts_of(dataset, start, start + AT_A_TIME))
+    for start in range(0, len(dataset), tokenizer.at_a_time):
+        rows = rows_of(dataset, start, start + tokenizer.at_a_time, tokenizer.columns)
+        lengths = tokenizer.num_tokens(rows)
         kept += [start + i for i, length in enumerate(lengths) if length <= limit]
         longest = max(longest, *lengths)
     if not kept:

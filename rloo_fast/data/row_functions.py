@@ -7,6 +7,7 @@ but those it wants, or None to leave the row out.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,21 @@ def mbpp_chat(row: Row) -> Row:
     }
 
 
+def clevr_count(row: Row) -> Row | None:
+    """clevr_cogen_a_train: an image, how many things of a kind are in it, and the number."""
+    found = re.search(r"<answer>\s*(\d+)\s*</answer>", row["solution"])
+    if found is None:
+        return None
+    content = f"{row['problem'].strip()} Answer with the number alone."
+    return {
+        "prompt": [{"role": "user", "content": content}],
+        "image": row["image"],
+        "answer": found.group(1),
+    }
+
+
 ROW_FUNCTIONS: dict[str, RowFunction] = {
-    function.__name__: function for function in (first_five_words, mbpp_chat)
+    function.__name__: function for function in (first_five_words, mbpp_chat, clevr_count)
 }
 
 
@@ -74,11 +88,15 @@ def map_rows(rows: Any, function: RowFunction, name: str) -> Any:
     """What `function` makes of the rows of dataset `name`; a stream is mapped as it is read.
 
     Columns are those of all new rows, None where a row lacks one; a stream's rows keep their own.
+    Images are as they are stored ({"bytes", "path"}), so that not all of them are held as pixels.
     Raises ValueError, with the row, for a function that fails or returns neither dict nor None;
     and, where the rows are no stream, if none is left.
     """
-    from datasets import IterableDataset
+    from datasets import Image, IterableDataset
 
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(column, Image(decode=False))
     if isinstance(rows, IterableDataset):
         columns = rows.column_names or [*next(iter(rows), {})]
 

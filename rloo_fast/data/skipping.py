@@ -6,14 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .first_rows import is_transformed
+from .first_rows import is_transformed, only_columns
 from .row_errors import ReadRows, UnreadableRow, UnusableRow
 from .row_functions import Row
 from .tokenize import OPTION, RowTokenizer, is_conversational
 
 logger = logging.getLogger(__name__)
-
-AT_A_TIME = 1000
 
 Reason = Callable[[Any], str | None]  # a row -> why it cannot be used
 
@@ -68,10 +66,10 @@ class Skipping:
     def _find(self, dataset: Any) -> dict[int, str]:
         """Row number -> why it cannot be used."""
         only_prompts = not is_transformed(dataset)
-        rows = ReadRows(dataset.select_columns("prompt") if only_prompts else dataset)
+        rows, size = ReadRows(only_columns(dataset, self.tokenize.columns)), self.tokenize.at_a_time
         reason, found = self._reasons(only_prompts=only_prompts), {}
-        for start in range(0, len(rows), AT_A_TIME):
-            numbers = range(start, min(start + AT_A_TIME, len(rows)))
+        for start in range(0, len(rows), size):
+            numbers = range(start, min(start + size, len(rows)))
             for number, row in zip(numbers, rows.__getitems__(numbers), strict=True):
                 if (why := reason(row)) is not None:
                     found[number] = why

@@ -9,16 +9,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..config.rloo_config import RLOOConfig, as_dict
-from ..models.chat_templates import TemplateLimit, apply_template
+from ..models.chat_templates import apply_template
+from ..models.vision import ImageReader
 from ..records import Prompt
+from .image_prompts import prompt_with_images, trial_prompt
+from .images import COLUMNS
+from .messages import is_conversational, kind_error, shown, template_errors
 from .row_errors import UnreadableRow, UnusableRow
 from .row_functions import Row
 
 OPTION = " skip_unusable_rows=True leaves such rows out and counts them."
-
-
-def is_conversational(text: Any) -> bool:
-    return isinstance(text, list) and bool(text) and isinstance(text[0], dict) and "role" in text[0]
 
 
 def tokenize(
@@ -31,8 +31,11 @@ def tokenize(
     keep_columns: bool = True,
     length_option: str = "max_completion_length",
     engine_length: int | None = None,
+    reader: ImageReader | None = None,
 ) -> list[Prompt]:
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
+
+    `reader`: of a run with images, of which a row may have some; None: a text run.
 
     Raises UnusableRow (a ValueError) for a prompt that is missing, empty, of a wrong type, has
     token ids that are not < num_embeddings, or leaves no room for the completion in the model's
@@ -49,12 +52,20 @@ def tokenize(
     for row in rows:
         if "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
-        text = row["prompt"]
-        ids = _encode(text, tokenizer, chat_template_kwargs)
+        inputs, text = None, row["prompt"]
+        if reader is not None:
+            text, ids, inputs = prompt_with_images(row, reader, chat_template_kwargs)
+        elif any(row.get(name) is not None for name in COLUMNS):
+            raise UnusableRow(
+                "a row has an image, and the run has no processor: pass the processor of "
+                f"a vision-language model as processing_class. Its prompt begins {shown(text)}."
+            )
+        else:
+            ids = _encode(text, tokenizer, chat_template_kwargs)
         if not ids or text == "":
             raise UnusableRow(
                 f"a prompt {'is empty' if text in ('', []) else 'has no tokens'} "
-                f"({_shown(text)}): there is no token to continue. "
+                f"({shown(text)}): there is no token to continue. "
                 "Drop such rows from the dataset."
             )
         if num_embeddings is not None and max(ids) >= num_embeddings:
@@ -63,19 +74,19 @@ def tokenize(
             raise UnusableRow(
                 f"a prompt has {len(ids)} tokens, but only {max_prompt_tokens} fit into the "
                 f"model's context beside {length_option}: shorten or drop it, or lower "
-                f"{length_option}. The prompt begins {_shown(text)}."
+                f"{length_option}. The prompt begins {shown(text)}."
             )
         if engine_length is not None and len(ids) > engine_length:
             raise UnusableRow(
                 f"a prompt has {len(ids)} tokens, but the rollout engine was started for prompts "
                 f"of at most {engine_length}, from those that were there to see: set "
                 f"vllm_max_model_length to the longest prompt plus {length_option}, or "
-                f"max_prompt_length to leave longer prompts out. The prompt begins {_shown(text)}."
+                f"max_prompt_length to leave longer prompts out. The prompt begins {shown(text)}."
             )
         columns = {
             k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
         }
-        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}))
+        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}, inputs))
     return prompts
 
 
@@ -85,7 +96,7 @@ def _beyond(token_id: int, num_embeddings: int, tokenizer: Any, text: Any) -> st
         f"a prompt has the token id {token_id} ({token!r}), but the model has embeddings for ids "
         f"below {num_embeddings} only, the tokenizer {len(tokenizer)} tokens: call "
         "model.resize_token_embeddings(len(tokenizer)) before the trainer is made, or pass the "
-        f"tokenizer that belongs to the model. The prompt begins {_shown(text)}."
+        f"tokenizer that belongs to the model. The prompt begins {shown(text)}."
     )
 
 
@@ -94,10 +105,7 @@ def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any
         return _apply_template(text, tokenizer, kwargs)
     if isinstance(text, str):
         return tokenizer(text).input_ids
-    raise UnusableRow(
-        "a prompt must be a string or a list of {'role': ..., 'content': ...} messages, "
-        f"got {_shown(text)}."
-    )
+    raise UnusableRow(kind_error(text))
 
 
 def _apply_template(
@@ -108,18 +116,11 @@ def _apply_template(
             "a prompt is a conversation, but the tokenizer has no chat template: set "
             "tokenizer.chat_template, or make the prompts strings."
         )
-    try:
+    with template_errors(messages):
         encoded: Any = apply_template(
             tokenizer, messages, add_generation_prompt=True, tokenize=True, return_dict=True,
             **kwargs,
         )  # fmt: skip
-    except TemplateLimit as error:
-        raise ValueError(f"{error} The prompt is {_shown(messages)}.") from error
-    except Exception as error:  # whatever the template's code runs into
-        raise UnusableRow(
-            f"the chat template fails on a prompt ({type(error).__name__}: {error}). The prompt "
-            f"is {_shown(messages)}."
-        ) from error
     return encoded["input_ids"]
 
 
@@ -140,8 +141,16 @@ class RowTokenizer:
         keep_columns: bool,
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
+        reader: ImageReader | None = None,
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.reader = tokenizer, reader
+        # what a prompt is made of, and how many of them are held at a time
+        self.columns = ("prompt",) if reader is None else ("prompt", *COLUMNS)
+        self.at_a_time = 1000 if reader is None else 16
+        # a prompt with an image, to try out what a model can do with it
+        self.seen: Prompt | None = None
+        if reader is not None:
+            self.seen = trial_prompt(reader, chat_template_kwargs)
         self.chat_template_kwargs, self.keep_columns = chat_template_kwargs, keep_columns
         self.num_embeddings, self._check_columns = num_embeddings, check_columns
         self._good_columns: set[frozenset[str]] = set()
@@ -164,6 +173,7 @@ class RowTokenizer:
         *,
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
+        reader: ImageReader | None = None,
     ) -> RowTokenizer:
         return cls(
             tokenizer,
@@ -173,6 +183,7 @@ class RowTokenizer:
             keep_columns=not args.remove_unused_columns,
             num_embeddings=num_embeddings,
             check_columns=check_columns,
+            reader=reader,
         )
 
     def __call__(self, rows: Sequence[Row | UnreadableRow]) -> list[Prompt]:
@@ -193,6 +204,7 @@ class RowTokenizer:
                 num_embeddings=self.num_embeddings,
                 keep_columns=self.keep_columns,
                 engine_length=self.engine_length,
+                reader=self.reader,
             )
 
     def _whole(self, row: Row | UnreadableRow) -> Row:
@@ -209,19 +221,23 @@ class RowTokenizer:
             try:
                 self._check_columns(columns if self.keep_columns else ())
             except ValueError as error:
-                raise UnusableRow(f"{error} (The prompt: {_shown(row.get('prompt'))}.)") from error
+                raise UnusableRow(f"{error} (The prompt: {shown(row.get('prompt'))}.)") from error
             self._good_columns.add(columns)
         return row
 
-    def num_tokens(self, texts: list[Any]) -> list[int]:
-        """Tokens of each prompt, chat template included; 0 for one that cannot be tokenised."""
-        if all(isinstance(text, str) for text in texts):
+    def num_tokens(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens of each row's prompt, chat template and images included; 0 for one that cannot be
+        tokenised."""
+        texts: list[Any] = [row.get("prompt") for row in rows]
+        if self.reader is None and all(isinstance(text, str) for text in texts):
             return [len(ids) for ids in self.tokenizer(texts).input_ids]
-        return [self._num_tokens(text) for text in texts]
+        return [self._num_tokens(row) for row in rows]
 
-    def _num_tokens(self, text: Any) -> int:
+    def _num_tokens(self, row: Row) -> int:
         try:
-            return len(_encode(text, self.tokenizer, self.chat_template_kwargs))
+            if self.reader is not None:
+                return len(prompt_with_images(row, self.reader, self.chat_template_kwargs)[1])
+            return len(_encode(row.get("prompt"), self.tokenizer, self.chat_template_kwargs))
         except UnusableRow:
             return 0
 
@@ -235,8 +251,3 @@ def _naming_the_option() -> Iterator[None]:
     except UnusableRow as error:
         error.args = (f"{error}{OPTION}",)
         raise
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 120 else shown[:117] + "..."

@@ -45,6 +45,13 @@ def _host_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
+def total(accelerator: Accelerator, mine: int) -> int:
+    """The sum over processes."""
+    everyone = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+    assert isinstance(everyone, Tensor)
+    return int(everyone.sum())
+
+
 def gather_objects(accelerator: Accelerator, mine: T) -> list[T]:
     """One picklable object per process, in rank order."""
     return [mine] if accelerator.num_processes == 1 else gather_object([mine])

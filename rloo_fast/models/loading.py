@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ..config.json_text import check_json_file
 from ..config.paths import user_path
@@ -16,6 +15,7 @@ from .adapters import base_causal_lm
 from .compiled import without_compile
 from .merge import merge_adapter as merge
 from .pretrained import check_whole, load_with_info
+from .vision import auto_class
 
 # JSON files of a model's directory that are read before its weights
 SETTINGS = (
@@ -34,11 +34,12 @@ def load_policy(
     trust_remote_code: bool = False,
     merge_adapter: str | None = None,
     num_processes: int = 1,
+    with_images: bool = False,
 ) -> nn.Module:
     """A causal language model from a directory, a hub id, or as given.
 
-    A string is loaded with `model_init_kwargs`, in float32 unless they name a dtype. Either has
-    the adapter `merge_adapter` merged into it.
+    A string is loaded with `model_init_kwargs`, in float32 unless they name a dtype, and whole, its
+    image tower too, `with_images`. Either has the adapter `merge_adapter` merged into it.
     For a model that is already loaded these say nothing, which is warned about.
     Raises ValueError for a directory that does not exist, holds no model, or lacks weights.
     """
@@ -47,7 +48,7 @@ def load_policy(
         kwargs.setdefault("trust_remote_code", trust_remote_code)
         if num_processes > 1:
             kwargs["device_map"] = None
-        loaded = _load(model, kwargs)
+        loaded = _load(model, kwargs, with_images)
     else:
         if model_init_kwargs or quantization_config is not None:
             logger.warning(
@@ -71,9 +72,10 @@ def _init_kwargs(given: dict[str, Any] | None, quantization_config: Any) -> dict
     return kwargs
 
 
-def _load(name: str, kwargs: dict[str, Any]) -> nn.Module:
+def _load(name: str, kwargs: dict[str, Any], with_images: bool) -> nn.Module:
+    auto = auto_class(name, with_images=with_images, **kwargs)
     try:
-        loaded, found = load_with_info(AutoModelForCausalLM, name, "model", **kwargs)
+        loaded, found = load_with_info(auto, name, "model", **kwargs)
     except ImportError as error:
         if kwargs.get("quantization_config") is None:
             raise

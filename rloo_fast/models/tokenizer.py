@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.paths import user_path
 from .pretrained import damage
@@ -24,8 +24,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer as given, or the one saved with the model; its pad token is set.
 
-    A missing pad token is taken from EOS, with a note. Raises TypeError for a multimodal processor
-    and ValueError where no tokenizer can be found.
+    A missing pad token is taken from EOS, with a note. Raises ValueError where no tokenizer can be
+    found.
     """
     if processing_class is None:
         name = getattr(model.config, "_name_or_path", "") or ""
@@ -39,12 +39,10 @@ def load_tokenizer(
                 f"no tokenizer could be loaded for the model ({name or 'built in memory'!r}): "
                 + (why or "pass it as processing_class=...")
             ) from error
-    if isinstance(processing_class, ProcessorMixin):
-        raise TypeError("processing_class is a multimodal processor; rloo_fast trains text models.")
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
-            "The `processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), got "
-            f"{type(processing_class).__name__}."
+            "The `processing_class` must be a tokenizer (`PreTrainedTokenizerBase`), or a vision-"
+            f"language model's processor (`ProcessorMixin`), got {type(processing_class).__name__}."
         )
     if processing_class.pad_token is None:
         if processing_class.eos_token is None:

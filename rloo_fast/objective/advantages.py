@@ -22,7 +22,7 @@ from rloo_kernels.loss.packed import segment_sum
 from torch import Tensor
 
 from ..distributed.collectives import gather_rows
-from ..records import LossInputs, PolicyRows, PreparedBatch
+from ..records import NAN, LossInputs, PolicyRows, PreparedBatch
 from .importance import weighted_advantages
 from .settings import LossSettings
 
@@ -85,16 +85,26 @@ class AdvantageMaker:
             return LossInputs(advantages=nothing, ref_logps=nothing)
         index = batch.generation.token_index(rows)
         ref = None if batch.ref_logps is None else batch.ref_logps[index]
-        # None: the weights are those that sampled, and the ratio is 1, exactly
-        old = None
-        if not batch.on_policy:
-            assert batch.old_logps is not None
-            old = batch.old_logps[index]
         if batch.advantages is None:
             made = self.out_of_the_forward(batch, rows)
         else:
             made = self._given(batch, batch.advantages, rows, index)
-        return made._replace(old_logps=old, ref_logps=ref)
+        return made._replace(old_logps=self._old_logps(batch, rows, index), ref_logps=ref)
+
+    def _old_logps(self, batch: PreparedBatch, rows: list[int], index: Tensor) -> Tensor | None:
+        """(N,) of `rows`, what the loss's ratio is to: see `importance.py`. None, or NaN for a
+        token: the ratio is 1, exactly, as the weights are those that it was sampled by."""
+        generation, old = batch.generation, None
+        if not batch.on_policy:
+            assert batch.old_logps is not None
+            old = batch.old_logps[index]
+        stale = generation.stale_rows[rows]
+        if self.settings.truncated_importance_sampling is not None or not stale.any():
+            return old
+        assert generation.sampler_logps is not None
+        stale = stale.repeat_interleave(torch.tensor(generation.num_tokens)[rows])
+        sampler = generation.sampler_logps[index]
+        return torch.where(stale, sampler, torch.full_like(sampler, NAN) if old is None else old)
 
     def out_of_the_forward(self, batch: PreparedBatch, rows: list[int]) -> LossInputs:
         """Scores for the kernel, which takes KL and baseline out of the forward it is given."""

@@ -172,9 +172,12 @@ class Policy:
     def _call(self, module: Any, batch: MicroBatch, router_logits: bool, **kwargs: Any) -> Any:
         if router_logits:
             kwargs["output_router_logits"] = True
+        kwargs |= batch.inputs or {}
         # right-padded lines need no mask in a causal model, and positions that count from the
         # line's start are the default
         if batch.segments is None:
+            if batch.position_ids is not None:
+                kwargs["position_ids"] = batch.position_ids
             return module(input_ids=batch.input_ids, use_cache=False, **kwargs)
         with segment_attention(base_causal_lm(self.model)):
             return module(

@@ -16,7 +16,7 @@ from ..batching.micro_batches import make_micro_batch
 from ..models.adapters import base_causal_lm
 from ..models.dropout import has_dropout_rates
 from ..models.trial import trial_ids
-from ..records import GenerationBatch, RolloutRows
+from ..records import GenerationBatch, ImageInputs, Prompt, RolloutRows
 from .forward import Policy
 
 # largest mean difference from the padded run, as a share of what mixing up would make
@@ -25,9 +25,15 @@ TOLERANCE_HALF = 0.25
 
 
 def choose_layout(
-    asked: str, policy: Policy, wrapped: nn.Module, accelerator: Accelerator
+    asked: str,
+    policy: Policy,
+    wrapped: nn.Module,
+    accelerator: Accelerator,
+    seen: Prompt | None = None,
 ) -> tuple[str, str]:
     """(layout, sentence why): the one asked for, or for "auto" the best that the model supports.
+
+    `seen`: a prompt with an image, in a run with images.
 
     Raises ValueError if the layout asked for is not supported.
     """
@@ -36,7 +42,7 @@ def choose_layout(
     reasons: dict[str, str] = {}
     better = [layout.name for layout in best_first() if layout.name != "padded"]
     for layout in better if asked == "auto" else (asked,):
-        reason = why_not(layout, policy, wrapped, accelerator)
+        reason = why_not(layout, policy, wrapped, accelerator, seen)
         if reason is None:
             rest = "; ".join(f'"{name}" cannot be used: {why}' for name, why in reasons.items())
             return layout, f'layout "{layout}"' + (f" ({rest})" if rest else "")
@@ -54,22 +60,33 @@ def choose_layout(
 
 
 def why_not(
-    layout: str, policy: Policy, wrapped: nn.Module, accelerator: Accelerator
+    layout: str,
+    policy: Policy,
+    wrapped: nn.Module,
+    accelerator: Accelerator,
+    seen: Prompt | None = None,
 ) -> str | None:
-    """Why the policy cannot be run in the layout, or None."""
+    """Why the policy cannot be run in the layout, or None. `seen`: see `choose_layout`."""
     model = base_causal_lm(policy.model)
     reason = LAYOUTS[layout].refusal(model)
-    return reason or _trial(layout, policy, wrapped, accelerator)
+    return reason or _trial(layout, policy, wrapped, accelerator, seen)
 
 
-def _trial(layout: str, policy: Policy, wrapped: nn.Module, accelerator: Accelerator) -> str | None:
+def _trial(
+    layout: str,
+    policy: Policy,
+    wrapped: nn.Module,
+    accelerator: Accelerator,
+    seen: Prompt | None,
+) -> str | None:
     model = base_causal_lm(policy.model)
     device, ids = accelerator.device, trial_ids(model, 17)[0].tolist()
-    prompt, first, second = ids[:5], ids[5:11], ids[11:]
+    prompt = ids[:5] if seen is None else seen.ids
+    first, second = ids[5:11], ids[11:]
 
-    def logps(prompt: list[int], completions: list[list[int]], layout: str) -> Tensor:
+    def logps(completions: list[list[int]], layout: str) -> Tensor:
         batch = make_micro_batch(
-            _one_group(prompt, completions),
+            _one_group(prompt, completions, None if seen is None else seen.inputs),
             [list(range(len(completions)))],
             LAYOUTS[layout],
             device=device,
@@ -87,14 +104,14 @@ def _trial(layout: str, policy: Policy, wrapped: nn.Module, accelerator: Acceler
     )
     policy.model.eval()
     try:
-        right = logps(prompt, [second], "padded")
-        mixed = logps(prompt + first, [second], "padded")
-        found = logps(prompt, [first, second[:3] + first[:2], second], layout)
+        right = logps([second], "padded")
+        mixed = logps([first + second], "padded")
+        found = logps([first, second[:3] + first[:2], second], layout)
         if has_dropout_rates(model):  # may be in the attention, which no layout but padded has
             policy.model.train()
             # a resumed run tries it later than the run that it continues: no draw may be left
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                logps(prompt, [first, second], layout)
+                logps([first, second], layout)
     except Exception as error:  # a model's code may fail on unknown arguments in any way
         sentence = (str(error).strip().splitlines() or ["no message"])[0][:200]
         return f"a trial run failed ({type(error).__name__}: {sentence})"
@@ -108,7 +125,9 @@ def _trial(layout: str, policy: Policy, wrapped: nn.Module, accelerator: Acceler
     return None
 
 
-def _one_group(prompt: list[int], completions: list[list[int]]) -> GenerationBatch:
+def _one_group(
+    prompt: list[int], completions: list[list[int]], inputs: ImageInputs | None
+) -> GenerationBatch:
     zeros = torch.zeros(len(completions), dtype=torch.float32)
     return GenerationBatch(
         prompt_ids=[prompt] * len(completions),
@@ -120,4 +139,5 @@ def _one_group(prompt: list[int], completions: list[list[int]]) -> GenerationBat
             row=zeros, length=zeros, truncated=zeros, rewards=zeros[:, None], reward=zeros
         ),
         num_generations=len(completions),
+        inputs=None if inputs is None else [inputs] * len(completions),
     )

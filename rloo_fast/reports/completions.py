@@ -14,15 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..masking import masked_known
+from .columns import MARKS, RESERVED_COLUMNS, TEXTS
 from .metrics_file import as_scalar
 from .progress import bars_set_aside
 
 MAX_CELL_CHARS = 1000  # a longer text is printed as its two ends
 PIPE_WIDTH = 120  # characters per line where there is no terminal to ask (CI, a log file)
 MIN_TEXT_WIDTH = 40  # of the columns prompt and completion together
-TEXTS = ("prompt", "completion")
-MARKS = ("step", "mode", "sampled_after_step", "row", "num_rows")  # what a row is a sample of
-RESERVED_COLUMNS = (*MARKS, "prompt", "completion", "advantage")
+IMAGES = "image"  # a column for trackers alone: a list of images for each prompt
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
 # escape sequences of one character, and what turns the order of those around it
 OBEYED = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -121,6 +120,12 @@ def draw_rows(frame: pd.DataFrame, num_samples: int | None, seed: int = 0) -> pd
     return frame.iloc[sorted(rows)]
 
 
+def without_images(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows as text and numbers."""
+    held = IMAGES in frame and isinstance(frame[IMAGES].iloc[0], list)
+    return frame.drop(columns=IMAGES) if held else frame
+
+
 def print_table(frame: pd.DataFrame, total: int, title: str = "", note: str = "") -> None:
     """Print rows of `completions_dataframe`, of `total` in all, as a panel on stdout.
 
@@ -209,7 +214,11 @@ def log_completions_table(
         if tracker is not None:
             # the x axis that transformers' callbacks log against
             step = int(frame["step"].iloc[-1])
-            table = tracker.Table(dataframe=frame)
+            shown = frame
+            if IMAGES in frame and isinstance(frame[IMAGES].iloc[0], list):
+                columns = {IMAGES: [[tracker.Image(x) for x in row] for row in frame[IMAGES]]}
+                shown = frame.assign(**columns)
+            table = tracker.Table(dataframe=shown)
             tracker.log({name: table, "train/global_step": step})
 
 

@@ -48,7 +48,7 @@ def plot_curves(
 
     paths = [Path(run_dir) for run_dir in run_dirs]
     _check_output(Path(output))
-    runs = _read_runs(paths, _names(paths) if labels is None else labels, x)
+    runs = _read_runs(paths, run_names(paths) if labels is None else labels, x)
     every_row = [row for group in runs.values() for rows in group for row in rows]
     panels, left_out = _panels(every_row, keys, is_alone=len(paths) == 1)
     num_columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
@@ -102,7 +102,7 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"output {output}: curves are written as a PNG, so end its name in .png.")
 
 
-def _names(run_dirs: list[Path]) -> list[str]:
+def run_names(run_dirs: list[Path]) -> list[str]:
     """The directories' names, with those above them if two are equal."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     if len(set(names)) < len(names):
@@ -133,12 +133,12 @@ def _read_runs(run_dirs: list[Path], labels: Sequence[str], x: str) -> dict[str,
             )
         if not present(rows) - {"epoch"}:
             raise ValueError(f"{run_dir} has nothing to draw: all its metrics are NaN or infinite.")
-        _place(rows, x)
+        place_rows(rows, x)
         runs.setdefault(label, []).append(rows)
     return runs
 
 
-def _place(rows: Rows, x: str) -> None:
+def place_rows(rows: Rows, x: str) -> None:
     """Put each row's place on the x axis under "x"; what lacks one stands where the row before is.
 
     time: step_time is a mean over the steps since the log before.

@@ -15,7 +15,8 @@ OWN = (
 )  # fmt: skip
 OWN_PREFIXES = (
     "rewards/", "completions/", "objective/", "policy/", "val/", "loss/", "clip_ratio/", "update/",
-    "sampling/", "sync/", "time/", "throughput/", "train_", "mem_", "init_mem_", "before_init_mem_",
+    "async/", "sampling/", "staleness/", "sync/", "time/", "throughput/", "train_", "mem_",
+    "init_mem_", "before_init_mem_",
 )  # fmt: skip
 
 

@@ -112,18 +112,42 @@ def rollout_metrics(
         out[f"rewards/{name}/std"] = _std(rows[f"reward_{i}"])
     if beta != 0:
         out["kl"] = (kl.sum() / num_tokens).item()
-    return out | sampling_metrics(rows)
+    return out | sampling_metrics(rows) | staleness_metrics(rows)
+
+
+def staleness_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
+    """How far the policy was ahead of those that sampled, in versions; nothing where all rows are
+    of the policy's own weights.
+
+    Columns of `rows`: staleness_sum and staleness_max over a row's counted tokens, stale_tokens
+    (those of older weights), num_versions (that a row's tokens are of), tokens. Means are over
+    counted tokens; of rows without, none is known.
+    """
+    if not rows["stale_tokens"].sum():
+        return {}
+    num_tokens, has_tokens = rows["tokens"].sum(), rows["tokens"] > 0
+    return {
+        "staleness/mean": (rows["staleness_sum"].sum() / num_tokens).item(),
+        "staleness/max": rows["staleness_max"].max().item(),
+        "staleness/frac_stale_tokens": (rows["stale_tokens"].sum() / num_tokens).item(),
+        "staleness/versions_per_completion": rows["num_versions"][has_tokens].mean().item(),
+    }
 
 
 def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
     """Sampler against trainer, from the columns of `SamplerCheck`; nothing without log-probs of the
     sampler.
 
-    The mean of |d|, and of the part of it that the check judges, is over the tokens that both have
-    a log-prob for, NaN if there is none; means and share of the importance ratios over all of them:
-    one per token, or one per sequence.
+    What is said of rows that an older policy sampled is apart, under staleness/. The mean of |d|,
+    and of the part of it that the check judges, is over the tokens that both have a log-prob for,
+    NaN if there is none. Importance ratios are the trainer's probability over the sampler's, one
+    per token or one per sequence: of all rows with truncated importance sampling, without it of
+    those that an older policy sampled. `sampling/ess` is the effective share of them, of the
+    weights w that they are truncated to: (sum w)^2 / (n sum w^2), 1 where all weigh the same.
     """
     out: dict[str, float] = {}
+    if "stale_diff_tokens" in rows and (num_stale := rows["stale_diff_tokens"].sum()):
+        out["staleness/logp_diff_mean"] = (rows["stale_diff_sum"].sum() / num_stale).item()
     if "logp_diff_tokens" in rows:
         num_tokens = rows["logp_diff_tokens"].sum()
         out["sampling/logp_diff_mean"] = (rows["logp_diff_sum"].sum() / num_tokens).item()
@@ -131,13 +155,14 @@ def sampling_metrics(rows: dict[str, Tensor]) -> dict[str, float]:
         out["sampling/logp_diff_max"] = (
             rows["logp_diff_max"].max().item() if num_tokens else float("nan")
         )
-    if "importance_count" in rows:
-        count = rows["importance_count"].sum().clamp(min=1)
+    if "importance_count" in rows and (count := rows["importance_count"].sum()):
+        total = rows["importance_clipped"].sum()
         out |= {
             "sampling/importance_raw_mean": (rows["importance_raw"].sum() / count).item(),
             "sampling/importance_raw_max": rows["importance_raw_max"].max().item(),
-            "sampling/importance_clipped_mean": (rows["importance_clipped"].sum() / count).item(),
+            "sampling/importance_clipped_mean": (total / count).item(),
             "sampling/frac_clipped": (rows["importance_at_cap"].sum() / count).item(),
+            "sampling/ess": (total**2 / (count * rows["importance_squared"].sum())).item(),
         }
     return out
 

@@ -14,6 +14,7 @@ import transformers.trainer
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+BAR_DELAY_S = 2  # shorter rollouts have no bar of their own
 MAX_OTHER_METRICS = 8  # of a log that has none of those that a line shows
 # in every log, and of no interest alone
 BESIDE = ("epoch", "step", "num_tokens", "num_input_tokens_seen", "total_flos")
@@ -29,7 +30,7 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str | N
     # "eval_<name>_" where there are several evaluation sets; metrics of ours still say "eval_"
     prefix = next(runtimes, "eval_runtime" if is_eval else "").removesuffix("runtime")
 
-    def show(key: str, form: str | Callable[[float], str]) -> str | None:
+    def show(key: str, form: str | Callable[[float], str | None]) -> str | None:
         value = logs.get(prefix + key, logs.get(f"eval_{key}"))
         if not isinstance(value, int | float):
             return None
@@ -44,6 +45,7 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str | N
         show("completions/clipped_ratio", "clipped {:.0%}"),
         show("throughput/completion_tokens_per_s", lambda number: f"{_short(number)} tok/s"),
         show("step_time", lambda seconds: f"{_digits(seconds)} s/step"),
+        show("step_time", lambda seconds: _left(seconds * (max_steps - step))),
         show("learning_rate", "lr {:.2g}"),
         show("loss", lambda number: f"loss {_rounded(number)}"),
         show("grad_norm", lambda number: f"grad {_digits(number)}"),
@@ -84,6 +86,11 @@ def _short(number: float) -> str:
     return f"{_digits(number)}G"
 
 
+def _left(seconds: float) -> str | None:
+    """Training steps alone: evaluations and checkpoints come on top."""
+    return f"{_duration(seconds)} left" if seconds > 0 else None
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else str(timedelta(seconds=round(seconds)))
 
@@ -95,6 +102,27 @@ def bars_set_aside() -> Iterator[None]:
     with tqdm.external_write_mode(file=sys.stdout):
         yield
         sys.stdout.flush()
+
+
+@contextmanager
+def rollout_bar(total: int, is_shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over the `total` completions of a rollout, on a terminal and from its third second on;
+    to be told the tokens of each that is finished."""
+    disable = None if is_shown else True  # None: where stderr is no terminal
+    form = "{desc} {n_fmt}/{total_fmt} completions |{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(
+        total=total, desc="rollout", leave=False, delay=BAR_DELAY_S, dynamic_ncols=True,
+        disable=disable, bar_format=form,
+    ) as bar:  # fmt: skip
+        num_tokens = 0
+
+        def finished(tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += tokens
+            bar.set_postfix_str(f"{_short(num_tokens)} tokens", refresh=False)
+            bar.update()
+
+        yield finished
 
 
 class CompactProgress(ProgressCallback):

@@ -17,13 +17,15 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..config.rloo_config import RLOOConfig
 from ..distributed.collectives import gather_rows
-from ..records import CompletionTexts, StepResult
+from ..records import CompletionTexts, PreparedBatch, StepResult
+from ..weight_sync.sampler_limits import SamplerLimits
 from . import completions
 from .completions_file import CompletionsWriter
 from .curves import plot_curves
 from .metrics import Metrics, rollout_metrics, update_metrics
 from .metrics_file import MetricsWriter
 from .samples import Samples, heading
+from .view import View
 
 logger = logging.getLogger(__name__)
 CURVES = "curves.png"
@@ -35,7 +37,8 @@ class Recorder:
     callbacks: the trainer's, some of which show tables. beta: what metrics of rollouts depend on.
     report_to: the trackers in use.
     log_completions, write_completions: print them with every log, write them to a file.
-    num_shown, unique_prompts: how many rows a table shows, one per prompt.
+    num_shown, unique_prompts: how many rows a table shows, one per prompt. view: keeps completions
+    for `rloo-fast view`, None where nobody asked for that.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Recorder:
         write_completions: bool,
         num_shown: int | None,
         unique_prompts: bool,
+        view: View | None,
     ):
         self.accelerator, self.metrics = accelerator, metrics
         self.callbacks = callbacks
@@ -60,6 +64,7 @@ class Recorder:
         self.report_to, self.log_completions = report_to, log_completions
         self.write_completions = write_completions
         self.num_shown = num_shown
+        self.view = view
         self.loss_total = 0.0  # of every step so far, for the mean that is logged at the end
         self.samples = Samples(unique_prompts)
         self._step_loss = 0.0
@@ -77,6 +82,8 @@ class Recorder:
         callbacks: Sequence[TrainerCallback],
         *,
         reward_names: list[str],
+        tokenizer: Any,
+        limits: SamplerLimits,
     ) -> Recorder:
         return cls(
             accelerator,
@@ -90,6 +97,7 @@ class Recorder:
             write_completions=args.log_completions_csv,
             num_shown=args.num_completions_to_print,
             unique_prompts=args.log_unique_prompts,
+            view=View.from_config(args, accelerator, tokenizer, limits),
         )
 
     # Metrics of the stages
@@ -102,6 +110,8 @@ class Recorder:
         self.metrics.add(mode, logged)
         if texts is not None and self.accelerator.is_main_process:
             self.samples.add(mode, texts, step)
+            if self.view is not None and mode == "train":
+                self.view.add_texts(texts, step)
 
     def record_update(self, result: StepResult) -> None:
         """Metrics of an optimizer step."""
@@ -129,10 +139,13 @@ class Recorder:
         self.metrics.add("train", values)
 
     def record_rollout(
-        self, rows: dict[str, Tensor], mode: str, num_generations: int, num_tokens_seen: int
+        self, rows: dict[str, Tensor], mode: str, batch: PreparedBatch, num_tokens_seen: int
     ) -> None:
         """Metrics of a generation batch, of its rows of all processes (see `step.rows`)."""
+        num_generations = batch.generation.num_generations
         self.samples.add_advantages(mode, rows["advantage"].tolist())
+        if self.view is not None and mode == "train":
+            self.view.add_rollout(rows, batch, num_generations)
         values = rollout_metrics(rows, self.reward_names, num_generations, self.beta)
         if mode == "eval":
             entropy = rows["old_entropy"].sum() / rows["tokens"].sum().clamp(min=1)
@@ -147,6 +160,8 @@ class Recorder:
         `run_s`: since the start of the first step, None after that one."""
         if math.isfinite(self._step_loss):
             self.loss_total += self._step_loss
+        if self.view is not None:
+            self.view.end_step()
         self.metrics.add("train", {f"time/{name}_s": seconds for name, seconds in stages.items()})
         rate = self._step_tokens / step_s
         self.metrics.add("train", {"step_time": step_s, "throughput/completion_tokens_per_s": rate})
@@ -190,7 +205,8 @@ class Recorder:
         if self.log_completions:
             self._print(samples, label)
         if self._samples_writer is not None:
-            self._samples_writer.write(completions.draw_rows(samples, self.num_shown))
+            texts = completions.without_images(samples)
+            self._samples_writer.write(completions.draw_rows(texts, self.num_shown))
 
     def print_completions(self, step: int) -> None:
         """The newest samples of training with their rewards: to the terminal and the trackers."""
@@ -199,7 +215,8 @@ class Recorder:
             self._print(samples, "train")
 
     def _print(self, samples: pd.DataFrame, label: str) -> None:
-        shown = completions.draw_rows(samples, self.num_shown)
+        texts = completions.without_images(samples)
+        shown = completions.draw_rows(texts, self.num_shown)
         completions.print_table(shown, *heading(samples))
         name = "completions" if label == "train" else f"{label}_completions"
         completions.log_completions_table(self.report_to, samples, name)
@@ -210,15 +227,17 @@ class Recorder:
 
     # Files of the run
 
-    def open_run_files(self, step: int) -> None:
-        """metrics.jsonl and completions.csv of this run, cut back to the `step` that it resumes
-        from; on the main process."""
+    def open_run_files(self, step: int, max_steps: int) -> None:
+        """metrics.jsonl, completions.csv and _view/ of this run of `max_steps`, cut back to the
+        `step` that it resumes from; on the main process."""
         if not self.accelerator.is_main_process:
             return
         done = step or None
         self._writer = MetricsWriter(self.output_dir, resume_step=done)
         if self.write_completions:
             self._samples_writer = CompletionsWriter(self.output_dir, resume_step=done)
+        if self.view is not None:
+            self.view.open(step, max_steps)
 
     def draw_curves(self, log_history: Sequence[Mapping[str, Any]]) -> None:
         """curves.png in output_dir, where there are two logs or more; a failure is a warning."""

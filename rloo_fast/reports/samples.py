@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from ..records import CompletionTexts
-from .completions import completions_dataframe, mark
+from .completions import IMAGES, completions_dataframe, mark
 
 
 class Samples:
@@ -62,7 +62,7 @@ class Samples:
 
 def _frame(texts: CompletionTexts, advantages: list[float], step: int) -> pd.DataFrame:
     real = slice(len(advantages))
-    return completions_dataframe(
+    frame = completions_dataframe(
         texts.prompts[real],
         texts.completions[real],
         {name: values[real] for name, values in texts.rewards.items()},
@@ -70,6 +70,10 @@ def _frame(texts: CompletionTexts, advantages: list[float], step: int) -> pd.Dat
         step,
         {name: values[real] for name, values in texts.extra.items()},
     )
+    if texts.images is not None:
+        frame = frame.rename(columns={IMAGES: f"extra/{IMAGES}"})
+        frame[IMAGES] = pd.Series(texts.images[real], dtype="object")
+    return frame
 
 
 def heading(table: pd.DataFrame) -> tuple[int, str, str]:

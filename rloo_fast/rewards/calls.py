@@ -95,10 +95,14 @@ class Caller:
         self.timeout_s = timeout_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._calling = threading.Lock()  # several batches may be scored at a time
 
     def call(self, function: Callable[..., Any], name: str, keywords: dict[str, Any]) -> Any:
-        """Call a synchronous function and return its result."""
+        """Call a synchronous function and return its result; one at a time runs in this process."""
+        with self._calling:
+            return self._call(function, name, keywords)
 
+    def _call(self, function: Callable[..., Any], name: str, keywords: dict[str, Any]) -> Any:
         def run() -> Any:
             return drain(call_with_copies(function, keywords), num_completions)
 

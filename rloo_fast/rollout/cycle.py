@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from ..offload.engine_room import EngineRoom
-from ..records import Bucket, Rollout, Sampling
+from ..records import Bucket, ImageInputs, Rollout, Sampling
 from .engine import EngineState, OnFinished, RolloutEngine
 
 OnSync = Callable[[str, float, int], None]  # (mode, seconds that a sync took, bytes sent)
@@ -44,12 +44,13 @@ class RolloutCycle:
         on_finished: OnFinished | None = None,
         *,
         mode: str = "train",
+        inputs: Sequence[ImageInputs] | None = None,
     ) -> Rollout:
         """RolloutEngine.generate from the policy's weights as they are now."""
         version = self.version()
         self._make_ready(version, mode)
         return self.engine.generate(
-            prompt_ids, sampling, seeds, version=version, on_finished=on_finished
+            prompt_ids, sampling, seeds, version=version, on_finished=on_finished, inputs=inputs
         )
 
     def sleep(self, *, give_back: bool = True) -> None:

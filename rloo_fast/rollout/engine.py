@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum
+from itertools import groupby
 from typing import Self
 
-from ..records import Bucket, Rollout, Sampling, SentParts
+from ..records import Bucket, ImageInputs, Rollout, Sampling, SentParts
 from .settings import EngineSettings
 
 OnFinished = Callable[[int, list[int]], None]  # (index of the prompt, completion ids)
@@ -47,6 +48,7 @@ class RolloutEngine(ABC):
     shares_weights = False  # it samples with the trainer's own parameters: nothing is sent
     sleeps_in_process = False  # its memory is on the training processes' own GPUs
     reads_vllm_settings = False  # use_vllm and vllm_* mean something to it
+    takes_images = False  # it has a `_generate_with_images`
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -93,8 +95,10 @@ class RolloutEngine(ABC):
         *,
         version: int,
         on_finished: OnFinished | None = None,
+        inputs: Sequence[ImageInputs] | None = None,
     ) -> Rollout:
-        """One completion per prompt, in order, sampled by policy `version`.
+        """One completion per prompt, in order, sampled by policy `version`; `inputs`: what the
+        prompts bring beside their ids, in a run with images.
 
         The completion of prompt i follows from its ids and seeds[i], whatever stands beside it (to
         rounding). `on_finished(i, ids)` is called for each as soon as the engine has it. The global
@@ -108,8 +112,12 @@ class RolloutEngine(ABC):
             )
         if len(seeds) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts need as many seeds, got {len(seeds)}.")
-        rollout = self._generate(prompt_ids, sampling, seeds, on_finished or _ignore)
-        _check(rollout, len(prompt_ids))
+        heard = on_finished or _ignore
+        if inputs is None:
+            rollout = self._generate(prompt_ids, sampling, seeds, heard)
+        else:
+            rollout = self._generate_with_images(prompt_ids, inputs, sampling, seeds, heard)
+        _check(rollout, len(prompt_ids), version)
         return replace(rollout, weights_version=version)
 
     def sleep(self, level: int) -> None:
@@ -158,8 +166,18 @@ class RolloutEngine(ABC):
         on_finished: OnFinished,
     ) -> Rollout: ...
 
+    def _generate_with_images(
+        self,
+        prompt_ids: list[list[int]],
+        inputs: Sequence[ImageInputs],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        raise EngineError(f"{type(self).__name__} takes no images.")
 
-def _check(rollout: Rollout, count: int) -> None:
+
+def _check(rollout: Rollout, count: int, version: int) -> None:
     """EngineError for a rollout that is not what `Rollout` says: engines may be a user's own."""
     ids, reasons, logps = rollout.completion_ids, rollout.finish_reasons, rollout.logps
     lengths = {len(ids), len(reasons), len(ids if logps is None else logps)}
@@ -179,6 +197,28 @@ def _check(rollout: Rollout, count: int) -> None:
             raise EngineError(
                 f"the rollout engine returned {len(values)} log-probs for a completion of "
                 f"{len(row)} tokens: one per token, or logps=None."
+            )
+    if rollout.token_versions is not None:
+        check_versions(rollout.token_versions, ids, version)
+
+
+def check_versions(
+    token_versions: list[list[int]], completion_ids: list[list[int]], newest: int
+) -> None:
+    """EngineError unless every token has the version that drew it: within a completion they never
+    fall, and none is beyond `newest`."""
+    shapes = [[len(row) for row in rows] for rows in (token_versions, completion_ids)]
+    if shapes[0] != shapes[1]:
+        raise EngineError(
+            "the rollout engine returned token_versions of another shape than the completions': "
+            "one per token, or token_versions=None."
+        )
+    for i, row in enumerate(token_versions):
+        if row and (sorted(row) != row or row[-1] > newest):
+            raise EngineError(
+                f"the rollout engine returned that versions {[v for v, _ in groupby(row)]} of the "
+                f"weights drew the tokens of completion {i}: expected were versions that never "
+                f"fall, up to {newest}."
             )
 
 

@@ -18,9 +18,10 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..batching.images import join_images
 from ..data.seeds import step_seed
 from ..models.adapters import base_causal_lm
-from ..records import Bucket, Rollout, Sampling
+from ..records import PER_TOKEN_INPUTS, Bucket, ImageInputs, Rollout, Sampling
 from .engine import EngineError, OnFinished, RolloutEngine
 from .hf_padding import padding_changes_logits
 from .hf_sampling import TransformersSampling
@@ -35,6 +36,7 @@ CACHE = next(
     name for name in ("cache", "past_key_values")
     if name in {f.name for f in fields(GenerateDecoderOnlyOutput)}
 )  # fmt: skip
+NO_INPUTS: ImageInputs = {}
 PREFILL = GenerationConfig(
     max_new_tokens=1, do_sample=False, return_dict_in_generate=True, disable_compile=True
 )
@@ -51,6 +53,7 @@ class HFEngine(RolloutEngine):
     """
 
     shares_weights = True
+    takes_images = True
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -95,6 +98,18 @@ class HFEngine(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
+        return self._generate_with_images(
+            prompt_ids, [NO_INPUTS] * len(prompt_ids), sampling, seeds, on_finished
+        )
+
+    def _generate_with_images(
+        self,
+        prompt_ids: list[list[int]],
+        inputs: Sequence[ImageInputs],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
         settings = TransformersSampling(sampling, self.pad_token_id)
         if not settings.seeded:
             self._say(
@@ -109,8 +124,9 @@ class HFEngine(RolloutEngine):
         with self._inference():
             for rows in self._calls(order, prompt_ids):
                 prompts, row_seeds = [prompt_ids[i] for i in rows], [seeds[i] for i in rows]
+                others = [inputs[i] for i in rows]
                 with states_put_back(self.model):
-                    tokens, drawn = self._call(prompts, row_seeds, settings, stops)
+                    tokens, drawn = self._call(prompts, others, row_seeds, settings, stops)
                 values = drawn.tolist() if drawn is not None else [[] for _ in rows]
                 for row, ids, logps in zip(rows, tokens.tolist(), values, strict=True):
                     end = stops.end(prompt_ids[row], ids)
@@ -158,16 +174,20 @@ class HFEngine(RolloutEngine):
     def _call(
         self,
         prompts: list[list[int]],
+        others: list[ImageInputs],
         seeds: list[int],
         settings: TransformersSampling,
         stops: Stops,
     ) -> tuple[Tensor, Tensor | None]:  # (B, new) tokens, (B, new) log-probs
         """One generate call; what follows a row's end is not cut off yet."""
-        numbers: dict[tuple[int, ...], int] = {}
-        index = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts]
+        numbers: dict[tuple[tuple[int, ...], int], int] = {}
+        # rows of one prompt have one object of inputs
+        keys = [(tuple(ids), id(other)) for ids, other in zip(prompts, others, strict=True)]
+        index = [numbers.setdefault(key, len(numbers)) for key in keys]
         device = self._device()
         rows = torch.tensor(index, device=device)
-        ids, mask = (part.to(device) for part in self._left_padded(list(numbers), settings))
+        own = [ids for ids, _ in numbers]
+        ids, mask = (part.to(device) for part in self._left_padded(own, settings))
         inputs: dict[str, Any] = {"input_ids": ids[rows], "attention_mask": mask[rows]}
         width = ids.shape[1]
         if stops.strings:
@@ -175,7 +195,12 @@ class HFEngine(RolloutEngine):
                 StopStringCriterion(stops, prompts, width, reorders=not settings.seeded)
             ]
         if len(numbers) < len(prompts) and width > 1 and self._may_share_prompts(settings):
-            inputs[CACHE] = self._prefilled(ids[:, :-1], mask[:, :-1], rows)
+            firsts = [others[index.index(number)] for number in range(len(numbers))]
+            inputs[CACHE] = self._prefilled(
+                ids[:, :-1], mask[:, :-1], rows, self._beside(firsts, width, last=False)
+            )
+        if inputs.get(CACHE) is None:
+            inputs |= self._beside(others, width)
         if not settings.seeded:
             torch.manual_seed(step_seed(seeds[0], *seeds[1:]))
             return self._run(settings.config, **inputs)[:, width:], None
@@ -205,6 +230,20 @@ class HFEngine(RolloutEngine):
             mask[row, width - len(ids) :] = 1
         return padded, mask
 
+    def _beside(
+        self, prompts: list[ImageInputs], width: int, *, last: bool = True
+    ) -> dict[str, Tensor]:
+        """Images and, without the `last` of them, token types of left-padded prompts; generate
+        finds positions itself."""
+        given: dict[str, Tensor] = join_images(prompts)
+        for name in PER_TOKEN_INPUTS:
+            if any(name in prompt for prompt in prompts):
+                types = torch.zeros((len(prompts), width), dtype=torch.long)
+                for row, prompt in enumerate(prompts):
+                    types[row, width - len(prompt[name]) :] = prompt[name]
+                given[name] = types if last else types[:, :-1]
+        return {name: value.to(self._device()) for name, value in given.items()}
+
     def _may_share_prompts(self, settings: TransformersSampling) -> bool:
         kwargs = ("cache_implementation", "prefill_chunk_size", "use_cache")
         values = {name: getattr(settings.config, name) for name in kwargs}
@@ -213,14 +252,20 @@ class HFEngine(RolloutEngine):
             self._say(f"{', '.join(given)}: a prompt runs through the model for each sample.")
         return settings.seeded and not given and self.cache_can_be_copied
 
-    def _prefilled(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Any:  # (P, W - 1) twice, (B,)
+    def _prefilled(
+        self,
+        ids: Tensor,  # (P, W - 1)
+        mask: Tensor,
+        rows: Tensor,  # (B,)
+        beside: dict[str, Tensor],
+    ) -> Any:
         """A KV cache whose row i holds the tokens `ids[rows[i]]`; None: it cannot be copied.
 
         What the modules keep beside it until decoding (such as `rope_deltas`) is given the same
         rows.
         """
         before = kept_states(self.model)
-        cache = getattr(self._run(PREFILL, input_ids=ids, attention_mask=mask), CACHE)
+        cache = getattr(self._run(PREFILL, input_ids=ids, attention_mask=mask, **beside), CACHE)
         kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
         copied = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
         copied = copied and cache.get_seq_length() == ids.shape[1]

@@ -24,6 +24,7 @@ ENGINES: dict[str, type[RolloutEngine] | str] = {
     "transformers": "rloo_fast.rollout.hf:HFEngine",
     "vllm": "rloo_fast.rollout.vllm.colocate:VLLMEngine",
     "vllm_server": "rloo_fast.rollout.vllm.server:VLLMServer",
+    "vllm_servers": "rloo_fast.rollout.vllm.servers:VLLMServers",
 }
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..config.rloo_config import RLOOConfig, as_dict
-from ..config.server_address import server_url
 from ..config.shares import given_share
 from ..distributed import TrainingEngine
 from ..models.adapters import base_causal_lm
@@ -45,8 +44,13 @@ class InProcessSettings:
 class ServerSettings:
     """Of an engine that runs elsewhere and is asked over HTTP."""
 
-    base_url: str = "http://0.0.0.0:8000"
+    base_urls: tuple[str, ...] = ("http://0.0.0.0:8000",)
     timeout_s: float = 240.0
+    weight_transfer: str = "auto"  # the way that weights take to it
+
+    @property
+    def base_url(self) -> str:
+        return self.base_urls[0]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class EngineSettings:
     server: ServerSettings = ServerSettings()
     autocast: Callable[[], Context] = nullcontext  # around forwards of the policy
     whole_weights: Callable[[nn.Module], Context] = nullcontext  # gathers a sharded policy
+    device: torch.device = torch.device("cpu")  # that the policy is trained on
     is_main_process: bool = True
     barrier: Callable[[], None] = lambda: None  # returns when every process has called it
 
@@ -109,13 +114,13 @@ class EngineSettings:
                 engine_kwargs=as_dict(args.vllm_engine_kwargs),
             ),
             server=ServerSettings(
-                base_url=server_url(
-                    args.vllm_server_base_url, args.vllm_server_host, args.vllm_server_port
-                ),
+                base_urls=tuple(args.server_urls),
                 timeout_s=args.vllm_server_timeout,
+                weight_transfer=args.vllm_weight_transfer,
             ),
             autocast=lambda: accelerator.autocast(),
             whole_weights=parallel.whole_weights,
+            device=accelerator.device,
             is_main_process=accelerator.is_main_process,
             barrier=accelerator.wait_for_everyone,
         )

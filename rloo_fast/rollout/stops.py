@@ -143,14 +143,18 @@ class KeptRows:
 
     def rollout(self, sampled: Rollout) -> Rollout:
         """The rollout with ids and log-probs cut alike, and the reasons that everything goes by."""
-        ids, reasons, logps = sampled.completion_ids, sampled.finish_reasons, sampled.logps
+        ids, reasons = sampled.completion_ids, sampled.finish_reasons
         kept = [self.row(i, *row) for i, row in enumerate(zip(ids, reasons, strict=True))]
-        counts = [one.num_tokens for one in kept]
+
+        def cut(rows: list[list[Any]]) -> list[list[Any]]:
+            return [row[: one.num_tokens] for row, one in zip(rows, kept, strict=True)]
+
         return replace(
             sampled,
-            completion_ids=[row[:count] for row, count in zip(ids, counts, strict=True)],
+            completion_ids=cut(ids),
             finish_reasons=[one.finish_reason for one in kept],
-            logps=logps and [row[:count] for row, count in zip(logps, counts, strict=True)],
+            logps=sampled.logps and cut(sampled.logps),
+            token_versions=sampled.token_versions and cut(sampled.token_versions),
         )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..data.seeds import step_seed
-from ..records import GenerationBatch, Piece, PreparedBatch, as_plain, from_plain
+from ..record_rows import as_plain, from_plain
+from ..records import GenerationBatch, Piece, PreparedBatch
 
 
 class RolloutBuffer:

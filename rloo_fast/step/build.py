@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,11 @@ from ..offload.engine_memory import EngineMemory
 from ..policy.forward import Policy
 from ..policy.head_probe import why_own_logits
 from ..policy.router import router_coef
-from ..records import Sampling
+from ..records import Prompt, Sampling
+from ..reports.progress import rollout_bar
 from ..rewards import Rewards
+from ..rewards.shaping import ScoreSettings, SoftPunish
+from ..rollout.ahead import SharedCycle
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
 from ..rollout.engine import RolloutEngine
@@ -39,7 +43,8 @@ from ..weight_sync.sampler_check import SamplerCheck, computes_exactly
 from ..weight_sync.unmerged import policy_buckets
 from .buffer import RolloutBuffer
 from .clock import StepClock
-from .collect import Collector, ScoreSettings
+from .collect import Collector
+from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
 from .update import Updater
@@ -133,7 +138,8 @@ def build_rollouts(
         settings = settings.with_share(room.share)
         room.make()
     engine = make_engine(engine_class, settings)
-    rollouts = RolloutCycle(
+    cycle = SharedCycle if samples_ahead(args) else RolloutCycle
+    rollouts = cycle(
         engine,
         version=version,
         weights=lambda: policy_buckets(model, bucket_bytes, settings.dtype, engine.wanted),
@@ -161,6 +167,7 @@ def build_sampler_check(
         stop=args.logp_diff_stop,
         level=args.truncated_importance_sampling,
         cap=args.importance_sampling_cap,
+        ratio_level=LOSSES[args.loss].level,
         structured_outputs=args.vllm_structured_outputs_regex,
         has_dropout=policies.has_dropout,
         is_main_process=accelerator.is_main_process,
@@ -179,7 +186,11 @@ def build_collector(
     clock: StepClock,
 ) -> Collector:
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
-    shown = args.log_completions or args.log_completions_csv or args.num_sample_generations
+    cache = args.soft_punish_cache
+    looked_at = (
+        args.log_completions, args.log_completions_csv, args.num_sample_generations,
+        args.view_mib, args.rollout_filter,
+    )  # fmt: skip
     return Collector(
         rollouts,
         tokenize,
@@ -188,14 +199,20 @@ def build_collector(
         planner,
         accelerator,
         scores=ScoreSettings(
-            args.missing_eos_penalty, args.normalize_rewards, args.reward_clip_range
+            args.missing_eos_penalty,
+            SoftPunish(args.max_completion_length, cache) if cache else None,
+            args.normalize_rewards,
+            args.reward_clip_range,
         ),
         mask_truncated=args.mask_truncated_completions,
         overlap_rewards=args.use_vllm if args.overlap_rewards is None else args.overlap_rewards,
-        with_texts=bool(shown),
+        with_texts=any(looked_at),
+        with_images=args.log_multimodal,
+        shows_images=not {"wandb", "trackio"}.isdisjoint(args.report_to or ()),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
+        progress=partial(rollout_bar, is_shown=args.should_log and not args.disable_tqdm),
     )
 
 
@@ -206,8 +223,9 @@ def build_update(
     parallel: TrainingEngine,
     clock: StepClock,
     say: Callable[[str], None],
+    seen: Prompt | None,
 ) -> UpdateParts:
-    """`say`: tells the user a sentence once."""
+    """`say`: tells the user a sentence once. `seen`: a prompt with an image, in a run with some."""
     accelerator, settings = parallel.accelerator, loss_settings(args)
     policy, reference, dropout = policies
     coef = router_coef(policy.model, args.router_aux_loss_coef)
@@ -221,6 +239,7 @@ def build_update(
         multiple_of=multiple_of,
         every_token=coef != 0,  # a load-balancing loss counts tokens that predict nothing, too
         few_sizes=args.torch_compile,
+        seen=seen if accelerator.num_processes > 1 else None,
     )
     runner = MicroBatchRunner(accelerator, can_retry=parallel.can_retry)
     advantages = AdvantageMaker(settings, accelerator)

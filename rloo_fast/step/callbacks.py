@@ -52,7 +52,7 @@ class StepCallback(TrainerCallback):
         self._save_at_epoch_end = False
         if self.run_state.restore():
             self.writer.last_saved_step = state.global_step
-        self.recorder.open_run_files(state.global_step)
+        self.recorder.open_run_files(state.global_step, state.max_steps)
         # a resumed state has the checkpoint's logging_steps, eval_steps, save_steps
         state.compute_steps(args, state.max_steps)
 

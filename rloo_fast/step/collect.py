@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -19,31 +19,24 @@ from transformers import TrainerState
 
 from ..batching.balance import balance_rows, with_sizes
 from ..batching.planner import Planner
+from ..data.images import shown_images
 from ..data.seeds import step_seed
 from ..data.tokenize import RowTokenizer, is_conversational
-from ..distributed.collectives import gather_objects, gather_rows
+from ..distributed.collectives import gather_objects, gather_rows, total
 from ..records import (
     CompletionTexts,
-    Count,
     GenerationBatch,
+    ImageInputs,
     Prompt,
     Rollout,
     RolloutRows,
     Sampling,
 )
 from ..rewards import Rewards, Scoring
-from ..rewards.shaping import shape_scores
+from ..rewards.shaping import ScoreSettings
 from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import KeptRows, Stops
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What becomes of the weighted reward before the loss sees it (see `shape_scores`)."""
-
-    missing_eos_penalty: float | None = None
-    normalize: bool = False
-    clip_range: list[float] | None = None
+from .texts import gather_texts, mean_logged
 
 
 class Collected(NamedTuple):
@@ -55,6 +48,30 @@ class Collected(NamedTuple):
     texts: CompletionTexts | None  # None: nobody looks at them
 
 
+@dataclass
+class GivenByRewards:
+    """What reward functions gave beside rewards, in one generation batch on this process."""
+
+    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Scored(NamedTuple):
+    """Completions of one process and what rewards made of them, all of its rows."""
+
+    rows: list[Prompt]
+    rollout: Rollout
+    rewards: Tensor  # (R, F), NaN: not applicable
+    completions: list[Any]  # as reward functions got them; none: nobody looks at them
+    given: GivenByRewards
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and completions."""
+        completions = self.rollout.completion_ids
+        return sum(len(row.ids) for row in self.rows) + sum(len(ids) for ids in completions)
+
+
 class PeerFailed(RuntimeError):
     """Another process could not sample or score its prompts; the message has its error."""
 
@@ -64,7 +81,9 @@ class Collector:
 
     `stage(name)`: a context that times what runs in it. `hidden(seconds)`: is told what of the
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
-    of all processes are gathered for whoever looks at them.
+    of all processes are gathered for whoever looks at them; `with_images`: images too, where a
+    tracker `shows_images`. `progress(completions)`: a context that is told the tokens of each that
+    is finished.
     """
 
     def __init__(
@@ -80,16 +99,22 @@ class Collector:
         mask_truncated: bool,
         overlap_rewards: bool,
         with_texts: bool,
+        with_images: bool,
+        shows_images: bool,
         tokens_per_pair: float,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
+        progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
     ):
         self.rollouts, self.tokenize, self.rewards = rollouts, tokenize, rewards
-        self.tokenizer = tokenize.tokenizer
+        self.tokenizer, self.seen = tokenize.tokenizer, tokenize.seen
         self.sampling, self.planner, self.accelerator = sampling, planner, accelerator
         self.scores, self.mask_truncated = scores, mask_truncated
-        self.overlap_rewards, self.with_texts = overlap_rewards, with_texts
+        self.overlap_rewards = overlap_rewards
+        self.with_texts, self.with_images = with_texts, with_images
+        self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
+        self.progress = progress
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.failed = False  # the newest rollout or its rewards, on some process
 
@@ -108,8 +133,20 @@ class Collector:
         prompts at the end. In mode "train", whole groups are exchanged so that all processes have
         about as much to compute.
         """
+        scored = self.sample(dataset_rows, num_generations, seed, mode, state)
+        return self.collected(scored, num_generations, mode)
+
+    def sample(
+        self,
+        dataset_rows: Sequence[Any],
+        num_generations: int,
+        seed: int,
+        mode: str,
+        state: TrainerState,
+    ) -> Scored:
+        """Completions and what the reward functions say of them."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        with self._failing_together():  # before anything that waits for the others
+        with self.failing_together():  # before anything that waits for the others
             prompts = self.tokenize(dataset_rows)
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
         assert len(rows) % world == 0, (len(rows), world)
@@ -119,17 +156,32 @@ class Collector:
         places = [divmod(rank * size + i, num_generations) for i in range(size)]
         kept = KeptRows(self.stops, [[*row.ids] for row in rows])
         seeds = [step_seed(seed, *place) for place in places]
-        given = _GivenByRewards()
-        with self._failing_together():
+        given = GivenByRewards()
+        with self.failing_together():
             groups = [prompt for prompt, _ in places]
-            scoring = self._begin_rewards(rows, groups, kept.texts, state)
-            rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode)
+            scoring = self.begin_rewards(rows, groups, kept.texts, state)
+            rollout, per_function = self._sample_and_score(
+                kept, seeds, scoring, given, mode, _inputs(rows)
+            )
         self.rollouts.sleep()
-        texts = None
-        if self.with_texts:
-            completions = scoring.batch.completions(range(size))
-            texts = self._texts(rows, completions, per_function, given.extra)
-        batch = self._batch(rows, rollout, per_function, num_generations)
+        completions = scoring.batch.completions(range(size)) if self.with_texts else []
+        return Scored(rows, rollout, per_function, completions, given)
+
+    def collected(self, scored: Scored, num_generations: int, mode: str) -> Collected:
+        """Of completions that this process is the one to train, scored."""
+        batch = self.without_scores(scored, num_generations)
+        return self.finished(batch, self.texts(scored), [scored], mode)
+
+    def finished(
+        self,
+        batch: GenerationBatch,
+        texts: CompletionTexts | None,
+        scored: Sequence[Scored],
+        mode: str,
+    ) -> Collected:
+        """`batch` with scores, its groups balanced over processes, and what there is to log of all
+        that was sampled for it."""
+        batch = self._with_scores(batch)
         if mode == "train":
             batch = balance_rows(
                 batch,
@@ -139,9 +191,26 @@ class Collector:
             )
         return Collected(
             batch=with_sizes(batch, self.planner, self.accelerator),
-            num_tokens=self._num_tokens(rows, rollout),
-            logged=self._mean_logged(given.logged),
+            num_tokens=total(self.accelerator, sum(one.num_tokens for one in scored)),
+            logged=mean_logged(self.accelerator, [one.given.logged for one in scored]),
             texts=texts,
+        )
+
+    def texts(self, scored: Scored) -> CompletionTexts | None:
+        """Of all processes' completions, if somebody looks at them."""
+        if not self.with_texts:
+            return None
+        images = None
+        if self.with_images and self.shows_images and _inputs(scored.rows) is not None:
+            images = [shown_images(row.text, row.columns) for row in scored.rows]
+        return gather_texts(
+            self.accelerator,
+            self.rewards.names,
+            scored.rows,
+            scored.completions,
+            scored.rewards,
+            scored.given.extra,
+            images,
         )
 
     def _sample_and_score(
@@ -149,36 +218,35 @@ class Collector:
         kept: KeptRows,
         seeds: list[int],
         scoring: Scoring,
-        given: _GivenByRewards,
+        given: GivenByRewards,
         mode: str,
+        inputs: list[ImageInputs] | None,
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
-            scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
+            show(len(ids))
+            if self.overlap_rewards:
+                scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
 
         with scoring:
-            with self.stage("rollout"):
+            with self.stage("rollout"), self.progress(len(seeds)) as show:
                 sampled = self.rollouts.generate(
                     [[*ids] for ids in kept.prompt_ids],  # an engine may be anyone's
                     self.sampling,
                     seeds,
-                    finished if self.overlap_rewards else None,
+                    finished,
                     mode=mode,
+                    inputs=inputs,
                 )
                 rollout = kept.rollout(sampled)
             if self.rewards.offloaded:
                 self.rollouts.sleep(give_back=False)  # its memory is the reward models' first
             with self.stage("reward"):
-                per_function = scoring.end(
-                    rollout.completion_ids,
-                    [reason == "stop" for reason in rollout.finish_reasons],
-                    log_extra=lambda name, values: given.extra[name].extend(values),
-                    log_metric=lambda name, value: given.logged[name].append(value),
-                )
+                per_function = end_of(scoring, rollout, given)
         self.hidden(scoring.hidden_s)
         return rollout, per_function
 
     @contextmanager
-    def _failing_together(self) -> Iterator[None]:
+    def failing_together(self) -> Iterator[None]:
         """What one process raises ends the others too, rather than letting them wait for it."""
         failure, self.failed = None, False
         try:
@@ -194,7 +262,7 @@ class Collector:
             if other is not None:
                 raise PeerFailed(f"process {rank} failed: {other}")
 
-    def _begin_rewards(
+    def begin_rewards(
         self, rows: list[Prompt], prompt_of: list[int], texts: dict[int, str], state: TrainerState
     ) -> Scoring:
         """`texts`: of rows whose text is not that of their tokens."""
@@ -220,21 +288,13 @@ class Collector:
             trainer_state=state,
         )
 
-    def _batch(
-        self, rows: list[Prompt], rollout: Rollout, per_function: Tensor, num_generations: int
-    ) -> GenerationBatch:
+    def without_scores(self, scored: Scored, num_generations: int) -> GenerationBatch:
+        """This process' rows; `scores` are the rewards as they are."""
+        rows, rollout = scored.rows, scored.rollout
         truncated = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
         lengths = torch.tensor([len(ids) for ids in rollout.completion_ids])
         counted = torch.where(truncated & self.mask_truncated, 0, lengths).tolist()
-        reward = self.rewards.combine(per_function)
-        together = gather_rows(self.accelerator, {"reward": reward, "truncated": truncated})
-        scores = shape_scores(
-            together["reward"].float(),
-            together["truncated"],
-            missing_eos_penalty=self.scores.missing_eos_penalty,
-            normalize=self.scores.normalize,
-            clip_range=self.scores.clip_range,
-        )
+        reward = self.rewards.combine(scored.rewards)
         start = self.accelerator.process_index * len(rows)
         numbers = torch.arange(start, start + len(rows))
         return GenerationBatch(
@@ -242,81 +302,58 @@ class Collector:
             completion_ids=rollout.completion_ids,
             num_tokens=counted,
             groups=(numbers // num_generations).tolist(),
-            scores=scores[start : start + len(rows)],
+            scores=reward,
             rows=RolloutRows(
                 row=numbers,
                 length=lengths,
                 truncated=truncated,
-                rewards=per_function,
+                rewards=scored.rewards,
                 reward=reward,
             ),
             num_generations=num_generations,
             whole_groups=len(rows) % num_generations == 0,
-            sampler_logps=_packed(rollout.logps, counted),
-            weights_version=rollout.weights_version,
+            sampler_logps=_packed(rollout.logps, counted, torch.float32),
+            token_versions=_packed(_versions(rollout), counted, torch.int32),
+            inputs=_inputs(rows),
+            weights_version=self.rollouts.version(),
         )
 
-    def _num_tokens(self, rows: list[Prompt], rollout: Rollout) -> int:
-        """Tokens of prompts and completions of all processes."""
-        lengths = [len(row.ids) for row in rows] + [len(ids) for ids in rollout.completion_ids]
-        mine = torch.tensor([sum(lengths)], device=self.accelerator.device)
-        everyone = self.accelerator.gather(mine)
-        assert isinstance(everyone, Tensor)
-        return int(everyone.sum())
-
-    def _mean_logged(self, mine: dict[str, list[float]]) -> dict[str, float]:
-        everyone = gather_objects(self.accelerator, dict(mine))
-        out = {}
-        for name in sorted({name for one in everyone for name in one}):
-            values = [value for one in everyone for value in one.get(name, [])]
-            is_count = any(isinstance(value, Count) for value in values)
-            out[name] = sum(values) / (1 if is_count else len(values))
-        return out
-
-    def _texts(
-        self,
-        rows: list[Prompt],
-        completions: list[Any],
-        rewards: Tensor,
-        extra: dict[str, list[Any]],
-    ) -> CompletionTexts:
-        mine = {
-            "prompts": [row.text for row in rows],
-            "completions": completions,
-            "rewards": rewards.tolist(),
-            "extra": {name: values for name, values in extra.items() if len(values) == len(rows)},
-        }
-        everyone = gather_objects(self.accelerator, mine)
-        per_row = [row for one in everyone for row in one["rewards"]]
-        names = sorted({name for one in everyone for name in one["extra"]})
-        return CompletionTexts(
-            prompts=[x for one in everyone for x in one["prompts"]],
-            completions=[x for one in everyone for x in one["completions"]],
-            rewards={
-                name: [row[i] for row in per_row] for i, name in enumerate(self.rewards.names)
-            },
-            extra={
-                name: [
-                    value
-                    for one in everyone
-                    for value in one["extra"].get(name, [None] * len(one["prompts"]))
-                ]
-                for name in names
-            },
-        )
+    def _with_scores(self, batch: GenerationBatch) -> GenerationBatch:
+        columns = {name: getattr(batch.rows, name) for name in ("reward", "truncated", "length")}
+        scores = self.scores.scores(**gather_rows(self.accelerator, columns))
+        start = self.accelerator.process_index * batch.num_rows
+        return replace(batch, scores=scores[start : start + batch.num_rows])
 
 
-@dataclass
-class _GivenByRewards:
-    """What reward functions gave beside rewards, in one generation batch on this process."""
+def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:
+    """The rewards of a rollout, (R, F), once all are there; what functions gave beside them goes
+    into `given`."""
+    return scoring.end(
+        rollout.completion_ids,
+        [reason == "stop" for reason in rollout.finish_reasons],
+        log_extra=lambda name, values: given.extra[name].extend(values),
+        log_metric=lambda name, value: given.logged[name].append(value),
+    )
 
-    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+def _inputs(rows: list[Prompt]) -> list[ImageInputs] | None:
+    """What the rows' prompts bring beside their ids; None in a text run."""
+    inputs = [row.inputs for row in rows if row.inputs is not None]
+    return inputs if len(inputs) == len(rows) else None
 
 
-def _packed(logps: list[list[float]] | None, counted: list[int]) -> Tensor | None:
-    """The first counted[i] log-probs of every row i, one row after another: (N,)."""
-    if logps is None:
+def _versions(rollout: Rollout) -> list[list[int]] | None:
+    """Per token; None: the engine does not say."""
+    if rollout.token_versions is not None or rollout.weights_version is None:
+        return rollout.token_versions
+    return [[rollout.weights_version] * len(ids) for ids in rollout.completion_ids]
+
+
+def _packed(
+    per_token: Sequence[Sequence[float]] | None, counted: list[int], dtype: torch.dtype
+) -> Tensor | None:
+    """The first counted[i] values of every row i, one row after another: (N,)."""
+    if per_token is None:
         return None
-    kept = [row[:count] for row, count in zip(logps, counted, strict=True)]
-    return torch.tensor(list(chain(*kept)), dtype=torch.float32)
+    kept = [row[:count] for row, count in zip(per_token, counted, strict=True)]
+    return torch.tensor(list(chain(*kept)), dtype=dtype)

@@ -8,12 +8,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from ..checkpoint.files import check_output_dir
+from ..config.images import check_images_are_offered
 from ..config.rloo_config import RLOOConfig, as_dict
 from ..config.rollout_engine import engine_name
-from ..data.checks import check_datasets, check_prompts, check_reward_columns
+from ..data.checks import (
+    check_datasets,
+    check_prompts,
+    check_reward_columns,
+    have_images,
+)
 from ..data.longest_prompt import longest_prompt
 from ..data.prompt_lengths import drop_long_prompts
 from ..data.skipping import Skipping
@@ -24,6 +30,8 @@ from ..models.dropout import disable_dropout
 from ..models.loading import check_model_path, context_length, load_policy, num_embeddings
 from ..models.reference import make_reference
 from ..models.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from ..models.vision import ImageReader, check_takes_images, find_processor
+from ..policy.router import router_coef
 from ..rewards import Rewards, RewardSources
 from ..rollout.engine import RolloutEngine
 from ..rollout.registry import find_engine
@@ -35,6 +43,7 @@ class Loaded(NamedTuple):
     policy: Any  # nn.Module, with its adapters
     reference: nn.Module | None  # a frozen copy; None: not needed, or a policy with adapters
     tokenizer: PreTrainedTokenizerBase
+    processing_class: Any  # what is saved with the policy: the tokenizer, or its processor
     stop_ids: tuple[int, ...]  # each ends a completion
     tokenize: RowTokenizer
     skipping: Skipping | None  # None: a row that cannot be used ends the run
@@ -60,7 +69,7 @@ def load_run(
 ) -> Loaded:
     """Arguments as those of RLOOTrainer. Raises ValueError or TypeError with what to write."""
     check_output_dir(str(args.output_dir))
-    engine_class = find_engine(engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode))
+    engine_class = _engine_class(args)
     if args.use_vllm and not engine_class.reads_vllm_settings:
         raise ValueError(
             f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
@@ -68,6 +77,18 @@ def load_run(
             "reads_vllm_settings = True in its class."
         )
     check_datasets(train_dataset, eval_dataset, args)
+    from_hub: dict[str, Any] = {
+        "revision": as_dict(args.model_init_kwargs).get("revision"),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    images = have_images(train_dataset, eval_dataset, look=not args.skip_unusable_rows)
+    with_images = images or isinstance(processing_class, ProcessorMixin)
+    if with_images:
+        check_images_are_offered(args, engine_class)
+        check_takes_images(model, processing_class, images=images, **from_hub)
+        if args.ddp_find_unused_parameters is None:
+            # some towers have layers behind the one that is looked at
+            args.ddp_find_unused_parameters = True
     if isinstance(model, str):
         check_model_path(model)
     check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
@@ -90,18 +111,28 @@ def load_run(
         trust_remote_code=args.trust_remote_code,
         merge_adapter=args.merge_adapter,
         num_processes=args.world_size,
+        with_images=with_images,
     )
+    processor = find_processor(processing_class, policy, **from_hub) if with_images else None
+    reader = None if processor is None else ImageReader(processor, policy)
     tokenizer = load_tokenizer(
-        processing_class,
-        policy,
-        revision=as_dict(args.model_init_kwargs).get("revision"),
-        trust_remote_code=args.trust_remote_code,
+        processing_class if reader is None else reader.processor.tokenizer, policy, **from_hub
     )
     stop_ids = stop_token_ids(policy, tokenizer, args.stop_token_id, args.stop or ())
+    if reader is not None:
+        check_router(policy, args.router_aux_loss_coef)
+        # within a completion an image's token would stand for an image that is not there; nothing
+        # is predicted from the last one, so it may be sampled, and trained on, as an end
+        stop_ids = tuple(dict.fromkeys((*stop_ids, reader.image_token_id)))
     size, context = num_embeddings(policy), _context(policy, args)
     check_token_ids(tokenizer, size, args.stop_token_id)
     tokenize = RowTokenizer.from_config(
-        tokenizer, context, args, num_embeddings=size, check_columns=sources.check_columns
+        tokenizer,
+        context,
+        args,
+        num_embeddings=size,
+        check_columns=sources.check_columns,
+        reader=reader,
     )
     train_dataset, eval_dataset = drop_long_prompts(
         train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
@@ -127,6 +158,7 @@ def load_run(
         policy,
         reference,
         tokenizer,
+        processor or tokenizer,
         stop_ids,
         tokenize,
         skipping,
@@ -136,6 +168,27 @@ def load_run(
         engine_class,
         longest,
     )
+
+
+def check_router(policy: Any, coef: float | None) -> None:
+    """Raise ValueError for a load-balancing loss, which runs a completion's last token too."""
+    if router_coef(policy, coef):
+        raise ValueError(
+            f"router_aux_loss_coef={coef} is not offered with images yet: set it to 0."
+        )
+
+
+def _engine_class(args: RLOOConfig) -> type[RolloutEngine]:
+    in_flight = args.max_staleness > 0 or len(args.server_urls) > 1
+    name = engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode, in_flight=in_flight)
+    engine = find_engine(name)
+    if args.max_staleness and (engine.shares_weights or engine.sleeps_in_process):
+        raise ValueError(
+            f"max_staleness={args.max_staleness} needs an engine with weights of its own, on "
+            f"devices of its own, and rollout_engine={args.rollout_engine!r} says of itself that "
+            "it is none (shares_weights, sleeps_in_process): leave max_staleness at 0."
+        )
+    return engine
 
 
 def _context(policy: Any, args: RLOOConfig) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..batching.planner import Planner
 from ..batching.retry import MicroBatchRunner, equal_numbers
 from ..distributed import TrainingEngine
+from ..distributed.collectives import any_process
 from ..models.reference import reference_weights, start_weights
 from ..objective.advantages import AdvantageMaker
 from ..objective.settings import LossSettings
@@ -60,6 +61,7 @@ class Preparer:
         self, batch: GenerationBatch, wrapped: nn.Module, *, covered_by_first_update: bool
     ) -> PreparedBatch:
         """`covered_by_first_update`: one optimizer step takes all of its rows, at once."""
+        self._check_stale(batch)
         prepared = PreparedBatch(batch)
         with self.stage("reference"):
             prepared = self.with_reference(prepared, wrapped)
@@ -69,6 +71,17 @@ class Preparer:
             with self.stage("old_logps"):
                 prepared = self.with_old_logps(prepared, wrapped)
         return self.advantages.known_before_update(prepared)
+
+    def _check_stale(self, batch: GenerationBatch) -> None:
+        """Raises ValueError for rows of older weights whose log-probs nobody knows."""
+        if batch.sampler_logps is not None:
+            return
+        if any_process(self.accelerator, bool(batch.stale_rows.any())):
+            raise ValueError(
+                "completions of older weights are trained on by the ratio to the log-probs that "
+                "they were sampled with, and the rollout engine gave none: sample with the "
+                "policy's own weights, or by an engine with log-probs (Rollout.logps)."
+            )
 
     def again_without_memory(self, batch: PreparedBatch, wrapped: nn.Module) -> PreparedBatch:
         """The batch after the budget was halved: its groups may no longer fit a micro-batch, so
@@ -126,8 +139,8 @@ class Preparer:
             )
         with self._evaluating():
             logps, entropy = self._logps(generation, self.policy, wrapped)
-        entropy = segment_sum(entropy, generation.cu_seqlens)
-        return replace(batch, old_logps=logps, old_entropy=entropy)
+        summed = segment_sum(entropy, generation.cu_seqlens)
+        return replace(batch, old_logps=logps, old_entropy=summed, token_entropy=entropy)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

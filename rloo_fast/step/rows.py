@@ -6,10 +6,11 @@ from dataclasses import fields
 
 import torch
 from accelerate import Accelerator
+from rloo_kernels.loss.packed import segment_ids, segment_sum
 from torch import Tensor
 
 from ..distributed.collectives import gather_rows
-from ..records import PreparedBatch, RolloutRows
+from ..records import GenerationBatch, PreparedBatch, RolloutRows
 from ..weight_sync.sampler_check import SamplerCheck
 
 
@@ -22,8 +23,8 @@ def rollout_rows(
     num_real: int | None = None,
 ) -> dict[str, Tensor]:
     """Column -> (R x processes,): RolloutRows (rewards as reward_0, reward_1, ...), PolicyRows,
-    `tokens`, `score`, `advantage`, `old_entropy` where a pass before the update found it, and the
-    columns of the sampler check.
+    `tokens`, `score`, `advantage`, `old_entropy` where a pass before the update found it, those of
+    staleness and of the sampler check.
 
     One collective; all processes have as many rows. `num_real`: rows that are not repeats.
     """
@@ -47,6 +48,21 @@ def rollout_rows(
     }
     if batch.old_entropy is not None:
         columns["old_entropy"] = batch.old_entropy
+    columns |= _staleness_columns(generation)
     everyone = gather_rows(accelerator, columns | check.columns(batch))
     order = everyone.pop("row").argsort()[:num_real]
     return {name: column[order] for name, column in everyone.items()}
+
+
+def _staleness_columns(generation: GenerationBatch) -> dict[str, Tensor]:
+    """Per row, what `metrics.staleness_metrics` needs."""
+    lag, cu_seqlens = generation.staleness, generation.cu_seqlens
+    owner = segment_ids(cu_seqlens, len(lag))
+    begins = torch.ones_like(lag)  # 1: the token before it in the row is of another version
+    begins[1:] = ((lag.diff() != 0) | (owner.diff() != 0)).long()
+    return {
+        "staleness_sum": segment_sum(lag, cu_seqlens),
+        "staleness_max": lag.new_zeros(generation.num_rows).scatter_reduce(0, owner, lag, "amax"),
+        "stale_tokens": segment_sum((lag != 0).long(), cu_seqlens),
+        "num_versions": segment_sum(begins, cu_seqlens),
+    }

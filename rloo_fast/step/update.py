@@ -30,6 +30,7 @@ from ..distributed import TrainingEngine
 from ..objective.advantages import AdvantageMaker
 from ..objective.settings import LossSettings
 from ..policy.forward import Policy
+from ..record_rows import concatenate, take_rows
 from ..records import (
     NAN,
     MicroBatch,
@@ -42,8 +43,6 @@ from ..records import (
     StepPlan,
     StepResult,
     UpdateRows,
-    concatenate,
-    take_rows,
 )
 
 # RLOOTrainer.compute_loss: (wrapped model, inputs) -> (loss, result)
@@ -197,6 +196,8 @@ class _Accumulators:
         if piece.batch.old_logps is None:
             assert objective.logps is not None
             values |= {"logps": objective.logps, "kl": objective.kl}
+            if objective.entropy is not None:
+                values["token_entropy"] = objective.entropy
             values["surprisal"] = -objective.logp_sum
             if piece.batch.advantages is None:
                 values["shaped_reward"] = objective.shaped_rewards
@@ -259,7 +260,9 @@ class _FirstUse:
     def __init__(self, batch: PreparedBatch):
         self.batch = batch
         num_rows = batch.generation.num_rows
-        self.logps = torch.full((sum(batch.generation.num_tokens),), NAN, dtype=torch.float32)
+        num_tokens = sum(batch.generation.num_tokens)
+        self.logps = torch.full((num_tokens,), NAN, dtype=torch.float32)
+        self.token_entropy = torch.full_like(self.logps, NAN)
         self.advantages = torch.full((num_rows,), NAN, dtype=torch.float32)
         nothing = [torch.full((num_rows,), NAN, dtype=torch.float32) for _ in fields(PolicyRows)]
         rows = batch.policy_rows or PolicyRows(*nothing)
@@ -268,7 +271,10 @@ class _FirstUse:
 
     def take(self, rows: list[int], values: dict[str, Tensor]) -> None:
         """The values of a micro-batch of `rows`."""
-        self.logps[self.batch.generation.token_index(rows)] = values["logps"]
+        index = self.batch.generation.token_index(rows)
+        self.logps[index] = values["logps"]
+        if "token_entropy" in values:
+            self.token_entropy[index] = values["token_entropy"]
         self.kl[rows], self.surprisal[rows] = values["kl"], values["surprisal"]
         if self.batch.advantages is None:
             self.shaped_reward[rows] = values["shaped_reward"]
@@ -276,4 +282,5 @@ class _FirstUse:
 
     def settled(self, advantages: AdvantageMaker) -> PreparedBatch:
         rows = PolicyRows(self.kl, self.shaped_reward, self.surprisal)
-        return advantages.after_first_update(self.batch, self.logps, rows, self.advantages)
+        batch = replace(self.batch, token_entropy=self.token_entropy)
+        return advantages.after_first_update(batch, self.logps, rows, self.advantages)

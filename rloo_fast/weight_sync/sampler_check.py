@@ -5,6 +5,9 @@
 Drawn from the whole distribution, d_t is 0 but for rounding. Drawn from a part of it that holds the
 mass m_t (top-p, top-k, min-p, ...), d_t = -log m_t >= 0; with top-p alone m_t >= top_p. What lies
 outside of [0, bound] is the violation, and only that is judged.
+
+Rows that an older policy sampled have log-probs of that policy: what d_t is there says how far the
+trainer has moved since. It is logged apart, and never judged.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class SamplerCheck:
 
     `is_exact`: model and engine compute in float32 or better. `warn`, `stop`: mean violation in
     nats per token; None: measured by the run's own first steps (`SamplerLimits`); 0: never. `level`
-    and `cap` are those of truncated importance sampling. `structured_outputs`: what an engine
+    and `cap` are those of truncated importance sampling; without it `ratio_level` is that of the
+    loss's ratio to the sampler, in rows of older weights. `structured_outputs`: what an engine
     restricts completions to. `has_dropout`: the trainer's log-probs may come out of a training
     forward with noise, so nothing is judged.
     """
@@ -59,6 +63,7 @@ class SamplerCheck:
         stop: float | None = None,
         level: str | None = None,
         cap: float = math.inf,
+        ratio_level: str = "sequence",
         structured_outputs: str | None = None,
         has_dropout: bool = False,
         is_main_process: bool = True,
@@ -66,7 +71,8 @@ class SamplerCheck:
         self.limits = SamplerLimits(
             EXACT if is_exact else COARSE, warn, stop, is_main_process=is_main_process
         )
-        self.level, self.cap = level, cap
+        self.weighted = level is not None
+        self.level, self.cap = (level, cap) if level is not None else (ratio_level, math.inf)
         self.is_main_process = is_main_process
         self.num_warned = 0
         fields = {**vars(sampling), "structured_outputs": structured_outputs}
@@ -109,21 +115,25 @@ class SamplerCheck:
         if trainer is None:  # no row was run
             trainer = torch.full_like(sampler, float("nan"))
         sampler, trainer = sampler.double(), trainer.double()
-        finite, known = sampler.isfinite(), ~trainer.isnan()
-        diff = torch.where(finite & known, sampler - trainer, 0.0)
+        owner = segment_ids(generation.cu_seqlens, len(sampler))
+        finite, stale = sampler.isfinite(), generation.stale_rows[owner]
+        known = finite & ~trainer.isnan()
+        whole = torch.where(known, sampler - trainer, 0.0)
+        diff = torch.where(stale, 0.0, whole)  # both of the same weights
         outside = torch.maximum(-diff, diff - self.bound).clamp(min=0)
         per_token = {
-            "logp_diff_tokens": (finite & known).double(),
+            "logp_diff_tokens": (known & ~stale).double(),
             "logp_diff_sum": diff.abs(),
             "logp_diff_outside": outside,
             "sampler_not_finite": (~finite).double(),
+            "stale_diff_tokens": (known & stale).double(),
+            "stale_diff_sum": torch.where(stale, whole, 0.0).abs(),
         }
         columns = {name: segment_sum(x, generation.cu_seqlens) for name, x in per_token.items()}
-        owner = segment_ids(generation.cu_seqlens, len(diff))
         columns["logp_diff_max"] = _largest(diff.abs(), owner, generation.num_rows)
-        if self.level is not None:
-            columns |= _importance_columns(batch, self.level, self.cap)
-        return columns
+        # unweighted, the ratio to the sampler is that of the loss in stale rows, and there alone
+        taken = torch.ones_like(known) if self.weighted else known & stale
+        return columns | _importance_columns(batch, trainer, taken, self.level, self.cap)
 
     def judge(self, rows: dict[str, Tensor], where: str, *, trains: bool = False) -> None:
         """Raises SamplerMismatch, or warns; `rows` are those of all processes, so that all agree.
@@ -176,21 +186,26 @@ class SamplerCheck:
         )
 
 
-def _importance_columns(batch: PreparedBatch, level: str, cap: float) -> dict[str, Tensor]:
-    """Per row, sums over its ratios: one per token, or one for the sequence, if it has tokens."""
+def _importance_columns(
+    batch: PreparedBatch, trainer: Tensor, taken: Tensor, level: str, cap: float
+) -> dict[str, Tensor]:
+    """Per row, sums over its ratios: one per token that is taken, or one for the sequence, if one
+    of its tokens is."""
     sampler, cu_seqlens = batch.generation.sampler_logps, batch.generation.cu_seqlens
-    assert batch.old_logps is not None
     assert sampler is not None
-    ratio = importance_ratios(batch.old_logps, sampler, cu_seqlens, level)
+    ratio = importance_ratios(trainer, sampler, cu_seqlens, level)
     if level == "token":
-        owner = segment_ids(cu_seqlens, len(ratio))
+        owner = segment_ids(cu_seqlens, len(ratio))[taken]
+        ratio = ratio[taken]
     else:
-        owner = cu_seqlens.diff().nonzero().squeeze(1)
+        owner = segment_sum(taken.long(), cu_seqlens).nonzero().squeeze(1)
         ratio = ratio[owner]
+    weight = ratio.clamp(max=min(cap, 1e150))  # the square of a larger one is inf
     per_ratio = {
         "importance_count": torch.ones_like(ratio),
         "importance_raw": ratio,
-        "importance_clipped": ratio.clamp(max=cap),
+        "importance_clipped": weight,
+        "importance_squared": weight.square(),
         "importance_at_cap": (ratio >= cap).double(),
     }
     zeros = ratio.new_zeros(batch.generation.num_rows)

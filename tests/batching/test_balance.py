@@ -11,7 +11,8 @@ import torch
 
 from rloo_fast.batching import balance
 from rloo_fast.batching.layouts import LAYOUTS
-from rloo_fast.records import GenerationBatch, RolloutRows, per_row, per_token
+from rloo_fast.record_rows import per_row, per_token
+from rloo_fast.records import GenerationBatch, RolloutRows
 from tests.support.batches import generation_batch
 
 K = 3
@@ -37,9 +38,19 @@ def make_batch(rank: int, lengths: list[int], kind: type = GenerationBatch, **ex
         ),
         num_generations=K,
         sampler_logps=-named.repeat_interleave(torch.tensor(counted)),
+        token_versions=row_versions(rows.tolist(), counted),
+        weights_version=9 + rank,
     )
     values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     return kind(**values, **{name: make(rows, counted) for name, make in extra.items()})
+
+
+def row_versions(rows: list[int], counted: list[int]) -> torch.Tensor:
+    """Of each row's tokens: the first half by version row % 5, the rest by the one after it."""
+    halves = [
+        [row % 5 + (t >= n // 2) for t in range(n)] for row, n in zip(rows, counted, strict=True)
+    ]
+    return torch.tensor([version for half in halves for version in half], dtype=torch.int32)
 
 
 def exchanged(monkeypatch, ranks):
@@ -78,6 +89,10 @@ def test_every_row_ends_up_on_one_process_with_all_that_is_its_own(monkeypatch):
             assert batch.groups[i] == row // K
             own = batch.sampler_logps[batch.token_index([i])]
             assert own.tolist() == [-row] * batch.num_tokens[i]
+        rows = batch.rows.row.tolist()
+        assert torch.equal(batch.token_versions, row_versions(rows, batch.num_tokens))
+        assert batch.weights_version == 10  # the newest: staleness is counted from there
+        assert batch.stale_rows.all()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,6 +117,15 @@ def test_a_new_field_arrives_with_its_rows(monkeypatch):
         assert batch.labels == [f"row {row}" for row in batch.rows.row.tolist()]
         owners = batch.rows.row.repeat_interleave(torch.tensor(batch.num_tokens))
         assert torch.equal(batch.weights, owners)
+
+
+def test_a_field_that_only_some_batches_have_is_not_lost(monkeypatch):
+    ranks = [
+        make_batch(0, [5, 90]),
+        dataclasses.replace(make_batch(1, [3, 4]), token_versions=None),
+    ]
+    with pytest.raises(AssertionError, match="token_versions: some batches have none"):
+        exchanged(monkeypatch, ranks)
 
 
 def test_without_log_probs_of_the_sampler_there_are_none_after(monkeypatch):

@@ -105,7 +105,9 @@ def test_the_limits_are_of_the_parts_and_the_page_tells_them():
                 assert f"| {name} | {figure} | {limit} |" in page
 
 
-@pytest.mark.parametrize("name", ["allocator", "room", "ddp", "rollout", "sampler_check"])
+@pytest.mark.parametrize(
+    "name", ["allocator", "room", "ddp", "rollout", "sampler_check", "transfer"]
+)
 def test_a_part_runs_on_a_cpu(tmp_path, name):
     result = tmp_path / "result.json"
     command = [name, "--json", str(result), "--folder", str(tmp_path), "--engine", "hf", "--dry"]

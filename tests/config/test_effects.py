@@ -447,6 +447,12 @@ def test_effect_of_normalize_advantages(run):
     assert advantages.std() == pytest.approx(1, abs=1e-3)
 
 
+def test_effect_of_soft_punish_cache(run):
+    without_eos = {"generation_kwargs": {"suppress_tokens": [1]}}  # the longest completion, each
+    log = run(soft_punish_cache=2, **without_eos).logs[0]
+    assert log["objective/scores"] == pytest.approx(log["reward"] - 1)
+
+
 def test_effect_of_mask_truncated_completions(run):
     without_eos = {"generation_kwargs": {"suppress_tokens": [1]}}
     assert run(**without_eos).logs[0]["grad_norm"] > 0
@@ -554,6 +560,15 @@ def test_effect_of_log_completions_csv(run, capsys, monkeypatch, tmp_path):
     settings = {"log_completions_csv": True, "num_completions_to_print": 3}
     assert printed_prompts(run, capsys, monkeypatch, **settings) == 0
     assert (tmp_path / "out/completions.csv").read_text().count("PROMPT") == 3
+
+
+def test_effect_of_view_mib(run, tmp_path):
+    run()
+    assert not (tmp_path / "out/_view").exists()
+    run(view_mib=1)
+    assert [path.name for path in (tmp_path / "out/_view").glob("step-*")] == [
+        "step-00000001.parquet"
+    ]
 
 
 # Precision, memory, kernels

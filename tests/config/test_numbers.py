@@ -43,13 +43,16 @@ RIGHT: dict[str, tuple] = {
     "min_p": (None, 0, 0.5, 1), "repetition_penalty": (0.5, 1), "beta": (0, 0.05, 3),
     "router_aux_loss_coef": (None, 0, 0.001), "epsilon": (0, 0.2, INF),
     "epsilon_high": (None, 0.28, INF), "ref_model_mixup_alpha": (0, 0.6, 1),
+    "max_sampling_rounds": COUNT, "soft_punish_cache": LEFT_OUT, "curriculum": (None, 0.01, 1),
     "reward_weights": (None, [1.0, 0, -2]), "missing_eos_penalty": (None, 0, 1.0, -1.0),
     "reward_timeout_s": (None, 0.1, 3600), "num_sample_generations": (None, 0, 10),
     "stop_token_id": (None, 0, 151643), "reward_model_label": (None, 0, 1, "POSITIVE"),
-    "reward_processes": (0, 8), "vllm_server_port": (1, 8000, 65535),
+    "reward_processes": (0, 8), "view_mib": (0, 1, 256), "vllm_server_port": (1, 8000, 65535),
     "vllm_gpu_memory_utilization": (0.3, 1), "vllm_server_timeout": (0.5, 240),
     "logp_diff_warn": (None, 0, 1.0, INF), "logp_diff_stop": (None, 0, 1.0, INF),
     "importance_sampling_cap": (0.5, 2),
+    "max_staleness": (0, 1, 4), "max_inflight_tasks": (-1, 1, 256), "weight_sync_steps": COUNT,
+    "queue_maxsize": (-1, 1, 1024),
 }  # fmt: skip
 OF_THEIR_OWN = (
     "pad_to_multiple_of", "reward_clip_range", "reward_over_limit", "vllm_group_port",

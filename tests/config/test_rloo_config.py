@@ -79,7 +79,6 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
     "label_names": (["labels"], "RLOO has no labels"),
     "label_smoothing_factor": (0.1, "RLOO has no labels"),
     "length_column_name": ("tokens", "not grouped by length"),
-    "log_multimodal": (False, "there are no images here"),
     "neftune_noise_alpha": (5.0, "log-probs differ from the sampled"),
     "optim": ("lomo", "inside the backward pass"),
     "parallelism_config": (
@@ -110,6 +109,14 @@ ELSEWHERE = {  # field: the test that shows its effect
     "max_grad_norm": "parity/test_trl.py::test_loss_gradients_and_weights_equal_trl",
     "max_nonfinite_steps": "step/test_nonfinite.py::"
     "test_too_many_such_steps_in_a_row_end_the_run",
+    "dynamic_sampling": "step/test_dynamic.py::"
+    "test_every_group_of_a_batch_has_signal_and_prompts_come_in_order",
+    "max_sampling_rounds": "step/test_dynamic.py::"
+    "test_after_the_last_round_the_batch_is_trained_as_it_is",
+    "rollout_filter": "end_to_end/test_dynamic_sampling.py::"
+    "test_a_filter_that_fails_ends_the_run_saved",
+    "curriculum": "end_to_end/test_dynamic_sampling.py::"
+    "test_a_curriculum_alone_takes_every_group_once",
     "missing_eos_penalty": "parity/test_trl_2024.py::test_metrics_of_the_rollout",
     "normalize_rewards": "parity/test_trl_2024.py::test_loss_and_gradient_of_every_step",
     "num_sample_generations": "parity/test_trl_2024.py::test_tables_of_a_run_are_printed",
@@ -154,9 +161,16 @@ ELSEWHERE = {  # field: the test that shows its effect
     "vllm_lora": "end_to_end/test_train_vllm.py::test_an_adapter_is_trained_unmerged_in_the_engine",
     "weight_sync_bucket_mib": "rollout/test_build.py::test_weights_are_sent_in_buckets",
     **dict.fromkeys(
+        ("max_staleness", "weight_sync_steps", "queue_maxsize"),
+        "step/test_ahead.py::"
+        "test_no_token_is_older_than_the_bound_and_prompts_keep_their_order",
+    ),
+    "max_inflight_tasks": "rollout/test_flight.py::"
+    "test_groups_start_whole_and_in_order_as_far_as_there_is_room",
+    **dict.fromkeys(
         (
             "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
-            "vllm_server_timeout",
+            "vllm_server_timeout", "vllm_weight_transfer",
         ),
         "rollout/test_build.py::test_settings_of_the_server",
     ),
@@ -260,6 +274,14 @@ def test_a_setting_of_another_engine_is_refused(case, tmp_path):
     fields, names, why = OTHER_ENGINE[case]
     with pytest.raises(ValueError, match=f"^{names} has no effect here, as {why}: leave it out"):
         RLOOConfig(str(tmp_path), **fields)
+
+
+def test_nccl_needs_a_trainer_on_a_gpu(tmp_path):
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_weight_transfer": "nccl"}
+    with pytest.raises(ValueError, match="sends from a GPU, and use_cpu is True"):
+        RLOOConfig(str(tmp_path), use_cpu=True, **server)
+    with pytest.raises(ValueError, match="'auto', 'nccl', 'gloo' or 'http'"):
+        RLOOConfig(str(tmp_path), **server | {"vllm_weight_transfer": "ipc"})
 
 
 def test_engines_are_shared_by_a_divisor_of_the_processes(tmp_path):

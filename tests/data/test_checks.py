@@ -19,7 +19,7 @@ def check(dataset):
 @pytest.mark.parametrize(("columns", "message"), [
     ({"question": ["w0"]}, r"has no column 'prompt', only \['question'\]"),
     ({"input_ids": [[1]]}, "Tokenised datasets of the 2024 trainer are not taken"),
-    ({"prompt": ["w0"], "image": ["x"]}, "has an image column"),
+    ({"prompt": ["w0"], "image": ["x"]}, "a row has an image, and the run has no processor"),
     ({"prompt": []}, "is empty"),
     ({"prompt": ["w0", ""]}, "train_dataset: a prompt is empty"),
 ], ids=["question", "input_ids", "image", "no-rows", "empty-prompt"])  # fmt: skip

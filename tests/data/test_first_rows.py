@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset, IterableDataset
 
-from rloo_fast.data.first_rows import columns_of, prompts_of
+from rloo_fast.data.first_rows import columns_of, rows_of
 from tests.support.kill_resume import make_trainer
 
 QUESTIONS = Dataset.from_dict({"question": [f"w{i}" for i in range(8)]})
@@ -37,8 +37,14 @@ def test_columns_are_those_of_a_row():
     assert columns_of(stream.map(lambda row: {"m": 2}), "d") == ["prompt", "n", "m"]
 
 
-def test_prompts_of_a_transform():
-    assert prompts_of(QUESTIONS.with_transform(with_prompt), 2, 4) == ["w2 w1", "w3 w1"]
+def test_rows_of_a_transform():
+    rows = rows_of(QUESTIONS.with_transform(with_prompt), 2, 4, ["prompt"])
+    assert [row["prompt"] for row in rows] == ["w2 w1", "w3 w1"]
+
+
+def test_rows_of_some_columns():
+    data = Dataset.from_dict({"prompt": ["w0", "w1", "w2"], "n": [1, 2, 3]})
+    assert rows_of(data, 1, 9, ["prompt", "image"]) == [{"prompt": "w1"}, {"prompt": "w2"}]
 
 
 def test_a_transform_without_a_prompt_is_refused(tmp_path):

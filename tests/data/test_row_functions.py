@@ -8,8 +8,10 @@ from datetime import date
 import pytest
 from datasets import Dataset
 
+from rloo_fast.data.images import row_images
 from rloo_fast.data.row_functions import first_five_words, load_row_function, map_rows, mbpp_chat
 from rloo_fast.data.sources import load_prompts
+from tests.support.vision import picture
 
 
 def number(row):
@@ -106,7 +108,7 @@ def test_functions_of_files_and_modules(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("five_words", "expected one of first_five_words, mbpp_chat, module:function"),
+        ("five_words", "expected one of first_five_words, mbpp_chat, clevr_count, module:function"),
         ("no.py:f", "FileNotFoundError"),
         ("nowhere:f", "No module named 'nowhere'"),
         ("json:f", "there is no function 'f' in json"),
@@ -140,3 +142,18 @@ def test_a_task_of_mbpp_becomes_a_message_with_its_tests():
     assert "assert f() == 1\nassert f() > 0\n" in message["content"]
     assert row["code"] not in message["content"]
     assert (made["test_list"], made["test_setup_code"]) == (row["test_list"], "import re")
+
+
+def test_clevr_becomes_a_question_with_its_image_as_it_is_stored():
+    rows = Dataset.from_list(
+        [
+            {"image": picture(i), "problem": "How many? ", "solution": f"<answer> {i} </answer>"}
+            for i in (3, 4)
+        ]
+    )
+    made = map_rows(rows, load_row_function("clevr_count"), "clevr")
+    assert made[1]["prompt"][0]["content"] == "How many? Answer with the number alone."
+    assert (made[0]["answer"], made[1]["answer"]) == ("3", "4")
+    assert sorted(made[0]["image"]) == ["bytes", "path"]
+    (image,) = row_images(made[1])
+    assert image.tobytes() == picture(4).tobytes()

@@ -10,7 +10,7 @@ import rloo_kernels
 
 import rloo_fast
 from rloo_fast import judges
-from rloo_fast.config.fields import RLOOFields
+from rloo_fast.config.fields import OWN_PARTS
 from rloo_fast.config.names_2024 import Names2024
 from tests.support.paths import ROOT
 
@@ -32,6 +32,7 @@ def test_its_table_has_our_fields_and_trl_s_and_none_of_transformers():
     fields = {*re.findall(r"^\| `(\w+)` \|", own, re.MULTILINE)}
     assert {"num_generations", "beta", "layout", "kl_coef", "learning_rate"} <= fields
     assert not {"adam_beta1", "warmup_steps", "max_steps"} & fields
-    declared = {*RLOOFields.__annotations__, *Names2024.__annotations__}
+    parts = (*OWN_PARTS, Names2024)
+    declared = {name for part in parts for name in part.__annotations__}
     assert declared - fields == {"_VALID_DICT_FIELDS", "_micro_steps_in_run"}
     assert fields <= declared

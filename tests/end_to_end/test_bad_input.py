@@ -99,7 +99,22 @@ BEFORE_LOADING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "Tokenised datasets of the 2024 trainer are not taken: give the text",
     ),
     "images": (
-        {"train_dataset": rows("w0", "w1", images=[1, 2])}, ValueError, "image column.* remove it",
+        {"train_dataset": rows("w0", "w1", images=[1, 2])},
+        ValueError,
+        "image column, but processing_class is a tokenizer: pass .* or remove the column",
+    ),
+    "images and a text model": (
+        {"train_dataset": rows("w0", "w1", image=["a", "b"]), "processing_class": None},
+        ValueError,
+        "image column, but the model .*model' takes no images: give a vision-language model",
+    ),
+    "images and torch_compile": (
+        {
+            "train_dataset": rows("w0", "w1", image=["a", "b"]),
+            "settings": {"torch_compile": True},
+        },
+        ValueError,
+        "images, or a processor as processing_class, are not offered with torch_compile=True yet",
     ),
     "no rows": ({"train_dataset": rows()}, ValueError, "train_dataset is empty"),
     "fewer rows than a generation batch": (

@@ -82,6 +82,9 @@ MORE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"num_generations": 4, "batch": 4, "truncated_importance_sampling": "sequence",
          "importance_sampling_cap": 1.2},
     ),
+    "rows of older weights, two steps per rollout": (
+        ("ddp", "zero3"), {**WHOLE, "stale": True, "num_iterations": 2},
+    ),
     "out of memory on one rank": (
         ("ddp",), {**WHOLE, "batch": 8, "max_tokens_per_micro_batch": 24, "out_of_memory": True},
     ),

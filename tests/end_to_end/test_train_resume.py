@@ -128,6 +128,7 @@ def test_without_room_for_a_checkpoint_training_goes_on(tmp_path):
     assert log.read_text().count("Training goes on; the newest checkpoint is checkpoint-1.") == 3
 
 
-def test_runs_killed_at_random_moments_end_as_if_left_alone(capsys):
-    assert kill_resume.main(["--runs", "2", "--seed", "1"]) == 0
+@pytest.mark.parametrize("case", ["plain", "dynamic"])
+def test_runs_killed_at_random_moments_end_as_if_left_alone(case, capsys):
+    assert kill_resume.main(["--runs", "2", "--seed", "1", "--case", case]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "2 exact resumes of 2"

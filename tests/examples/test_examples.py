@@ -53,6 +53,12 @@ def test_the_trl_script_runs_with_trl_when_its_import_is_changed_back(tmp_path):
     assert [log["step"] for log in logs] == [1, 2]
 
 
+def test_a_tiny_model_learns_to_count_squares():
+    shares = run("count_squares.py", "--seed", "0", "--max_steps", "100")
+    assert shares[0] < 0.3
+    assert shares[-1] > 0.5
+
+
 @pytest.mark.parametrize("name", ["trl_style.py", "own_environment.py"])
 def test_a_script_takes_a_model_and_saves_what_it_trained(name, tmp_path):
     words = runpy.run_path(str(EXAMPLES / name))["WORDS"]

@@ -156,6 +156,9 @@ class Formula:
             "sampling/importance_raw_max": ratios.max().item(),
             "sampling/importance_clipped_mean": ratios.clamp(max=cap).mean().item(),
             "sampling/frac_clipped": (ratios >= cap).double().mean().item(),
+            "sampling/ess": float(
+                ratios.clamp(max=cap).mean() ** 2 / ratios.clamp(max=cap).square().mean()
+            ),
         }
 
 

@@ -264,7 +264,6 @@ def test_beta_may_be_switched_off_and_on_again(make):
         ({}, "reward_clip_range", (2, 1), "min < max"),
         ({}, "num_generations_eval", 3, r"global eval batch size \(4 \* 1\) must be divisible"),
         ({}, "router_aux_loss_coef", 0.1, "was 0 when the trainer was made"),
-        ({}, "log_multimodal", False, "there are no images"),
     ],
 )
 def test_a_value_that_cannot_act_is_refused_when_it_is_set(make, settings, name, value, sentence):

@@ -87,7 +87,7 @@ def test_both_sentiment_cards_come_from_one_recipe():
     assert (script.lora_dropout, rloo.disable_dropout) == (0.05, False)
 
 
-@pytest.mark.parametrize("name", ["tldr", "sentiment", "mbpp", "smoke_2024"])
+@pytest.mark.parametrize("name", ["tldr", "sentiment", "mbpp", "vision", "smoke_2024"])
 def test_paths_can_be_replaced(name):
     three = ["--model_name_or_path", "m", "--reward_funcs", "r", "--dataset_name", "d.jsonl"]
     script, _ = run_of("--config", f"recipe:{name}", *three)

@@ -29,6 +29,11 @@ ROLLOUT = columns(
     kl=[0.4, -0.2, 1.0, 0.0],
     shaped_reward=[0.3, 1.6, NAN, 2.0],
     surprisal=[3.0, 5.0, 10.0, 0.0],
+    # token versions 3 3 4 4 | 4 4 | 1 1 1 1 3 3 | masked, of a policy at version 4
+    staleness_sum=[2, 0, 14, 0],
+    staleness_max=[1, 0, 3, 0],
+    stale_tokens=[2, 0, 6, 0],
+    num_versions=[2, 1, 2, 0],
 )
 
 EXPECTED = {
@@ -53,6 +58,10 @@ EXPECTED = {
     "objective/scores": 4 / 3,
     "objective/entropy": 4.5,
     "val/num_eos_tokens": 2,
+    "staleness/mean": 16 / 12,
+    "staleness/max": 3,
+    "staleness/frac_stale_tokens": 8 / 12,
+    "staleness/versions_per_completion": 5 / 3,
 }
 
 
@@ -68,6 +77,12 @@ def test_rollout_metric(rollout, name):
 
 def test_no_other_rollout_metric(rollout):
     assert rollout.keys() == EXPECTED.keys()
+
+
+def test_no_staleness_is_logged_where_the_policy_sampled_every_row(rollout):
+    fresh = {name: 0 * ROLLOUT[name] for name in ("staleness_sum", "staleness_max", "stale_tokens")}
+    found = rollout_metrics({**ROLLOUT, **fresh}, ["first", "second"], 2, beta=0.5)
+    assert rollout.keys() - found.keys() == {n for n in EXPECTED if n.startswith("staleness/")}
 
 
 def test_kl_is_not_logged_without_a_reference():
@@ -113,6 +128,7 @@ SAMPLING = columns(
     importance_raw=[4.0, 2.0, 12.0, 0],
     importance_raw_max=[1.5, 1.0, 5.0, 0],
     importance_clipped=[4.0, 2.0, 9.0, 0],
+    importance_squared=[4.0, 2.0, 18.0, 0],
     importance_at_cap=[0, 0, 3, 0],
 )
 
@@ -127,6 +143,7 @@ def test_sampling_metrics():
         "sampling/importance_raw_max": 5,
         "sampling/importance_clipped_mean": 1.25,
         "sampling/frac_clipped": 0.25,
+        "sampling/ess": 15**2 / (12 * 24),
     }
 
 

@@ -34,7 +34,7 @@ LOGS = {
 def test_progress_line_shows_every_metric_with_its_unit():
     assert progress_line(LOGS, step=12, max_steps=500) == (
         "step  12/500  reward 0.812 ± 0.200  kl 0.00123  entropy 1.43  length 212  clipped 3%"
-        "  12.3k tok/s  2.31 s/step  lr 1e-06  loss -0.0123  grad 0.512"
+        "  12.3k tok/s  2.31 s/step  0:18:49 left  lr 1e-06  loss -0.0123  grad 0.512"
     )
 
 
@@ -126,6 +126,32 @@ def test_the_bar_of_a_resumed_run_starts_at_its_step(monkeypatch):
     assert (callback.training_bar.initial, callback.training_bar.n) == (6, 7)
     assert "6/9" in terminal.getvalue()
     callback.on_train_end(None, state, None)
+
+
+def test_a_long_rollout_has_a_bar_that_goes_when_it_ends(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(
+        report, "tqdm", functools.partial(report.tqdm, file=terminal, mininterval=0, miniters=1)
+    )
+    monkeypatch.setattr(report, "BAR_DELAY_S", 0)
+    with report.rollout_bar(4, is_shown=True) as finished:
+        for tokens in (400, 700, 100):
+            finished(tokens)
+    assert "rollout 3/4 completions" in terminal.getvalue()
+    assert "1.20k tokens" in terminal.getvalue()
+    assert not terminal.getvalue().splitlines()[-1].strip()
+
+
+@pytest.mark.parametrize(("is_shown", "delay_s"), [(False, 0), (True, 60)])
+def test_a_short_rollout_has_none(monkeypatch, is_shown, delay_s):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(report, "tqdm", functools.partial(report.tqdm, file=terminal))
+    monkeypatch.setattr(report, "BAR_DELAY_S", delay_s)
+    with report.rollout_bar(4, is_shown=is_shown) as finished:
+        finished(10)
+    assert "rollout" not in terminal.getvalue()
 
 
 def test_there_is_no_bar_off_a_terminal(capsys):

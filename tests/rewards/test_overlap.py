@@ -87,6 +87,7 @@ def make_collector(engine, funcs, accelerator=None, rewards=None, **config):
         tokens_per_pair=1.0,
         stage=lambda name: nullcontext(),
         hidden=HIDDEN.append,
+        progress=lambda completions: nullcontext(lambda tokens: None),
     )
 
 

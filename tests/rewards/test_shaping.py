@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rloo_fast.rewards.shaping import shape_scores
+from rloo_fast.rewards.shaping import SoftPunish, shape_scores
 
 NAN = math.nan
 REWARDS = torch.tensor([1.0, 4.0, NAN, -5.0])
@@ -36,3 +36,31 @@ def test_scores(options, want):
 def test_a_single_scorable_row_is_normalised_to_zero():
     got = shape_scores(torch.tensor([NAN, 7.0]), torch.tensor([False, False]), normalize=True)
     torch.testing.assert_close(got, torch.tensor([NAN, 0.0]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 0.0), (12, 0.0), (13, -0.125), (16, -0.5), (19, -0.875), (20, -1.0), (25, -1.0)],
+)
+def test_soft_overlong_punishment_is_that_of_dapo(length, expected):
+    """Equation 13 of arXiv:2503.14476 with L_max = 20, L_cache = 8."""
+    rewards = torch.tensor([1.0, NAN])
+    scores = shape_scores(
+        rewards,
+        torch.zeros(2, dtype=torch.bool),
+        torch.tensor([length, length]),
+        soft_punish=SoftPunish(longest=20, cache=8),
+    )
+    assert scores[0].item() == pytest.approx(1 + expected)
+    assert scores[1].isnan()
+
+
+def test_the_punishment_comes_before_the_clip():
+    scores = shape_scores(
+        torch.tensor([0.5, -0.5]),
+        torch.zeros(2, dtype=torch.bool),
+        torch.tensor([20, 20]),
+        soft_punish=SoftPunish(20, 8),
+        clip_range=[-0.75, 0.75],
+    )
+    assert scores.tolist() == [-0.5, -0.75]

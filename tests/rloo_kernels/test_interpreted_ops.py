@@ -75,6 +75,8 @@ def measure_objective(name: str) -> dict[str, Any]:
         )
         advantage = kind.split(", ")[-1] if kind.startswith("rewards") else "rloo"
         options = LossOptions(k, 0.3, 0.1, 0.2, 7.0, advantage, kl, level, mean)
+        if inputs.old_logps is not None:
+            inputs.old_logps[torch.rand(n) < 0.2] = NAN  # the token's own
         entropy = torch.rand(n)
 
         def numbers(run: Callable, dtype: torch.dtype, *args) -> Numbers:
@@ -162,6 +164,7 @@ def loss_inputs(dtype: torch.dtype, old: bool, ref: bool) -> dict[str, Any]:
     inputs: dict[str, Any] = {"rewards": torch.randn(6), "num_generations": 2}
     if old:
         inputs["old_logps"] = -4.5 + torch.randn(n)
+        inputs["old_logps"][::5] = NAN  # the token's own
     if ref:
         inputs |= {"ref_logps": -4.5 + torch.randn(n), "beta": 0.1}
     return {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), **inputs}

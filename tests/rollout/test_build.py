@@ -26,7 +26,9 @@ from rloo_fast.rollout.vllm import server as vllm_server
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.support.tiny import make_model, make_tokenizer
 
-ACCELERATOR: Any = SimpleNamespace(is_main_process=True, wait_for_everyone=print, autocast=None)
+ACCELERATOR: Any = SimpleNamespace(
+    is_main_process=True, wait_for_everyone=print, autocast=None, device=torch.device("cpu")
+)
 
 
 def recorded(self, *args, **settings):
@@ -143,10 +145,13 @@ def test_what_cannot_be_known_is_not_guessed(own):
 )
 def test_settings_of_the_server(fields, url, tmp_path, monkeypatch):
     engine = engine_of(
-        tmp_path, monkeypatch, use_vllm=True, vllm_mode="server", vllm_server_timeout=9.0, **fields
-    )
+        tmp_path, monkeypatch, use_vllm=True, vllm_mode="server", vllm_server_timeout=9.0,
+        vllm_weight_transfer="http", **fields,
+    )  # fmt: skip
     assert engine.args == (url,)
     assert engine.settings["timeout_s"] == 9.0
+    assert engine.settings["weight_transfer"] == "http"
+    assert engine.settings["device"] == torch.device("cpu")
     assert engine.settings["sleeps"] is False
 
 

@@ -18,8 +18,6 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     RecurrentGemmaConfig,
     RobertaConfig,
     RobertaForCausalLM,
@@ -29,6 +27,7 @@ from rloo_fast.records import Sampling
 from rloo_fast.rollout import HFEngine
 from rloo_fast.rollout.engine import EngineError
 from tests.support.tiny import make_model
+from tests.support.vision import MODELS, make_vision_model
 
 SAMPLING = Sampling(
     temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, max_new_tokens=12,
@@ -270,29 +269,13 @@ def test_a_model_that_generate_gives_other_positions_is_refused(pad):
         draw(make_engine(RobertaForCausalLM(config)), PROMPTS)
 
 
-def test_what_a_model_keeps_for_decoding_is_given_the_samples_rows():
-    """Qwen2.5-VL keeps `rope_deltas`, a row per prompt of the prefill."""
-    text = {
-        **TINY,
-        "num_key_value_heads": 2,
-        "rope_parameters": {
-            "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4
-        },
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 4, "patch_size": 4, "fullatt_block_indexes": [0],
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, image_token_id=30, video_token_id=31,
-            vision_start_token_id=28, vision_end_token_id=29,
-        )
-    )  # fmt: skip
+@pytest.mark.parametrize("family", MODELS)
+def test_what_a_model_keeps_for_decoding_is_given_the_samples_rows(family):
+    """Text alone; Qwen's keep `rope_deltas`, a row per prompt of the prefill."""
+    model = make_vision_model(family)
     engine, seen = sampled_as_without_a_copied_cache(model)
     assert engine.cache_can_be_copied
-    assert model.model.rope_deltas is None  # nothing is left of the call
+    assert getattr(model.model, "rope_deltas", None) is None  # nothing is left of the call
     assert all(tokens == 1 for _, tokens in seen[1:])
 
 

@@ -140,15 +140,18 @@ def test_text_and_last_token_are_those_of_vllm(include):
 def test_ids_and_log_probs_are_cut_alike():
     rows = [[FOUR, TWO, OPEN, ANSWER, CLOSE], [FOUR, EOS], [TWO]]
     logps = [[-float(i) for i in range(len(ids))] for ids in rows]
-    sampled = Rollout(rows, ["stop", "stop", "length"], logps, 3)
+    versions = [[2, 3, 3, 3, 3], [1, 3], [3]]
+    sampled = Rollout(rows, ["stop", "stop", "length"], logps, 3, versions)
     kept = KeptRows(make_stops(STOP, include=False), [[A]] * 3)
     got = kept.rollout(sampled)
     assert got == Rollout(
         [[FOUR, TWO], [FOUR, EOS], [TWO]], ["stop", "stop", "length"],
-        [[0.0, -1.0], [0.0, -1.0], [0.0]], 3,
+        [[0.0, -1.0], [0.0, -1.0], [0.0]], 3, [[2, 3], [1, 3], [3]],
     )  # fmt: skip
     assert kept.texts == {0: "42"}
-    assert kept.rollout(replace(sampled, logps=None)).logps is None
+    none = kept.rollout(replace(sampled, logps=None, token_versions=None))
+    assert none.logps is None
+    assert none.token_versions is None
 
 
 def test_stop_strings_need_a_tokenizer():
@@ -209,6 +212,12 @@ def test_rows_that_change_places_are_read_anew():
         ({"finish_reasons": ["stop"]}, "returned 2 completions, 1 finish_reasons and log-probs of"),
         ({"finish_reasons": ["eos_token", None]}, r"\['None', 'eos_token'\]: 'stop' is expected"),
         ({"logps": [[-1.0], []]}, "0 log-probs for a completion of 1 tokens"),
+        ({"token_versions": [[0], []]}, "token_versions of another shape than the completions'"),
+        (
+            {"completion_ids": [[5, 6], [6]], "logps": None, "token_versions": [[1, 0], [1]]},
+            r"versions \[1, 0\] of the weights drew the tokens of completion 0: expected",
+        ),
+        ({"token_versions": [[0], [2]]}, r"versions \[2\] .* completion 1: .* up to 1\."),
     ],
     ids=str,
 )
@@ -221,7 +230,7 @@ def test_a_rollout_that_is_none_says_what_is_expected(change, sentence):
 
     engine = Mine()
     engine.wake(("weights",))
-    engine.load_weights(0, ())
+    engine.load_weights(1, ())
     engine.wake(("kv_cache",))
     with pytest.raises(EngineError, match=sentence):
-        engine.generate([[4]] * 2, SAMPLING, [0, 1], version=0)
+        engine.generate([[4]] * 2, SAMPLING, [0, 1], version=1)

@@ -18,6 +18,7 @@ from rloo_fast.rollout.vllm.fetch import SMALL_BYTES, NotFetched, fetch, most_by
 from rloo_fast.rollout.vllm.http import NOT_FETCHED
 from rloo_fast.rollout.vllm.offers import BucketServer
 from rloo_fast.rollout.vllm.pack import pack
+from tests.support.offered import offered
 
 TOKEN = "t" * 43
 ROOM = 2**20
@@ -235,7 +236,7 @@ def exchange(url: str, request: bytes) -> bytes:
     ],
 )  # fmt: skip
 def test_only_the_exact_path_gets_the_weights(shelf, target):
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", torch.ones(3))])) as url:
+    with offered(shelf, pack([("w", torch.ones(3))])) as url:
         path = path_of(url)
         request = f"GET {target.replace('PATH', path)} HTTP/1.1\r\n\r\n".encode()
         assert exchange(url, request)[9:12] in (b"404", b"400")
@@ -244,7 +245,7 @@ def test_only_the_exact_path_gets_the_weights(shelf, target):
 
 def test_it_listens_on_the_one_address_and_tells_nothing_of_itself(shelf):
     assert shelf.address == "127.0.0.1"
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([])) as url:
+    with offered(shelf, pack([])) as url:
         answer = exchange(url, b"POST /x HTTP/1.1\r\n\r\n")
     assert b"501" in answer
     assert b"Python" not in answer
@@ -261,7 +262,7 @@ def test_clients_that_send_or_read_slowly_are_hung_up_on(shelf, monkeypatch):
     monkeypatch.setattr(vllm_offers, "REQUEST_S", 0.3)
     monkeypatch.setattr(vllm_offers, "patience_s", lambda nbytes: 0.5)
     most = shelf._server.clients._value
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", torch.ones(2**23))])) as url:
+    with offered(shelf, pack([("w", torch.ones(2**23))])) as url:
         with connected(url) as sender:
             wait_for(lambda: dripped(sender))
         with connected(url) as reader:  # it never does
@@ -284,7 +285,7 @@ def test_too_many_clients_are_turned_away_and_the_next_is_served(monkeypatch):
     monkeypatch.setattr(vllm_offers, "MOST_CLIENTS", 3)
     shelf = BucketServer("127.0.0.1")
     clients = shelf._server.clients
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", torch.ones(3))])) as url:
+    with offered(shelf, pack([("w", torch.ones(3))])) as url:
         many = [connected(url) for _ in range(3)]
         wait_for(lambda: clients._value == 0)
         with connected(url) as late:

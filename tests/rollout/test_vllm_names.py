@@ -29,6 +29,7 @@ from rloo_fast.rollout.vllm import colocate as rollout_vllm
 from rloo_fast.rollout.vllm import fit as vllm_fit
 from rloo_fast.rollout.vllm import model as vllm_model
 from rloo_fast.rollout.vllm import package as vllm_package
+from rloo_fast.rollout.vllm import sender as vllm_sender
 from rloo_fast.rollout.vllm import server as vllm_server
 from tests.support.paths import ROOT as PROJECT
 from tests.support.tiny import make_model, make_tokenizer, require_vllm
@@ -194,7 +195,7 @@ class Request(NamedTuple):
 def requests() -> list[Request]:
     """Those in the sources of the server's client."""
     found = []
-    sources = map(inspect.getsource, (vllm_server, vllm_fit))
+    sources = map(inspect.getsource, (vllm_server, vllm_sender, vllm_fit))
     for node in (node for text in sources for node in ast.walk(ast.parse(text))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue

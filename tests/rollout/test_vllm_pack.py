@@ -1,23 +1,26 @@
-"""What is sent to a server: a safetensors file, and the next bucket while one is on its way."""
+"""What is sent to a server: a bucket of weights as a safetensors file, and back."""
 
 from __future__ import annotations
 
-import threading
+import json
 
 import pytest
 import safetensors.torch
 import torch
 
-from rloo_fast.rollout.vllm.offers import BucketServer
-from rloo_fast.rollout.vllm.pack import pack
-from rloo_fast.rollout.vllm.server import VLLMServer
+from rloo_fast.rollout.vllm.pack import pack, unpack
 
 
 def unpacked(bucket, dtype=None):
     packed = pack(bucket, dtype)
     file = packed.header + packed.data.numpy().tobytes()
     assert len(file) == packed.nbytes
-    return safetensors.torch.load(file)
+    found, views = safetensors.torch.load(file), unpack(packed.header, packed.data)
+    assert found.keys() == views.keys()
+    for name, tensor in found.items():
+        assert (views[name].dtype, views[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(views[name], tensor)
+    return found
 
 
 def test_what_is_packed_is_a_safetensors_file():
@@ -50,64 +53,38 @@ def test_only_what_is_wider_is_rounded():
     assert pack([("wide", wide)], torch.bfloat16).data.numel() == 18
 
 
-@pytest.fixture
-def sender(monkeypatch):
-    """send(buckets, take): through an engine whose server is `take(url)`."""
-    offers = BucketServer("127.0.0.1")
-    engine = VLLMServer.__new__(VLLMServer)
-    engine.sent_dtype = None
-
-    def send(buckets, take):
-        monkeypatch.setattr(engine, "_take", lambda url, parts, address: take(url))
-        engine._send_buckets("merged", buckets, offers)
-
-    yield send
-    offers.close()
+def test_a_file_that_safetensors_wrote_is_read():
+    weights = {"a": torch.randn(3, 2), "b": torch.randn(5).half()}
+    file = safetensors.torch.save(weights, {"from": "elsewhere"})
+    begin = 8 + int.from_bytes(file[:8], "little")
+    data = torch.frombuffer(bytearray(file[begin:]), dtype=torch.uint8)
+    found = unpack(file[:begin], data)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
-def test_the_next_bucket_is_gathered_while_the_server_loads_one(sender):
-    asked, log = [threading.Event() for _ in range(4)], []
-
-    def gathered():
-        for number in range(4):
-            asked[number].set()
-            log.append(f"gather {number}")
-            yield [("w", torch.full((2,), float(number)))]
-
-    def take(url):
-        number = int(url.rpartition("/")[2])
-        if number < 3:
-            assert asked[number + 1].wait(10), "nothing was gathered while this one was loaded"
-        log.append(f"load {number}")
-
-    sender(gathered(), take)
-    assert [line for line in log if "load" in line] == [f"load {n}" for n in range(4)]
-    assert log.index("load 0") < log.index("gather 2")  # two are on the host, and no more
+def entry(**changes):
+    return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
-def test_a_bucket_that_the_server_refuses_ends_the_update(sender):
-    gathered = []
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [], {"w": None}, {"w": {}}, {"w": [1]}, entry(dtype="F31"), entry(dtype=["F32"]),
+        entry(shape=[3]), entry(shape=[-2]), entry(shape=[2.0]), entry(shape=[True, 2]),
+        entry(shape="2"), entry(data_offsets=[0, 12], shape=[3]), entry(data_offsets=[-8, 0]),
+        entry(data_offsets=[8, 0]), entry(data_offsets=[0, 8, 8]), entry(data_offsets=["0", "8"]),
+        entry(data_offsets=[1, 5], shape=[1]), entry(shape=[2**70]), entry(shape=[0, 2**70, 1]),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_of_the_file_is_refused(fields):
+    header = json.dumps(fields).encode()
+    header = len(header).to_bytes(8, "little") + header
+    with pytest.raises(ValueError, match=r"no (tensor|header)"):
+        unpack(header, torch.zeros(8, dtype=torch.uint8))
 
-    def buckets():
-        for number in range(9):
-            gathered.append(number)
-            yield [("w", torch.zeros(2))]
 
-    def take(url):
-        raise RuntimeError("refused")
-
-    with pytest.raises(RuntimeError, match="refused"):
-        sender(buckets(), take)
-    assert len(gathered) == 2
-
-
-def test_a_gathering_that_fails_is_told_after_what_is_on_its_way_has_arrived(sender):
-    taken = []
-
-    def buckets():
-        yield [("w", torch.zeros(2))]
-        raise ValueError("out of memory")
-
-    with pytest.raises(ValueError, match="out of memory"):
-        sender(buckets(), taken.append)
-    assert len(taken) == 1
+@pytest.mark.parametrize("header", [b"", b"\x02\0\0\0\0\0\0\0", b"\x03\0\0\0\0\0\0\0{}", b"x" * 20])
+def test_what_is_no_header_is_refused(header):
+    with pytest.raises(ValueError):
+        unpack(header, torch.zeros(8, dtype=torch.uint8))

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -31,14 +26,15 @@ from rloo_fast.rollout.vllm.http import NOT_FETCHED
 from rloo_fast.rollout.vllm.offers import BucketServer
 from rloo_fast.rollout.vllm.pack import pack
 from rloo_fast.rollout.vllm.server import VLLMServer
+from rloo_fast.rollout.vllm.servers import VLLMServers
 from rloo_fast.rollout.vllm.transport import Endpoint, Refused
 from rloo_fast.weight_sync.coverage import poison, uncovered
 from rloo_fast.weight_sync.unmerged import AdapterShape, adapter_shape, policy_buckets
 from tests.support.launch import free_port
-from tests.support.tiny import make_model, make_tokenizer, require_vllm
+from tests.support.offered import offered
+from tests.support.serving import KEY, MAX_MODEL_LEN, serving, tiny
+from tests.support.tiny import make_model, make_tokenizer
 
-MAX_MODEL_LEN = 128
-KEY = "key-of-the-server"
 PROMPTS = [[6 + (3 * i + j) % 26 for j in range(4 + i)] for i in range(6)]
 LONG = [[6 + (5 * i + j) % 26 for j in range(70 + i)] for i in range(3)]  # of several cache blocks
 
@@ -72,7 +68,7 @@ def test_one_missing_element_is_enough():
 def test_a_bucket_can_be_fetched_only_while_it_is_offered():
     shelf = BucketServer("127.0.0.1")
     matrix = torch.randn(3, 4).T  # as a checkpoint's tensors may be: not contiguous
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", matrix)])) as url:
+    with offered(shelf, pack([("w", matrix)])) as url:
         fetched = safetensors.torch.load(urlopen(url).read())
         with pytest.raises(HTTPError, match="404"):
             urlopen(url + "1")
@@ -95,60 +91,11 @@ def test_an_address_without_http_is_refused():
 # With one
 
 
-def tiny(seed: int):
-    """vLLM on a CPU has no heads smaller than 32."""
-    return make_model(seed, hidden_size=64, num_attention_heads=2, num_key_value_heads=1).eval()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A vLLM server with a key that has never seen a weight of the policy."""
-    require_vllm()
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    (folder / "key").write_text(KEY)
-    tiny(0).config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder / "tokenizer")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--tokenizer", str(folder / "tokenizer")]
-    command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
-    command += ["--weight-transfer-config", '{"backend": "rloo_fast"}', "--load-format", "dummy"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"]
-    command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
-    command += ["--distributed-executor-backend", "uni"]  # a process less to start
-    command += ["--enable-lora", "--max-lora-rank", "8"]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"RLOO_FAST_API_KEY_FILE": str(folder / "key"), "VLLM_API_KEY": ""}
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_up(url, process, log)
-        with pytest.MonkeyPatch.context() as patch:  # a trainer finds the key in its environment
-            patch.setenv("VLLM_API_KEY", KEY)
-            yield SimpleNamespace(url=url, process=process, log=log)
-    finally:
-        kill(process)
-
-
-def wait_until_up(url: str, process: subprocess.Popen, log) -> None:
-    for _ in range(900):
-        try:
-            Endpoint(url, 5).get("/health")
-            return
-        except EngineError:
-            assert process.poll() is None, log.read_text()[-4000:]
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-4000:])
-
-
-def kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with serving(tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 def buckets_of(model: nn.Module, without: str = "") -> list[Bucket]:
@@ -300,8 +247,8 @@ def refusal(url: str, parts: str, tensors: Bucket) -> str:
     control.post("/start_weight_update")
     try:
         if tensors:
-            with shelf.offer(f"{shelf.new_folder()}/0", pack(tensors)) as offered:
-                control.post("/update_weights", update_info={"url": offered, "parts": parts})
+            with offered(shelf, pack(tensors)) as offer:
+                control.post("/update_weights", update_info={"url": offer, "parts": parts})
         control.post("/finish_weight_update", weight_version="refused")
     except Refused as error:
         return str(error)
@@ -361,7 +308,7 @@ def test_whatever_is_wrong_with_a_url_the_server_says_the_same_and_asks_nobody(s
         f"http://8.8.8.8:{port}/{token}/0", f"http://127.0.0.1:{free_port()}/{token}/0",
         f"http://127.0.0.1:{server.url.rpartition(':')[2]}/{token}/0", 5, None, [], {},
     ]  # fmt: skip
-    with shelf.offer(f"{shelf.new_folder()}/0", pack([("w", torch.ones(3))])) as url:
+    with offered(shelf, pack([("w", torch.ones(3))])) as url:
         for each in [*urls, url + "1"]:
             control.post("/start_weight_update")
             with pytest.raises(Refused, match=NOT_FETCHED) as caught:
@@ -379,11 +326,10 @@ def test_whatever_is_wrong_with_a_url_the_server_says_the_same_and_asks_nobody(s
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_an_address_that_the_server_may_not_open_is_named_to_the_user(server, monkeypatch):
-    monkeypatch.setattr(BucketServer, "offer", lambda *_: nullcontext("http://8.8.8.8:4444/x/0"))
-    engine = VLLMServer(server.url)
-    engine.wake(("weights",))
+    address = f"http://8.8.8.8:4444/{'t' * 43}/0"
+    monkeypatch.setattr(BucketServer, "meeting", lambda *_: nullcontext((address, None)))
     with pytest.raises(EngineError, match=r"start it with RLOO_FAST_TRAINER_HOST=127\.0\.0\.1"):
-        engine.load_weights(1, buckets_of(tiny(1)))
+        VLLMServer(server.url)
 
 
 @pytest.mark.slow
@@ -396,13 +342,13 @@ def test_more_bytes_than_the_model_has_are_not_read(server):
     control.post("/start_weight_update")
     too_much = [("w", torch.ones((most + padding) // 4))]
     with (
-        shelf.offer(f"{shelf.new_folder()}/0", pack(too_much)) as url,
+        offered(shelf, pack(too_much)) as url,
         pytest.raises(Refused, match=NOT_FETCHED),
     ):
         control.post("/update_weights", update_info={"url": url})
     weights = list(model.state_dict().items())
     control.post("/start_weight_update")
-    with shelf.offer(f"{shelf.new_folder()}/0", pack(weights)) as url:
+    with offered(shelf, pack(weights)) as url:
         with urlopen(url) as response:
             size, taken = len(response.read()), 0
         with suppress(Refused):
@@ -503,23 +449,24 @@ def test_weights_that_change_during_a_rollout_are_noticed(server):
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_two_runs_cannot_mix_their_weights(server):
-    model = tiny(1)
-    foreign = BucketServer("127.0.0.1")
-
-    def interrupted():
-        first, *rest = buckets_of(model)
-        yield first
-        with (
-            foreign.offer(f"{foreign.new_folder()}/0", pack(buckets_of(tiny(2))[0])) as url,
-            pytest.raises(Refused, match="two trainers"),
-        ):
-            Endpoint(server.url, 5, KEY).post("/update_weights", update_info={"url": url})
-        yield from rest
-
+    foreign, control = BucketServer("127.0.0.1"), Endpoint(server.url, 5, KEY)
     engine = VLLMServer(server.url)
     engine.wake(("weights",))
-    with pytest.raises(EngineError, match="start_weight_update must be called"):
-        engine.load_weights(1, interrupted())
+    with offered(foreign, pack(buckets_of(tiny(2))[0])) as url, ThreadPoolExecutor(1) as pool:
+
+        def interrupted():
+            first, *rest = buckets_of(tiny(1))
+            yield first
+            asked.append(pool.submit(control.post, "/update_weights", update_info={"url": url}))
+            time.sleep(0.5)
+            yield from rest
+
+        asked = []
+        with pytest.raises(EngineError, match="without a matching start_weight_update"):
+            engine.load_weights(1, interrupted())
+        with pytest.raises(Refused, match="two trainers"):
+            asked[0].result()
+    foreign.close()
 
 
 @pytest.mark.slow
@@ -655,6 +602,40 @@ def test_a_run_samples_from_its_policy_in_every_step(server, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.vllm
+def test_weights_change_in_flight_and_each_token_is_of_the_policy_that_its_version_names(server):
+    """The stand-in of test_vllm_servers.py is to answer as this server."""
+    models, long = [tiny(1), tiny(2), tiny(3)], sampling(max_new_tokens=100, stop_token_ids=())
+    engine = VLLMServers([server.url], vocab_size=32)
+    prompts = [[6 + seed % 20, 7, 8] for seed in range(24)]
+
+    def load(version: int) -> None:
+        if engine.version is not None:
+            engine.sleep(0)
+        engine.wake(("weights",))
+        engine.load_weights(version, buckets_of(models[version]))
+        engine.wake(("kv_cache",))
+
+    load(0)
+    prepared = engine.prepare(long, 3)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [pool.submit(engine.complete, p, i, prepared) for i, p in enumerate(prompts)]
+        for version in (1, 2):
+            time.sleep(0.3)
+            load(version)
+        found = [future.result() for future in asked]
+    engine.close()
+    assert max(len(set(sampled.versions)) for sampled in found) > 1
+    for prompt, sampled in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt + sampled.ids])
+        with torch.no_grad():
+            logps = [model(ids).logits[0, 2:-1].log_softmax(-1) for model in models]
+        assert sampled.logps is not None
+        for place, (version, token) in enumerate(zip(sampled.versions, sampled.ids, strict=True)):
+            assert abs(float(logps[version][place, token]) - sampled.logps[place]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
 def test_a_server_that_dies_is_named_with_what_to_do(server):  # the last test that needs it
     engine = loaded(server.url, tiny(1))
     killed = []
@@ -662,7 +643,7 @@ def test_a_server_that_dies_is_named_with_what_to_do(server):  # the last test t
     def on_finished(index: int, ids: list[int]) -> None:
         if not killed:
             killed.append(index)
-            kill(server.process)
+            server.kill()
 
     long = sampling(max_new_tokens=MAX_MODEL_LEN - 2, stop_token_ids=())
     with pytest.raises(EngineError, match=r"is gone .*resume_from_checkpoint"):

@@ -145,6 +145,7 @@ def test_a_state_keeps_every_field(tmp_path):
         4,
         2,
         sampler_logps=torch.randn(4),
+        token_versions=torch.tensor([3, 1, 3, 2], dtype=torch.int32),
         weights_version=3,
         sizes=BatchSizes(7, 9, 2.5),
         prepared={
@@ -152,6 +153,7 @@ def test_a_state_keeps_every_field(tmp_path):
             "ref_logps": torch.randn(4),
             "old_logps": torch.randn(4),
             "old_entropy": torch.rand(4),
+            "token_entropy": torch.rand(4),
             "advantages": torch.randn(4),
             "policy_rows": PolicyRows(*(torch.randn(4) for _ in dataclasses.fields(PolicyRows))),
         },

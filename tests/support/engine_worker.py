@@ -13,6 +13,7 @@ Settings are RLOOConfig fields, and
     evaluate       False: not after the training
     room           True: before every rollout all that can move is moved to the host
     system         True: all prompts begin with the same words, and some with an example more
+    stale          True: of injected completions, older weights sampled some, and a part of others
 """
 
 import gc
@@ -47,16 +48,24 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lo
 class Injected(InjectedEngine):
     """Completions that follow from the prompt and the row's place among those of all ranks."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, stale=False):
         super().__init__()
-        self.trainer, self.calls = trainer, 0
+        self.trainer, self.stale, self.calls = trainer, stale, 0
 
     def _generate(self, prompt_ids, sampling, seeds, on_finished):
         self.calls += 1
         first, k = self.trainer.accelerator.process_index * len(prompt_ids), self.num_generations
         ids = [completion(p, (first + i) % k, self.calls) for i, p in enumerate(prompt_ids)]
         logps = [[-2.65 - (x * 5 + t * 3) % 7 / 4 for t, x in enumerate(row)] for row in ids]
-        return Rollout(ids, ["stop" if i[-1] == 1 else "length" for i in ids], logps)
+        versions = [self.versions(row) for row in ids] if self.stale else None
+        reasons = ["stop" if i[-1] == 1 else "length" for i in ids]
+        return Rollout(ids, reasons, logps, token_versions=versions)
+
+    def versions(self, ids):
+        """New weights came when a third of the completions had been sampled, another third had
+        none of its tokens yet."""
+        at = [0, len(ids) // 2, len(ids)][sum(ids) % 3]
+        return [self.version - 1 - sum(ids) % 2] * at + [self.version] * (len(ids) - at)
 
     @property
     def num_generations(self):
@@ -82,6 +91,7 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     engine = engine_fields(settings.pop("engine", None), settings.pop("more", None))
     out_of_memory, room = settings.pop("out_of_memory", False), settings.pop("room", False)
     dataset = WITH_SYSTEM if settings.pop("system", False) else DATASET
+    stale = settings.pop("stale", False)
     defaults = dict(
         max_completion_length=MAX_NEW,
         max_steps=3,
@@ -110,7 +120,7 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     )
     trainer.remove_callback(PrinterCallback)
     if not sample:
-        trainer.rollouts.engine = Injected(trainer)
+        trainer.rollouts.engine = Injected(trainer, stale)
     if room:
         trainer.rollouts.room = TightRoom(trainer)
     if out_of_memory:

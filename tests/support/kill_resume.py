@@ -1,9 +1,10 @@
 """Kills training runs at random moments, resumes them, and compares each with a run left alone.
 
-    python -m tests.support.kill_resume --runs 20 --seed 0
+    python -m tests.support.kill_resume --runs 20 --seed 0 [--case dynamic]
 
 A run is exact if its final weights and every line of metrics.jsonl, but for times, are those of the
-run that was left alone. Exit status 1 if one is not. The trainer of the tests is made here.
+run that was left alone; with a ledger of prompts, if that is the same, and no prompt was trained or
+replaced twice. Exit status 1 if one is not. The trainer of the tests is made here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.checkpoint.files import INCOMPLETE, checkpoints, step_of
+from rloo_fast.data.ledger import FINAL, Fate
+from rloo_fast.records import SampledGroup
 from rloo_fast.reports.metric_names import is_timing
 from tests.support.launch import forks
 from tests.support.tiny import make_model, make_tokenizer
@@ -67,6 +71,30 @@ def slow_reward(completions: list[str], **columns: Any) -> list[float]:
     return random_reward(completions, **columns)
 
 
+def slow_coin(completions: list[str], **_: Any) -> list[float]:
+    """Mostly wrong, so that half of the groups have no signal."""
+    time.sleep(0.01)
+    return [float(random.random() < 0.3) for _ in completions]
+
+
+def is_not_tiny(group: SampledGroup) -> bool:
+    """A rollout_filter."""
+    return max(group.lengths) > 1
+
+
+# --case: settings of its runs
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {**KILLED, "reward": slow_reward},
+    "dynamic": {
+        **KILLED,
+        "reward": slow_coin,
+        "dynamic_sampling": True,
+        "curriculum": 0.5,
+        "rollout_filter": "tests.support.kill_resume:is_not_tiny",
+    },
+}
+
+
 def make_trainer(
     output_dir: Path,
     reward: Any = random_reward,
@@ -106,8 +134,33 @@ def train(output_dir: Path, settings: dict[str, Any], resume: bool, make: Any = 
     torch.set_num_threads(1)
     gc.freeze()  # every train() begins with a collection, which then spares what was imported
     trainer = make(output_dir, **settings)
+    note_fates(trainer, output_dir)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output_dir / "final"))
+    if (stream := getattr(trainer.source, "stream", None)) is not None:
+        state = {"fates": stream.ledger.state_dict()["fates"].tolist()}
+        (output_dir / "final/ledger.json").write_text(json.dumps(state))
+
+
+def note_fates(trainer: RLOOTrainer, output_dir: Path) -> None:
+    """A line in fates.jsonl for what becomes of prompts: after how many steps, what, their numbers;
+    and for the start of a process, the step it resumes."""
+    stream = getattr(trainer.source, "stream", None)
+    if stream is None:
+        return
+    mark, path = stream.mark, output_dir / "fates.jsonl"
+
+    def write(**line: Any) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def noted(numbers: Any, fate: Fate) -> None:
+        numbers = list(numbers)
+        mark(numbers, fate)
+        write(step=trainer.state.global_step, fate=int(fate), numbers=numbers)
+
+    stream.mark = noted
+    write(resumes=newest_step(output_dir))
 
 
 def start(output_dir: Path, settings: dict[str, Any], make: Any = make_trainer) -> Any:
@@ -119,8 +172,29 @@ def start(output_dir: Path, settings: dict[str, Any], make: Any = make_trainer) 
 
 
 def is_exact(output_dir: Path, reference: Path) -> bool:
-    weights = [(run / "final/model.safetensors").read_bytes() for run in (output_dir, reference)]
+    runs = (output_dir, reference)
+    weights = [(run / "final/model.safetensors").read_bytes() for run in runs]
+    ledgers = [run / "final/ledger.json" for run in runs]
+    if ledgers[1].is_file() and (
+        ledgers[0].read_text() != ledgers[1].read_text() or not trained_once(output_dir)
+    ):
+        return False
     return weights[0] == weights[1] and metrics_of(output_dir) == metrics_of(reference)
+
+
+def trained_once(output_dir: Path) -> bool:
+    """Whether the steps that the final weights come from trained or replaced every prompt once, as
+    the ledger says. What a killed process did after the step that was resumed is undone."""
+    done: list[dict[str, Any]] = []
+    for line in map(json.loads, (output_dir / "fates.jsonl").read_text().splitlines()):
+        if "resumes" in line:
+            done = [before for before in done if before["step"] < line["resumes"]]
+        elif Fate(line["fate"]) in FINAL:
+            done.append(line)
+    counted = Counter((n, line["fate"]) for line in done for n in line["numbers"])
+    fates = json.loads((output_dir / "final/ledger.json").read_text())["fates"]
+    expected = {(n, fate): 1 for n, fate in enumerate(fates) if Fate(fate) in FINAL}
+    return dict(counted) == expected
 
 
 # Killing
@@ -163,9 +237,11 @@ def kill(process: Any, output_dir: Path, rng: random.Random, step_s: float) -> s
     return f"{seconds:.2f} s, {what}"
 
 
-def killed_run(output_dir: Path, rng: random.Random, step_s: float) -> list[tuple[str, int]]:
+def killed_run(
+    output_dir: Path, settings: dict[str, Any], rng: random.Random, step_s: float
+) -> list[tuple[str, int]]:
     """Train with one to three kills. Returns each, with the step that was resumed from."""
-    kills, settings = [], {**KILLED, "reward": slow_reward}
+    kills = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         moment = kill(start(output_dir, settings), output_dir, rng, step_s)
         kills.append((moment, newest_step(output_dir)))
@@ -181,19 +257,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill, resume, compare.")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", choices=CASES, default="plain")
     options = parser.parse_args(arguments)
-    rng = random.Random(options.seed)
+    rng, settings = random.Random(options.seed), CASES[options.case]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("warm-up", "reference"):  # the first one also waits for the imports
             begin = time.perf_counter()
-            process = start(Path(folder) / name, {**KILLED, "reward": slow_reward})
+            process = start(Path(folder) / name, settings)
             process.join()
             step_s = (time.perf_counter() - begin) / KILLED["max_steps"]
         num_exact = 0
         print(f"{'run':>3}  {'killed at':48}  {'resumed from':>12}  exact")
         for run in range(1, options.runs + 1):
             output_dir = Path(folder) / str(run)
-            kills = killed_run(output_dir, rng, step_s)
+            kills = killed_run(output_dir, settings, rng, step_s)
             exact = is_exact(output_dir, Path(folder) / "reference")
             num_exact += exact
             for i, (moment, step) in enumerate(kills):
@@ -201,6 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
                 end = end if i == len(kills) - 1 else ""
                 print(f"{number:>3}  {moment:48}  {step or 'scratch':>12}  {end}".rstrip())
             sys.stdout.flush()
+        if (ledger := Path(folder) / "reference/final/ledger.json").is_file():
+            counts = Counter(json.loads(ledger.read_text())["fates"])
+            print("prompts:", ", ".join(f"{counts[f]} {f.name.lower()}" for f in Fate if counts[f]))
     print(f"{num_exact} exact resumes of {options.runs}")
     return int(num_exact != options.runs)
 

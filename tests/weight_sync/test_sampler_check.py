@@ -83,6 +83,50 @@ def test_nothing_is_said_of_samples_that_were_not_run(tmp_path):
     assert all(math.isnan(value) for value in sampling_metrics(rows).values())
 
 
+def test_rows_of_older_weights_are_logged_apart_and_not_judged(tmp_path):
+    """A completion that new weights went on with may rest on what the old ones computed."""
+    batch = make_batch([[0.1, -0.3], [2.0, -1.0], [-3.0], [], [0.2]])
+    versions = torch.tensor([7, 7, 6, 7, 5, 7], dtype=torch.int32)
+    stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)
+    check = make_check(tmp_path, logp_diff_stop=0.25)
+    rows = check.columns(dataclasses.replace(batch, generation=stale))
+    assert sampling_metrics(rows) == {
+        "sampling/logp_diff_mean": pytest.approx(0.2),
+        "sampling/logp_diff_judged": pytest.approx(0.2),
+        "sampling/logp_diff_max": pytest.approx(0.3),
+        "staleness/logp_diff_mean": pytest.approx(2.0),
+        "sampling/importance_raw_mean": pytest.approx((math.exp(-1) + math.exp(3)) / 2),
+        "sampling/importance_raw_max": pytest.approx(math.exp(3)),
+        "sampling/importance_clipped_mean": pytest.approx((math.exp(-1) + math.exp(3)) / 2),
+        "sampling/frac_clipped": 0,
+        "sampling/ess": pytest.approx(
+            (math.exp(-1) + math.exp(3)) ** 2 / (2 * (math.exp(-2) + math.exp(6)))
+        ),
+    }
+    check.judge(rows, "train, after step 3", trains=True)
+    with pytest.raises(SamplerMismatch):  # the same, had the policy's own weights sampled
+        check.judge(check.columns(batch), "train, after step 3")
+
+
+def test_ratios_beyond_all_numbers_leave_one_completion_of_effect(tmp_path):
+    batch = make_batch([[0.0], [-900.0], [0.0], [0.0]])
+    versions = torch.full((4,), 6, dtype=torch.int32)
+    stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)
+    rows = make_check(tmp_path).columns(dataclasses.replace(batch, generation=stale))
+    found = sampling_metrics(rows)
+    assert found["sampling/importance_raw_max"] == math.inf
+    assert found["sampling/ess"] == pytest.approx(1 / 4)
+
+
+def test_a_log_prob_that_is_none_stops_the_run_whoever_sampled(tmp_path):
+    batch = make_batch([[0.1], [math.inf]])
+    versions = torch.tensor([7, 6], dtype=torch.int32)
+    stale = dataclasses.replace(batch.generation, token_versions=versions, weights_version=7)
+    check = make_check(tmp_path)
+    with pytest.raises(SamplerMismatch, match="1 sampled tokens a log-prob that is NaN"):
+        check.judge(check.columns(dataclasses.replace(batch, generation=stale)), "here")
+
+
 def test_a_large_difference_stops_the_run_and_says_what_to_look_at(tmp_path):
     check = make_check(tmp_path)
     judge(check, [[0.009], [-0.009]])

@@ -49,7 +49,7 @@ def objective_torch(
         return segment_sum(x, cu_seqlens)
 
     kl = counted(None if inputs.ref_logps is None else logps - inputs.ref_logps)
-    log_ratio = counted(None if inputs.old_logps is None else logps - inputs.old_logps)
+    log_ratio = counted(_log_ratio(logps, inputs.old_logps))
     row_kl, row_log_ratio = row_sum(kl), row_sum(log_ratio)
     num_tokens = row_sum(valid.to(logps.dtype))
     advantages = resolve_advantages(inputs, kl, row_kl, cu_seqlens, options)
@@ -86,6 +86,13 @@ def objective_torch(
     }
     table = torch.stack([columns[name] for name in TABLE_FIELDS])
     return counted(slope) / options.denominator, table
+
+
+def _log_ratio(logps: Tensor, old_logps: Tensor | None) -> Tensor | None:
+    """logp - old; 0 where old is NaN: the token's own log-prob is the old one."""
+    if old_logps is None:
+        return None
+    return torch.where(old_logps.isnan(), 0.0, logps - old_logps)
 
 
 class Advantages(NamedTuple):

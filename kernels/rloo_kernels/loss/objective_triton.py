@@ -47,6 +47,12 @@ def _expm1(x):
 
 
 @triton.jit
+def _log_ratio(logp, old):
+    """logp - old; 0 where old is nan: the token's own log-prob is the old one."""
+    return tl.where(old == old, logp - old, 0.0)
+
+
+@triton.jit
 def _group_advantages(shaped, inside, MEAN: tl.constexpr, STD: tl.constexpr):
     """(advantages of one group, 0 where there is nothing to compare with; where there is)."""
     scorable = inside & (shaped == shaped)  # nan: unscorable
@@ -143,7 +149,7 @@ def _segments_kernel(
             if HAS_REF:
                 kl_sum += logp - tl.load(ref_logps + t, mask=valid, other=0.0)
             if HAS_OLD:
-                log_ratio = logp - tl.load(old_logps + t, mask=valid, other=0.0)
+                log_ratio = _log_ratio(logp, tl.load(old_logps + t, mask=valid, other=0.0))
                 ratio_sum += log_ratio
                 token_ratio_sum += tl.where(valid, tl.exp(log_ratio), 0.0)
             if HAS_ENTROPY:
@@ -213,7 +219,7 @@ def _segments_kernel(
             if (HAS_OLD and TOKEN_LEVEL) or KL_TO_GO or KL_LOSS:
                 logp = tl.load(logps + t, mask=valid, other=0.0)
             if HAS_OLD and TOKEN_LEVEL:
-                log_ratio = logp - tl.load(old_logps + t, mask=valid, other=0.0)
+                log_ratio = _log_ratio(logp, tl.load(old_logps + t, mask=valid, other=0.0))
             if KL_TO_GO or KL_LOSS:
                 kl = logp - tl.load(ref_logps + t, mask=valid, other=0.0)
             slope = slope_k + tl.zeros([BLOCK_T], tl.float32)

@@ -179,8 +179,10 @@ def rloo_objective(
     Shapes: logps, old_logps, ref_logps, mask, entropy (N,) with cu_seqlens (R + 1,) starting at 0
     and ending at N, or padded (R, T) without; exactly one of rewards (R,) (prompt-major, with
     `num_generations`; NaN: unscorable), advantages (R,) and token_advantages (as logps, with
-    level="token"). old_logps None: on-policy, the ratio is exactly 1. `denominator`: what the sum
-    over rows is divided by: the number of completions of the step on all ranks; by default R.
+    level="token"). old_logps None: on-policy, the ratio is exactly 1; NaN: of that token alone, so
+    that rows of the present policy stand beside rows of older ones (not with kl_policy="sampling",
+    which would know no KL of them). `denominator`: what the sum over rows is divided by: the number
+    of completions of the step on all ranks; by default R.
     Only `logps` gets a gradient. With level="token" the loss sums over a row's tokens, so that at
     beta = 0 and ratio 1 both levels have the same gradient.
 

@@ -102,7 +102,8 @@ class LossInputs(NamedTuple):
     rewards: Tensor | None = None  # (R,) prompt-major; NaN: unscorable
     advantages: Tensor | None = None  # (R,) NaN counts as 0
     token_advantages: Tensor | None = None  # (N,)
-    old_logps: Tensor | None = None  # (N,) None: on-policy, the ratio is exactly 1
+    # (N,) None: on-policy, the ratio is exactly 1; NaN: of this token
+    old_logps: Tensor | None = None
     ref_logps: Tensor | None = None  # (N,)
     mask: Tensor | None = None  # (N,) bool
 

@@ -66,6 +66,7 @@ class Layout(ABC):
     name: ClassVar[str]
     help: ClassVar[str]
     rank: ClassVar[int]  # layout="auto" tries the lowest first
+    shares_prompts: ClassVar[bool] = False  # a unit's prompt is there once, not for each completion
 
     @abstractmethod
     def tokens(self, prompt: int, completions: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from .one_line import Line, OneLine
 @register_layout
 class SharedPrefix(OneLine):
     name, rank = "shared_prefix", 0
+    shares_prompts = True
     help = "one line, tokens that rows begin with alike are run once for all of them"
 
     def tokens(self, prompt: int, completions: Sequence[int]) -> int:

@@ -170,15 +170,26 @@ def _switch_on(model: nn.Module) -> _Switched:
     if model not in _switched:
         # the objects the layers look at; a setter of theirs would reach into configs beside them
         configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+        towers = _towers(model)
         originals = [
             (c, c._attn_implementation)
             for c in configs.values()
-            if isinstance(c, PreTrainedConfig) and c._attn_implementation != NAME
+            if isinstance(c, PreTrainedConfig)
+            and c._attn_implementation != NAME
+            and id(c) not in towers
         ]
         for config, _ in originals:
             config._attn_implementation_internal = NAME
         _switched[model] = _Switched(originals)
     return _switched[model]
+
+
+def _towers(model: nn.Module) -> set[int]:
+    """Ids of the configurations beside the text's in a model of several parts, whose tokens are no
+    segments: those of an image tower."""
+    config: Any = getattr(model, "config", None)
+    parts = getattr(config, "sub_configs", None) or ()
+    return {id(getattr(config, name, None)) for name in parts} - {id(config.get_text_config())}
 
 
 def restore(model: nn.Module) -> None:

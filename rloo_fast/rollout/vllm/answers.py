@@ -46,53 +46,58 @@ def read_completion(
     """
     said = answer.get("id")
     if said != f"cmpl-{request_id}":
-        raise OddAnswer(f"it is for request {_shown(said)}, and 'cmpl-{request_id}' was sent")
+        raise OddAnswer(f"it is for request {shown(said)}, and 'cmpl-{request_id}' was sent")
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise OddAnswer(f"choices must hold one completion, and is {_shown(choices)}")
+        raise OddAnswer(f"choices must hold one completion, and is {shown(choices)}")
     choice: dict[str, Any] = choices[0]
     if choice.get("prompt_token_ids") != list(prompt_ids):
         raise OddAnswer(
-            f"it is for the prompt {_shown(choice.get('prompt_token_ids'))}, and "
-            f"{_shown(list(prompt_ids))} was sent"
+            f"it is for the prompt {shown(choice.get('prompt_token_ids'))}, and "
+            f"{shown(list(prompt_ids))} was sent"
         )
-    reason = choice.get("finish_reason")
-    if not isinstance(reason, str):
-        raise OddAnswer(f"finish_reason must be one of {sorted(REASONS)}, and is {_shown(reason)}")
-    reason = finish_reason(reason)
-    ids = _ids(choice.get("token_ids"), max_tokens, vocab_size)
+    reason = read_reason(choice)
+    ids = read_ids(choice.get("token_ids"), max_tokens, vocab_size)
     logprobs = choice.get("logprobs")
     logps = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else logprobs
-    return Completion(ids, _logps(logps, len(ids)), reason)
+    return Completion(ids, read_logps(logps, len(ids)), reason)
 
 
-def _ids(ids: Any, max_tokens: int, vocab_size: int | None) -> list[int]:
+def read_reason(choice: dict[str, Any]) -> str:
+    """Rollout's word for what ended it."""
+    reason = choice.get("finish_reason")
+    if not isinstance(reason, str):
+        raise OddAnswer(f"finish_reason must be one of {sorted(REASONS)}, and is {shown(reason)}")
+    return finish_reason(reason)
+
+
+def read_ids(ids: Any, max_tokens: int, vocab_size: int | None) -> list[int]:
     if not isinstance(ids, list) or not 1 <= len(ids) <= max_tokens:
-        count = f"{len(ids)} of them" if isinstance(ids, list) else _shown(ids)
+        count = f"{len(ids)} of them" if isinstance(ids, list) else shown(ids)
         raise OddAnswer(f"token_ids must be a list of 1 to {max_tokens} tokens, and is {count}")
     end = math.inf if vocab_size is None else vocab_size
     for index, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < end:  # not bool, which is an int as well
             raise OddAnswer(
                 f"token_ids[{index}] must be an id of the model's {vocab_size} tokens, and is "
-                f"{_shown(token)}"
+                f"{shown(token)}"
             )
     return ids
 
 
-def _logps(logps: Any, count: int) -> list[float]:
+def read_logps(logps: Any, count: int) -> list[float]:
     if not isinstance(logps, list) or len(logps) != count:
-        came = len(logps) if isinstance(logps, list) else _shown(logps)
+        came = len(logps) if isinstance(logps, list) else shown(logps)
         raise OddAnswer(f"token_logprobs must be a list of {count}, one per token, and is {came}")
     for index, logp in enumerate(logps):
         if type(logp) not in (int, float) or not LOWEST <= logp <= HIGHEST:  # false for NaN
             raise OddAnswer(
                 f"token_logprobs[{index}] must be the logarithm of a probability, and is "
-                f"{_shown(logp)}"
+                f"{shown(logp)}"
             )
     return [float(logp) for logp in logps]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

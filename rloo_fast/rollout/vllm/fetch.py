@@ -14,6 +14,8 @@ import ipaddress
 import logging
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from io import BytesIO
 
@@ -67,19 +69,36 @@ def most_bytes(model: nn.Module, num_workers: int) -> int:
     return 4 * num_workers * sum(p.numel() for p in model.parameters()) + SMALL_BYTES
 
 
-def fetch(url: object, hosts: str, most_bytes: int) -> tuple[str, bytes]:
-    """(the update's token, the bucket), at most `most_bytes` of it.
+def fetch(
+    url: object, hosts: str, most_bytes: int, wait_s: float = 0.0
+) -> tuple[str, memoryview | None]:
+    """(the update's token, the bucket), at most `most_bytes` of it; None: there are no more.
 
-    `hosts`: see `read_hosts`; empty: the server's own machine. Raises NotFetched.
+    `hosts`: see `read_hosts`; empty: the server's own machine. `wait_s`: that the trainer may take
+    to make it. Raises NotFetched.
     """
+    with not_fetched(url), connected(url, hosts) as (connection, token, path):
+        with hang_up_after(connection.sock, patience_s(0) + wait_s):
+            connection.request("GET", path)
+            response = connection.getresponse()
+        if response.status == 204:
+            return token, None
+        return token, _body(response, most_bytes, connection.sock)
+
+
+@contextmanager
+def not_fetched(url: object) -> Iterator[None]:
+    """Whatever is wrong with a connection to `url` raises NotFetched, and its reason is logged."""
     try:
-        return _fetch(url, hosts, most_bytes)
+        yield
     except (OSError, HTTPException, ValueError) as error:
         logger.warning("weights were not fetched from %.200r: %s", url, error)
         raise NotFetched from None
 
 
-def _fetch(url: object, hosts: str, most_bytes: int) -> tuple[str, bytes]:
+@contextmanager
+def connected(url: object, hosts: str) -> Iterator[tuple[HTTPConnection, str, str]]:
+    """(a connection to the trainer without a time limit, the update's token, the path)."""
     match = URL.fullmatch(url) if isinstance(url, str) else None
     if match is None:
         raise ValueError("not an address at which a trainer offers weights")
@@ -96,17 +115,13 @@ def _fetch(url: object, hosts: str, most_bytes: int) -> tuple[str, bytes]:
     connection = HTTPConnection(str(address), port, timeout=CONNECT_S)
     try:
         connection.connect()
-        sock = connection.sock
-        sock.settimeout(None)
-        with hang_up_after(sock, patience_s(0)):
-            connection.request("GET", path)
-            response = connection.getresponse()
-        return token, _body(response, most_bytes, sock)
+        connection.sock.settimeout(None)
+        yield connection, token, path
     finally:
         connection.close()
 
 
-def _body(response: HTTPResponse, most_bytes: int, sock: socket.socket) -> bytes:
+def _body(response: HTTPResponse, most_bytes: int, sock: socket.socket) -> memoryview:
     size = response.length
     if response.status != 200 or size is None:
         raise ValueError(f"status {response.status}, {size} bytes announced")
@@ -118,7 +133,7 @@ def _body(response: HTTPResponse, most_bytes: int, sock: socket.socket) -> bytes
             body.write(chunk)
     if body.tell() != size:
         raise ValueError(f"{body.tell()} of {size} bytes came in {patience_s(size):.0f} s")
-    return body.getvalue()
+    return body.getbuffer()
 
 
 def _is_allowed(address: Address, hosts: str) -> bool:

@@ -47,13 +47,13 @@ def check_fit(
     sent, if any; EngineError if the server was started unfit for us."""
     path = "/server_info?config_format=json"
     if server.has_key and _takes_strangers(server):
-        raise _unfit(server, f"it asks nobody for the key that {KEY} holds here: set it there")
+        raise unfit(server, f"it asks nobody for the key that {KEY} holds here: set it there")
     try:
         info = server.get(path)
         server.post("/init_weight_transfer_engine", init_info={"protocol": PROTOCOL})
         server.value("/weight_info", "weight_version", str)
     except Refused as error:
-        raise _unfit(server, f"{error} (HTTP {error.status})", sleeps) from error
+        raise unfit(server, f"{error} (HTTP {error.status})", sleeps) from error
     config = server.field(info, path, "vllm_config.model_config", dict)
     needed: dict[str, Any] = {"logprobs_mode": "processed_logprobs"}
     needed |= {"generation_config": "vllm"}  # else the model's own settings join in
@@ -61,7 +61,7 @@ def check_fit(
         needed |= {"enable_sleep_mode": True}
     for name, value in needed.items():
         if config.get(name) != value:
-            raise _unfit(server, f"its {name} is {config.get(name)!r:.100}, not {value}", sleeps)
+            raise unfit(server, f"its {name} is {config.get(name)!r:.100}, not {value}", sleeps)
     if adapter is not None:
         _check_adapters(server, info, adapter)
     dtype = _dtype_of_all(server, str(config.get("dtype", "")).removeprefix("torch."))
@@ -88,14 +88,14 @@ def _check_adapters(server: Endpoint, info: dict[str, Any], adapter: AdapterShap
     options = f"--enable-lora --max-lora-rank {room_for(adapter.rank)}"
     lora = info["vllm_config"].get("lora_config")
     if not isinstance(lora, dict):
-        raise _unfit(server, f"vllm_lora='adapter' needs {options}", more=options)
+        raise unfit(server, f"vllm_lora='adapter' needs {options}", more=options)
     rank, names = lora.get("max_lora_rank"), lora.get("target_modules")
     if not isinstance(rank, int) or rank < adapter.rank:
         reason = f"its max_lora_rank is {rank!r:.100}, and the adapter has {adapter.rank}"
-        raise _unfit(server, reason, more=options)
+        raise unfit(server, reason, more=options)
     if isinstance(names, list) and (left_out := sorted(set(adapter.names) - set(map(str, names)))):
         options += f" --lora-target-modules {' '.join(adapter.names)}"
-        raise _unfit(server, f"its LoRA leaves out {', '.join(left_out)}", more=options)
+        raise unfit(server, f"its LoRA leaves out {', '.join(left_out)}", more=options)
 
 
 def _takes_strangers(server: Endpoint) -> bool:
@@ -107,7 +107,7 @@ def _takes_strangers(server: Endpoint) -> bool:
     return True
 
 
-def _unfit(server: Endpoint, reason: str, sleeps: bool = False, more: str = "") -> EngineError:
+def unfit(server: Endpoint, reason: str, sleeps: bool = False, more: str = "") -> EngineError:
     options = f"{' --enable-sleep-mode' if sleeps else ''}{' ' if more else ''}{more}"
     return EngineError(
         f"the server at {server.base_url} cannot be used for rollouts: {reason}. Start vLLM 0.32 "

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BACKEND = "rloo_fast"  # the name under which vLLM knows this way of transferring weights
-PROTOCOL = 2  # trainer and server, which may be different installations, must agree on it
+PROTOCOL = 3  # trainer and server, which may be different installations, must agree on it
 KEY = "VLLM_API_KEY"  # vLLM's own name
 KEY_FILE = "RLOO_FAST_API_KEY_FILE"
 TRAINER_HOST = "RLOO_FAST_TRAINER_HOST"
@@ -19,9 +19,12 @@ TRAINER_HOST = "RLOO_FAST_TRAINER_HOST"
 NOT_FETCHED = "the weights that were offered could not be fetched; the server's log says why."
 # ... and to a dtype that not all of its weights would survive
 WIDER = "the server holds weights in a wider dtype"
+# ... to a trainer with which this server has not met, or no longer is in a group
+NOT_MET = "the server has not met this trainer"
 
 SILENT_S = 60.0  # that a transfer of weights may take besides its bytes
 SLOWEST = 8 * 2**20  # bytes per second
+STALL_S = 300.0  # longest from one bucket of an update to the next
 
 
 def api_key() -> str | None:

@@ -1,4 +1,4 @@
-"""Runs inside `vllm serve`: its workers fetch the policy's weights from the trainer over HTTP.
+"""Runs inside `vllm serve`: its workers take the policy's weights from the trainer.
 
 vLLM finds `register` through the entry point `vllm.general_plugins`, so rloo_fast must be installed
 where the server runs; `--weight-transfer-config '{"backend": "rloo_fast"}'` then chooses it.
@@ -6,13 +6,10 @@ where the server runs; `--weight-transfer-config '{"backend": "rloo_fast"}'` the
 
 from __future__ import annotations
 
-import logging
-import os
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group  # pyright: ignore
@@ -26,12 +23,11 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from ...records import SentParts
 from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import Parted
-from . import guard, lora
-from .fetch import NotFetched, fetch, most_bytes
-from .http import BACKEND, PROTOCOL, TRAINER_HOST, WIDER
+from . import executor, guard, lora
+from .fetch import most_bytes
+from .http import BACKEND, PROTOCOL, WIDER
 from .package import runs_on_cpu
-
-logger = logging.getLogger(__name__)
+from .receiver import Arrival, Receiver, shared
 
 
 def register() -> None:
@@ -40,6 +36,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, PulledWeights)
     with suppress(ImportError):  # a vLLM without servers as we know them may still run in process
         guard.install()
+        executor.install()
     runs_on_cpu()
 
 
@@ -47,11 +44,17 @@ def register() -> None:
 class InitInfo(WeightTransferInitInfo):
     protocol: int
     dtype: str = ""  # that the trainer would round all weights to; "": to none
+    meet: str = ""  # where the workers say what they are, see `meeting.py`
+    group: dict[str, Any] | None = None  # that they then make with the trainer, see `Receiver.meet`
+    trainer: str = ""  # the token of a trainer that asks whether they have met it
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    url: str  # of a safetensors file: tensors under their names in a checkpoint, or an adapter's
+    """Of safetensors files: tensors under their names in a checkpoint, or an adapter's."""
+
+    url: str = ""  # of the first one
+    trainer: str = ""  # the token of the one whose group they come through; "": from the URL
     parts: str = "merged"  # of the policy that the whole update brings, see SentParts
 
 
@@ -69,6 +72,9 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any):
         guard.install()  # or this server must not start
         super().__init__(*args)
+        parallel = self.parallel_config
+        name = f"{parallel.data_parallel_index}-{parallel.rank}"
+        self._receiver = Receiver(name, torch.device(self.device))
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if init_info.protocol != PROTOCOL:
@@ -82,13 +88,20 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"--quantization {self.model_config.quantization}: start it without."
             )
 
+        if init_info.dtype:
+            self._check_width(init_info.dtype)
+        if get_tp_group().rank_in_group == 0:  # the others get what it gets
+            if init_info.meet:
+                self._receiver.meet(init_info.meet, init_info.group)
+            if init_info.trainer:
+                self._receiver.check_met(init_info.trainer)
+
+    def _check_width(self, dtype: str) -> None:
+        """Raise ValueError for a weight that is wider; no checkpoint has names like `_k_scale`."""
         for name, tensor in self.model.state_dict().items():
-            if (
-                init_info.dtype
-                and tensor.is_floating_point()
-                and _is_wider(tensor, init_info.dtype)
-            ):
-                raise ValueError(f"{WIDER} than {init_info.dtype}: {name} is {tensor.dtype}.")
+            is_own = name.rpartition(".")[2].startswith("_")
+            if not is_own and tensor.is_floating_point() and _is_wider(tensor, dtype):
+                raise ValueError(f"{WIDER} than {dtype}: {name} is {tensor.dtype}.")
 
     def start_weight_update(self) -> None:
         self._token = None
@@ -112,15 +125,30 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             poison(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        token, size, weights = self._fetched(update_info.url)
-        if self._token not in (None, token):
+        group: Any = get_tp_group()
+        came = self._receiver.arrivals(update_info.url, update_info.trainer, self._room)
+        failed: Exception | None = None
+        with closing(shared(came, group, self.device)) as buckets:
+            for bucket in buckets:
+                try:
+                    if failed is None:
+                        self._load(bucket, update_info.parts)
+                except Exception as error:
+                    if group.rank_in_group == 0:
+                        raise
+                    failed = error  # the first worker waits for this one with each bucket
+        if failed is not None:
+            raise failed
+
+    def _load(self, bucket: Arrival, parts: str) -> None:
+        if self._token not in (None, bucket.token):
             raise RuntimeError("two trainers are sending weights to this server: one must stop.")
         if self._token is None:
-            self._begin(update_info.parts)
-        elif update_info.parts != self._parts:
+            self._begin(parts)
+        elif parts != self._parts:
             raise ValueError(f"an update of {self._parts!r} brings nothing else.")
-        self._token, self._room = token, self._room - size
-        parted = Parted([list(weights.items())])
+        self._token, self._room = bucket.token, self._room - bucket.nbytes
+        parted = Parted([list(bucket.weights.items())])
         model: Any = self.model  # vLLM's models have load_weights, which nn.Module has not
         if self._parts != "adapter":
             with lora.without_adapters(model):
@@ -130,31 +158,6 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         if parted.adapter and self._parts == "merged":
             raise ValueError("an adapter was sent in an update of merged weights.")
         self._adapter |= parted.adapter
-
-    def _fetched(self, url: str) -> tuple[str, int, dict[str, Tensor]]:
-        """(the update's token, bytes, tensors) of a bucket, fetched by the first worker alone.
-
-        The other tensor-parallel ones get them by collectives of the engine; if
-        it could not fetch them, all raise.
-        """
-        group: Any = get_tp_group()
-        head: tuple[str, int] | None = None
-        weights: dict[str, Tensor] | None = None
-        if group.rank_in_group == 0:
-            try:
-                token, blob = fetch(url, os.environ.get(TRAINER_HOST, ""), self._room)
-                weights, head = safetensors.torch.load(blob), (token, len(blob))
-            except NotFetched:
-                pass  # the log has the reason
-            except Exception as error:  # whatever it is, the other workers are waiting
-                logger.warning("what was fetched is no safetensors file: %s", error)
-        head = group.broadcast_object(head, src=0)
-        if head is None:
-            raise NotFetched
-        if group.world_size > 1 and weights is not None:
-            weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
-        token, size = head
-        return token, size, group.broadcast_tensor_dict(weights, src=0)
 
     def finish_weight_update(self) -> None:
         if self._token is None:
@@ -176,7 +179,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
 
     def shutdown(self) -> None:
-        return
+        self._receiver.close()
 
 
 def _is_wider(tensor: Tensor, dtype: str) -> bool:

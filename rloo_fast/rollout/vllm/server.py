@@ -1,4 +1,4 @@
-"""Rollouts by a running `vllm serve` over HTTP; it fetches the policy's weights over HTTP too.
+"""Rollouts by a running `vllm serve` over HTTP; it takes the policy's weights from the trainer.
 
 Every load labels the server's weights with the version and this run's own id. The label is read
 before and after every rollout, so completions from other weights (another trainer loaded them, or
@@ -10,9 +10,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, Self
+
+import torch
 
 from ...models.adapters import base_causal_lm
 from ...records import Bucket, Rollout, Sampling, SentParts
@@ -23,9 +25,8 @@ from . import lora
 from .answers import Completion, OddAnswer, most_bytes, read_completion
 from .colocate import sampling_fields
 from .fit import COMMAND, CONNECT_S, check_fit, wait_until_up
-from .http import KEY, NOT_FETCHED, TRAINER_HOST, api_key
-from .offers import BucketServer
-from .pack import Packed, pack
+from .http import api_key
+from .sender import WeightSender
 from .transport import Endpoint, Refused, ServerGone
 
 RESET_S = 10.0
@@ -44,7 +45,7 @@ class VLLMServer(RolloutEngine):
     this machine's on the network that leads to the server. `sleeps`: the server runs on the
     trainer's GPUs with --enable-sleep-mode. `num_requests`: most open requests of a process.
     `vocab_size`: tokens that the policy knows; None: not checked. `adapter`: it is sent apart from
-    the weights. The key of the server is read
+    the weights. `weight_transfer`, `device`: see `WeightSender`. The key of the server is read
     from the environment (`api_key`), never from a configuration, which is written to files.
     """
 
@@ -60,6 +61,8 @@ class VLLMServer(RolloutEngine):
             barrier=settings.barrier,
             vocab_size=base_causal_lm(settings.model).config.get_text_config().vocab_size,
             adapter=adapter_shape(settings.model) if settings.sends_adapter else None,
+            weight_transfer=settings.server.weight_transfer,
+            device=settings.device,
         )
 
     def __init__(
@@ -74,6 +77,8 @@ class VLLMServer(RolloutEngine):
         num_requests: int = 256,
         vocab_size: int | None = None,
         adapter: AdapterShape | None = None,
+        weight_transfer: str = "auto",
+        device: torch.device | None = None,
     ):
         super().__init__()
         self._server = Endpoint(base_url, CONNECT_S, api_key())
@@ -83,7 +88,7 @@ class VLLMServer(RolloutEngine):
         self._num_requests, self._vocab_size = num_requests, vocab_size
         self._run = secrets.token_hex(8)  # tells the weights of this run from those of others
         self._label = ""  # of the weights that the server holds for this run
-        self._buckets: BucketServer | None = None
+        self._sender: WeightSender | None = None
         wait_until_up(self._server, timeout_s)
         with self._explained():
             self._max_model_len, self.sent_dtype = check_fit(
@@ -93,7 +98,13 @@ class VLLMServer(RolloutEngine):
             self._asleep = sleeps and self._server.value("/is_sleeping", "is_sleeping", bool)
             fields = self._server.value("/openapi.json", SCHEMA, dict)
             if is_main:
-                self._buckets = BucketServer(trainer_host or self._server.local_address())
+                self._sender = WeightSender(
+                    self._server,
+                    trainer_host or self._server.local_address(),
+                    wanted=weight_transfer,
+                    device=device,
+                    dtype=self.sent_dtype,
+                )
         self._fields = set(fields) - RESERVED
 
     @property
@@ -123,8 +134,8 @@ class VLLMServer(RolloutEngine):
         self._barrier()
 
     def _close(self) -> None:
-        if self._buckets is not None:
-            self._buckets.close()
+        if self._sender is not None:
+            self._sender.close()
 
     # Weights
 
@@ -133,9 +144,9 @@ class VLLMServer(RolloutEngine):
         if self.wanted == "adapter":
             self._check_label()  # of the weights that it belongs to
         parts, self._has_base = self.wanted, False
-        if self._buckets is not None:
+        if self._sender is not None:
             with self._explained():
-                self._send(f"{version}@{self._run}", parts, buckets, self._buckets)
+                self._send(f"{version}@{self._run}", parts, buckets, self._sender)
         else:
             for _ in buckets:  # every process takes part in gathering a sharded one
                 pass
@@ -145,61 +156,24 @@ class VLLMServer(RolloutEngine):
             raise StaleWeights(self._changed(f"{version}@..."))
         self._has_base = self._sends_adapter
 
+    def take_way(self, wanted: str) -> None:
+        """Send weights by this way from now on; see `WeightSender`. Of the main process."""
+        assert self._sender is not None
+        with self._explained():
+            self._sender.take_way(wanted)
+
     def _send(
-        self, label: str, parts: SentParts, buckets: Iterable[Bucket], offers: BucketServer
+        self, label: str, parts: SentParts, buckets: Iterable[Bucket], sender: WeightSender
     ) -> None:
+        sender.begin()
         self._server.post("/update_weight_version", new_version=f"loading {label}")
-        self._start_update()
-        self._send_buckets(parts, buckets, offers)
+        sender.send(parts, buckets)
         self._reset_prefix_cache()
+        if self._label_now() != f"loading {label}":
+            raise StaleWeights(self._changed(label))
         self._server.post("/finish_weight_update", weight_version=label)
         if self._label_now() != label:
             raise StaleWeights(self._changed(label))
-
-    def _send_buckets(
-        self, parts: SentParts, buckets: Iterable[Bucket], offers: BucketServer
-    ) -> None:
-        """While the server fetches and loads a bucket, the next is gathered and packed: two of them
-        at most are on the host. The gathering stays in this thread, in step with other processes.
-        """
-        folder = offers.new_folder()
-
-        def offer(path: str, bucket: Packed) -> None:
-            with offers.offer(path, bucket) as url:
-                self._take(url, parts, offers.address)
-
-        with ThreadPoolExecutor(1) as sender:
-            on_its_way: Future[None] | None = None
-            for number, bucket in enumerate(buckets):
-                packed = pack(bucket, self.sent_dtype)
-                if on_its_way is not None:
-                    on_its_way.result()
-                on_its_way = sender.submit(offer, f"{folder}/{number}", packed)
-                del packed  # it goes when the server has it
-            if on_its_way is not None:
-                on_its_way.result()
-
-    def _take(self, url: str, parts: SentParts, address: str) -> None:
-        try:
-            self._server.ask("/update_weights", {"update_info": {"url": url, "parts": parts}})
-        except Refused as error:
-            if NOT_FETCHED not in str(error):
-                raise
-            raise EngineError(
-                f"the server at {self._server.base_url} could not fetch weights from this machine, "
-                f"and its log says why. If it runs on another one, start it with "
-                f"{TRAINER_HOST}={address} and a {KEY}, and let no firewall stop connections to "
-                "that address."
-            ) from error
-
-    def _start_update(self) -> None:
-        try:
-            self._server.post("/start_weight_update")
-        except Refused:
-            # a run that was killed may have left an update open; a failed bucket ends it
-            with suppress(Refused):
-                self._server.post("/update_weights", update_info={"url": ""})
-            self._server.post("/start_weight_update")
 
     def _reset_prefix_cache(self) -> None:
         """Drop the keys and values that were computed with the former weights."""

@@ -70,9 +70,10 @@ def test_ragged_groups_equal_the_formulas(advantage, kl, batch, seed):
 
     logps, rewards = numbers(0.3, sum(lengths)), numbers(1, len(lengths))
     rewards[torch.tensor([random.random() < 0.2 for _ in lengths])] = NAN
+    old, own = numbers(0.3, len(logps)), numbers(1, len(logps)) > 0.5
     loss = {
         "rewards": rewards,
-        "old_logps": numbers(0.3, len(logps)), "ref_logps": numbers(0.3, len(logps)),
+        "old_logps": torch.where(own, logps, old), "ref_logps": numbers(0.3, len(logps)),
         "num_generations": k, "beta": random.choice([0.0, 0.2]), "advantage": advantage,
         "kl": kl, "level": level, "normalize": random.random() < 0.5,
         "token_mean": level == "token" and random.random() < 0.5,
@@ -80,6 +81,7 @@ def test_ragged_groups_equal_the_formulas(advantage, kl, batch, seed):
     leaf = logps.clone().requires_grad_()
     want = objective_reference(leaf, lengths, **loss)
     want["loss"].backward()
+    loss["old_logps"] = torch.where(own, NAN, old)  # NaN: the token's own
     found, gradient = backward(logps, bounds(lengths), **loss)
     assert_objective(found, want, rtol=1e-8, atol=1e-8)
     close(gradient, leaf.grad, rtol=1e-8, atol=1e-8)

@@ -1,0 +1,1 @@
+"""Dynamic sampling: what it costs to fill batches with groups that have signal."""

@@ -1,0 +1,1 @@
+"""Seconds of a step whose completions were sampled ahead, beside those of sampling and training."""

@@ -1,0 +1,7 @@
+"""`python -m benchmarks.overlap`."""
+
+import sys
+
+from .run import main
+
+sys.exit(main())

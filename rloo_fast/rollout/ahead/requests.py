@@ -1,0 +1,71 @@
+"""What an engine offers whose completions are asked for one by one, also while weights are loaded.
+
+A subclass writes `_complete`, and `_load`, which may run while completions are under way.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from ...records import Rollout, Sampling
+from ..engine import OnFinished, RolloutEngine
+from .flight import Sampled
+
+
+class RequestEngine(RolloutEngine):
+    """An engine of its own memory that any thread may ask for a completion at any time.
+
+    `most_requests`: open requests of a call of `generate`.
+    """
+
+    most_requests = 256
+
+    def begin(self) -> None:
+        """Requests may come, also after `hang_up`."""
+        return
+
+    def prepare(self, sampling: Sampling, longest: int) -> Any:
+        """What requests with this sampling have in common, checked once: prompts of at most
+        `longest` tokens."""
+        return sampling
+
+    @abstractmethod
+    def complete(self, prompt_ids: list[int], seed: int, prepared: Any) -> Sampled:
+        """One completion, with the version of the weights that sampled each of its tokens. Raises
+        EngineError once no completion can be had any more."""
+
+    def hang_up(self) -> None:
+        """Abort every open request: its caller gets an EngineError."""
+        return
+
+    def _generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        prepared = self.prepare(sampling, max(map(len, prompt_ids), default=0))
+        done: dict[int, Sampled] = {}
+        pool = ThreadPoolExecutor(self.most_requests)
+        try:
+            asked = {
+                pool.submit(self.complete, ids, seed, prepared): index
+                for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+            }
+            for future in as_completed(asked):
+                index = asked[future]
+                done[index] = future.result()
+                on_finished(index, done[index].ids)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        rows = [done[index] for index in range(len(prompt_ids))]
+        logps = [row.logps for row in rows]
+        return Rollout(
+            [row.ids for row in rows],
+            [row.finish_reason for row in rows],
+            None if any(row is None for row in logps) else [row or [] for row in logps],
+        )

@@ -1,0 +1,259 @@
+"""Several rollout servers, whose weights change in flight, and who die."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from rloo_fast.records import Bucket, Sampling
+from rloo_fast.rollout.ahead import Sampled
+from rloo_fast.rollout.engine import EngineError
+from rloo_fast.rollout.vllm.answers import OddAnswer
+from rloo_fast.rollout.vllm.inflight import read_versions
+from rloo_fast.rollout.vllm.servers import VLLMServers, feed
+from tests.support.stand_in_server import StandInServer
+
+SAMPLING = Sampling(1.0, 1.0, 0, None, 1.0, max_new_tokens=20, stop_token_ids=())
+
+
+def buckets(count: int = 3) -> Iterator[Bucket]:
+    for number in range(count):
+        bucket = [(f"w{number}", torch.zeros(64))]
+        yield bucket
+        bucket.clear()  # as weight_buckets does
+
+
+@contextmanager
+def servers_of(*servers: StandInServer) -> Iterator[VLLMServers]:
+    engine = VLLMServers([server.url for server in servers], timeout_s=5, weight_transfer="http")
+    load(engine, 1)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        for server in servers:
+            server.die()
+
+
+def load(engine: VLLMServers, version: int) -> None:
+    """As SharedCycle does it."""
+    if engine.state.value == "ready":
+        engine.sleep(0)
+    engine.wake(("weights",))
+    engine.load_weights(version, buckets())
+    engine.wake(("kv_cache",))
+
+
+class Asking:
+    """Completions that are asked for in threads."""
+
+    def __init__(self, engine: VLLMServers, count: int):
+        self.found: dict[int, Sampled] = {}
+        self.errors: list[BaseException] = []
+        prepared = engine.prepare(SAMPLING, 3)
+
+        def ask(seed: int) -> None:
+            try:
+                self.found[seed] = engine.complete([5, 6, 7], seed, prepared)
+            except EngineError as error:
+                self.errors.append(error)
+
+        self._threads = [threading.Thread(target=ask, args=(i,)) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> list[Sampled]:
+        for thread in self._threads:
+            thread.join()
+        return list(self.found.values())
+
+
+def num_asked(server: StandInServer) -> int:
+    return server.asked.count("/inference/v1/generate")
+
+
+def test_a_request_goes_to_the_server_with_the_fewest_open_ones():
+    fast, stuck = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(fast, stuck) as engine:
+        stuck.running.clear()
+        asking = Asking(engine, 2)
+        while len(asking.found) < 1:
+            time.sleep(0.01)
+        prepared = engine.prepare(SAMPLING, 1)
+        for seed in range(4):
+            engine.complete([5], seed, prepared)
+        assert (num_asked(fast), num_asked(stuck)) == (5, 1)
+        stuck.running.set()
+        assert len(asking.wait()) == 2
+
+
+def test_weights_are_replaced_in_flight_and_tokens_say_which_sampled_them():
+    servers = StandInServer(), StandInServer()
+    with servers_of(*servers) as engine:
+        asking = Asking(engine, 4)
+        time.sleep(0.1)
+        load(engine, 2)
+        found = asking.wait()
+        assert len(found) == 4
+        for sampled in found:
+            assert set(sampled.versions) == {1, 2}
+            assert sampled.versions == sorted(sampled.versions)
+            assert len(sampled.versions) == len(sampled.ids) == 20
+        assert servers[0].num_fetched == servers[1].num_fetched > 0
+        paths = [path.partition("?")[0] for path in servers[0].asked]
+        second = paths[paths.index("/resume") + 1 :]
+        order = [p for p in second if p in ("/pause", "/update_weights", "/resume")]
+        assert order == ["/pause", "/update_weights", "/resume"]
+
+
+def test_a_dead_servers_completions_are_sampled_by_the_others(caplog):
+    dying, other = StandInServer(), StandInServer()
+    with servers_of(dying, other) as engine:
+        asking = Asking(engine, 6)
+        time.sleep(0.05)
+        dying.die()
+        assert len(asking.wait()) == 6
+        assert not asking.errors
+        assert engine.num_taken_out == 1
+        assert engine.num_sent_again == 3
+        assert f"The rollout server at {dying.url} is gone" in caplog.text
+        load(engine, 2)
+        assert [sampled.versions[0] for sampled in Asking(engine, 2).wait()] == [2, 2]
+
+
+def test_a_server_that_dies_between_two_updates_is_taken_out_of_the_second():
+    dying, other = StandInServer(), StandInServer()
+    with servers_of(dying, other) as engine:
+        dying.die()
+        load(engine, 2)
+        assert engine.num_taken_out == 1
+        assert other.label.startswith("2@")
+
+
+def test_when_the_last_one_dies_the_error_says_what_to_do():
+    servers = StandInServer(), StandInServer()
+    with servers_of(*servers) as engine:
+        asking, prepared = Asking(engine, 4), engine.prepare(SAMPLING, 1)
+        for server in servers:
+            time.sleep(0.05)
+            server.die()
+        asking.wait()
+        assert len(asking.errors) == 4
+        with pytest.raises(EngineError, match=r"the last .* is gone.*resume_from_checkpoint"):
+            engine.complete([5], 0, prepared)
+
+
+def test_a_server_that_a_killed_run_left_paused_goes_on():
+    server = StandInServer()
+    server.running.clear()
+    with servers_of(server) as engine:
+        assert len(Asking(engine, 1).wait()) == 1
+
+
+def test_a_server_without_versions_is_refused_with_what_to_start():
+    server = StandInServer(scale_out=False)
+    with pytest.raises(EngineError, match="--enable-scale-out"):
+        VLLMServers([server.url], timeout_s=5)
+    server.die()
+
+
+def test_hanging_up_ends_every_request():
+    server = StandInServer(token_s=1.0)
+    with servers_of(server) as engine:
+        asking, begin = Asking(engine, 3), time.monotonic()
+        time.sleep(0.1)
+        engine.hang_up()
+        asking.wait()
+        assert len(asking.errors) == 3
+        assert time.monotonic() - begin < 5
+
+
+def test_what_a_request_cannot_say_is_refused():
+    server = StandInServer()
+    with servers_of(server) as engine:
+        odd = Sampling(1.0, 1.0, 0, None, 1.0, 20, (), extra={"best_of": 3})
+        with pytest.raises(ValueError, match="best_of cannot be set"):
+            engine.prepare(odd, 3)
+        with pytest.raises(ValueError, match="--max-model-len 140"):
+            engine.prepare(SAMPLING, 120)
+
+
+# Feeding several at a time
+
+
+def test_every_taker_gets_every_bucket_while_it_holds():
+    taken: dict[int, list[str]] = {0: [], 1: []}
+
+    def taker(number: int) -> Any:
+        def take(some: Any) -> None:
+            for bucket in some:
+                time.sleep(0.01 * number)
+                taken[number] += [name for name, _ in bucket]
+
+        return take
+
+    assert feed(buckets(), [taker(0), taker(1)]) == [None, None]
+    assert taken == {0: ["w0", "w1", "w2"], 1: ["w0", "w1", "w2"]}
+
+
+def test_one_that_fails_does_not_keep_the_others_waiting():
+    taken = []
+
+    def fails(some: Any) -> None:
+        next(iter(some))
+        raise EngineError("full")
+
+    errors = feed(buckets(), [fails, lambda some: taken.extend(len(b) for b in some)])
+    assert [type(error) for error in errors] == [EngineError, type(None)]
+    assert taken == [1, 1, 1]
+
+
+def test_an_error_of_the_buckets_ends_all_takers():
+    def broken() -> Iterator[Bucket]:
+        yield [("w", torch.zeros(1))]
+        raise RuntimeError("gathering")
+
+    def take(some: Any) -> None:
+        for _ in some:
+            pass
+
+    with pytest.raises(RuntimeError, match="gathering"):
+        feed(broken(), [take, take])
+
+
+# Labels of tokens
+
+
+def span(version: str, start: int, end: int) -> dict[str, Any]:
+    return {"version": version, "start": start, "end": end}
+
+
+def test_spans_become_a_version_per_token():
+    spans = [span("3@run", 0, 2), span("4@run", 2, 2), span("5@run", 2, 3)]
+    assert read_versions(spans, 3, "run") == [3, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        None,
+        [],
+        [span("3@run", 0, 2)],
+        [span("3@run", 0, 4)],
+        [span("3@other", 0, 3)],
+        [span("loading 3@run", 0, 3)],
+        [span("default", 0, 3)],
+        [span("3@run", 0, 1), span("4@run", 2, 3)],
+        [span("4@run", 0, 1), span("3@run", 1, 3)],
+        [3],
+    ],
+)
+def test_spans_that_do_not_say_it_are_refused(spans):
+    with pytest.raises(OddAnswer):
+        read_versions(spans, 3, "run")
