@@ -1,9 +1,8 @@
 """Which layout a model can be trained in: by what it declares, and by trying it out.
 
 The trial: log-probs of a short completion behind a prompt that it shares with two more, one of
-which begins like it, in the layout, against a padded line of its own. A model that mixes up the
-two, or their positions, is off by as much as one that reads the other completion as part of the
-prompt.
+which begins like it, in the layout, against a padded line of its own. A model that mixes them up,
+or their positions, is off by as much as one that reads another completion as part of the prompt.
 """
 
 from __future__ import annotations

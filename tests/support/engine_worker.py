@@ -12,8 +12,8 @@ Settings are RLOOConfig fields, and
     out_of_memory  True: once, on the last rank
     evaluate       False: not after the training
     room           True: before every rollout all that can move is moved to the host
-    stale          True: of injected completions, older weights sampled some, and a part of others
     system         True: all prompts begin with the same words, and some with an example more
+    stale          True: of injected completions, older weights sampled some, and a part of others
 """
 
 import gc
@@ -90,8 +90,8 @@ def make_trainer(out_dir: Path, models: Path, **settings) -> RLOOTrainer:
     lora, sample = settings.pop("lora", False), settings.pop("sample", False)
     engine = engine_fields(settings.pop("engine", None), settings.pop("more", None))
     out_of_memory, room = settings.pop("out_of_memory", False), settings.pop("room", False)
-    stale = settings.pop("stale", False)
     dataset = WITH_SYSTEM if settings.pop("system", False) else DATASET
+    stale = settings.pop("stale", False)
     defaults = dict(
         max_completion_length=MAX_NEW,
         max_steps=3,
