@@ -108,26 +108,8 @@ def load_run(
         num_processes=args.world_size,
         with_images=with_images,
     )
-    processor = find_processor(processing_class, policy, **from_hub) if with_images else None
-    reader = None if processor is None else ImageReader(processor, policy)
-    tokenizer = load_tokenizer(
-        processing_class if reader is None else reader.processor.tokenizer, policy, **from_hub
-    )
-    stop_ids = stop_token_ids(policy, tokenizer, args.stop_token_id, args.stop or ())
-    if reader is not None:
-        check_router(policy, args.router_aux_loss_coef)
-        # within a completion an image's token would stand for an image that is not there; nothing
-        # is predicted from the last one, so it may be sampled, and trained on, as an end
-        stop_ids = tuple(dict.fromkeys((*stop_ids, reader.image_token_id)))
-    size, context = num_embeddings(policy), _context(policy, args)
-    check_token_ids(tokenizer, size, args.stop_token_id)
-    tokenize = RowTokenizer.from_config(
-        tokenizer,
-        context,
-        args,
-        num_embeddings=size,
-        check_columns=sources.check_columns,
-        reader=reader,
+    saved, stop_ids, tokenize = _load_texts(
+        policy, processing_class, args, sources, from_hub, with_images=with_images
     )
     train_dataset, eval_dataset = drop_long_prompts(
         train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
@@ -152,8 +134,8 @@ def load_run(
     return Loaded(
         policy,
         reference,
-        tokenizer,
-        processor or tokenizer,
+        tokenize.tokenizer,
+        saved,
         stop_ids,
         tokenize,
         skipping,
@@ -163,6 +145,40 @@ def load_run(
         engine_class,
         longest,
     )
+
+
+def _load_texts(
+    policy: Any,
+    processing_class: Any,
+    args: RLOOConfig,
+    sources: RewardSources,
+    from_hub: dict[str, Any],
+    *,
+    with_images: bool,
+) -> tuple[Any, tuple[int, ...], RowTokenizer]:
+    """(what is saved with the policy, token ids that end a completion, how rows are read)."""
+    processor = find_processor(processing_class, policy, **from_hub) if with_images else None
+    reader = None if processor is None else ImageReader(processor, policy)
+    tokenizer = load_tokenizer(
+        processing_class if reader is None else reader.processor.tokenizer, policy, **from_hub
+    )
+    stop_ids = stop_token_ids(policy, tokenizer, args.stop_token_id, args.stop or ())
+    if reader is not None:
+        check_router(policy, args.router_aux_loss_coef)
+        # within a completion an image's token would stand for an image that is not there; nothing
+        # is predicted from the last one, so it may be sampled, and trained on, as an end
+        stop_ids = tuple(dict.fromkeys((*stop_ids, reader.image_token_id)))
+    size, context = num_embeddings(policy), _context(policy, args)
+    check_token_ids(tokenizer, size, args.stop_token_id)
+    tokenize = RowTokenizer.from_config(
+        tokenizer,
+        context,
+        args,
+        num_embeddings=size,
+        check_columns=sources.check_columns,
+        reader=reader,
+    )
+    return processor or tokenizer, stop_ids, tokenize
 
 
 def _sees_images(
