@@ -84,6 +84,8 @@ def make_collector(engine, funcs, accelerator=None, rewards=None, **config):
         mask_truncated=args.mask_truncated_completions,
         overlap_rewards=args.overlap_rewards,
         with_texts=args.log_completions,
+        with_images=False,
+        shows_images=False,
         tokens_per_pair=1.0,
         stage=lambda name: nullcontext(),
         hidden=HIDDEN.append,

@@ -146,6 +146,7 @@ def test_a_state_keeps_every_field(tmp_path):
         2,
         sampler_logps=torch.randn(4),
         token_versions=torch.tensor([3, 1, 3, 2], dtype=torch.int32),
+        inputs=[{"pixel_values": torch.randn(2, 3)}] * 4,
         weights_version=3,
         sizes=BatchSizes(7, 9, 2.5),
         prepared={
@@ -174,6 +175,13 @@ def assert_same(found, wanted):
             assert_same(getattr(found, field.name), getattr(wanted, field.name))
     elif isinstance(wanted, torch.Tensor):
         assert torch.equal(found, wanted)
+    elif isinstance(wanted, list):
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one, other)
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_same(found[name], value)
     else:
         assert found == wanted
 
