@@ -135,6 +135,15 @@ def test_what_is_there_already_is_not_sampled():
     assert flight.counts() == {"waiting": 0, "in_flight": 1, "queued": 1}
 
 
+def test_the_batch_that_is_waited_for_starts_also_where_a_checkpoint_brought_more_than_fits():
+    flight = flight_of(3, queue_maxsize=K)
+    there = [[sampled(0)] * K]
+    flight.submit([group(0)], nobody)
+    flight.submit([group(1)], nobody, there)
+    flight.submit([group(2)], nobody)
+    assert started(flight) == [(0, 0, 0), (0, 0, 1)]
+
+
 def test_an_error_of_an_engine_reaches_the_trainer():
     flight = flight_of(0)
     flight.submit([group(0)], nobody)

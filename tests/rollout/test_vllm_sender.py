@@ -299,6 +299,21 @@ def test_a_worker_that_stops_taking_does_not_hold_the_trainer(made, impatient):
     assert [len(got) for got in server.got] == [4, 4]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_never_answers_does_not_hold_the_trainer(made, impatient, way, monkeypatch):
+    monkeypatch.setattr(vllm_sender, "CONTROL_S", 1.0)
+    server, hung_up = Server(), threading.Event()
+    sender = made(server, wanted=way)
+
+    def ask(path: str, fields: Any) -> None:
+        assert hung_up.wait(30), "the trainer waits"
+        raise Refused(500, "hung up")
+
+    server.ask, server.hang_up = ask, hung_up.set
+    with pytest.raises(EngineError, match=r"did not end an update .* within 1 s"):
+        send(sender, buckets(6))
+
+
 # The meeting
 
 

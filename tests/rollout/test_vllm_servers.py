@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +148,41 @@ def test_when_the_last_one_dies_the_error_says_what_to_do():
         assert len(asking.errors) == 4
         with pytest.raises(EngineError, match=r"the last .* is gone.*resume_from_checkpoint"):
             engine.complete([5], 0, prepared)
+
+
+def test_where_weights_cannot_be_loaded_the_other_processes_are_met_before_the_error():
+    server, met = StandInServer(), []
+    engine = VLLMServers(
+        [server.url], timeout_s=5, weight_transfer="http", barrier=lambda: met.append("barrier")
+    )
+
+    def gathered() -> Iterator[Bucket]:
+        for bucket in buckets():
+            met.append("bucket")
+            yield bucket
+
+    server.die()
+    engine.wake(("weights",))
+    with pytest.raises(EngineError, match="the last of the rollout servers is gone"):
+        engine.load_weights(1, gathered())
+    assert met == ["barrier", "bucket", "bucket", "bucket", "barrier"]
+    engine.close()
+
+
+def test_a_process_without_files_to_open_does_not_take_servers_for_dead(monkeypatch):
+    server = StandInServer(0.001)
+
+    def no_files(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with servers_of(server) as engine:
+        prepared = engine.prepare(SAMPLING, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr("socket.create_connection", no_files)
+            with pytest.raises(EngineError, match=r"as many open files as it may.*ulimit -n"):
+                engine.complete([5], 0, prepared)
+        assert engine.num_taken_out == 0
+        assert len(engine.complete([5], 0, prepared).ids) == 20
 
 
 def test_a_server_that_a_killed_run_left_paused_goes_on():

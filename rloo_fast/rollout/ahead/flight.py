@@ -211,11 +211,13 @@ class Flight:
 
     def _may_start(self, entry: _Entry) -> bool:
         trained_by = self._policy + entry.group.batch - self._now
-        rows = entry.num_missing
+        rows, held = entry.num_missing, self._in_flight + self._queued
+        # the trainer takes nothing before this batch, and a checkpoint may bring more than fits
+        is_awaited = entry.group.batch == self._now
         return (
             self._engine >= trained_by - self.max_staleness
             and self._in_flight + rows <= self.max_inflight
-            and self._in_flight + self._queued + rows <= self.queue_maxsize
+            and (is_awaited or held + rows <= self.queue_maxsize)
         )
 
     def _start(self, entry: _Entry) -> None:

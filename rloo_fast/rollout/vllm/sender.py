@@ -17,7 +17,7 @@ from .http import KEY, NOT_FETCHED, NOT_MET, PROTOCOL, SILENT_S, TRAINER_HOST
 from .offers import BucketServer, BucketStream, Over
 from .pack import Packed, pack
 from .receiver import HELLO, heard
-from .transport import Endpoint, Refused
+from .transport import CONTROL_S, Endpoint, Refused
 from .ways import End, Way, choose
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class WeightSender:
                     stream.put(pack(bucket, self._dtype, device))
                 stream.end()
             except Over as over:
-                request.result()
+                self._end_of(request)
                 raise EngineError(
                     f"the server at {self._server.base_url} ended an update before all was sent: "
                     f"{over.__cause__ or 'it asked for no more'}."
@@ -143,7 +143,19 @@ class WeightSender:
             except BaseException:
                 stream.close()
                 raise
-            request.result()
+            self._end_of(request)
+
+    def _end_of(self, request: Future[None]) -> None:
+        """Of an update in which the server gets nothing more: what it has it must load by then."""
+        try:
+            request.result(CONTROL_S)
+        except TimeoutError:
+            self._server.hang_up()
+            raise EngineError(
+                f"the server at {self._server.base_url} did not end an update of its weights "
+                f"within {CONTROL_S:.0f} s, and its log may say why: start it again, then the run "
+                "with resume_from_checkpoint."
+            ) from None
 
     def _ask(self, update_info: dict[str, Any]) -> None:
         try:

@@ -28,7 +28,7 @@ from .answers import OddAnswer
 from .fit import CONNECT_S, unfit
 from .inflight import GENERATE, most_bytes, read_sampled, request_fields, request_of
 from .server import RESERVED, VLLMServer
-from .transport import Endpoint, Refused, ServerGone
+from .transport import Endpoint, OutOfFiles, Refused, ServerGone
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ class InflightServer(VLLMServer):
         """It answers that its engine is, or not at all."""
         try:
             Endpoint(self.base_url, min(CONNECT_S, HEALTH_S)).get("/health", HEALTH_S)
+        except OutOfFiles:
+            raise
         except EngineError:
             return True
         return False
@@ -239,9 +241,15 @@ class VLLMServers(RequestEngine):
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
         self._barrier()
         if self._is_main:
-            self._on_each(InflightServer.pause)
-            self._on_each_fed(lambda server, some: server._load(version, some), buckets)
-            self._on_each(InflightServer.resume)
+            try:
+                self._on_each(InflightServer.pause)
+                self._on_each_fed(lambda server, some: server._load(version, some), buckets)
+                self._on_each(InflightServer.resume)
+            except Exception:
+                for _ in buckets:  # the others wait here in gathering them, and below
+                    pass
+                self._barrier()
+                raise
         else:
             for _ in buckets:  # every process takes part in gathering a sharded one
                 pass

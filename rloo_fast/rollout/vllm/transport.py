@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from contextlib import suppress
+from errno import EMFILE, ENFILE
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, NoReturn
 
@@ -28,6 +29,10 @@ class Refused(EngineError):
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
+
+
+class OutOfFiles(EngineError):
+    """This process may open no more connections, which says nothing of the server."""
 
 
 class Endpoint:
@@ -97,6 +102,12 @@ class Endpoint:
             with hang_up_after(sock, BODY_S):
                 answer = self._body(response, path, most_bytes)
         except (OSError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE):
+                raise OutOfFiles(
+                    f"no connection to the server at {self.base_url}: this process has as many "
+                    "open files as it may. Raise the limit (ulimit -n 65536) before the run, or "
+                    "lower max_inflight_tasks."
+                ) from error
             raise ServerGone(f"{type(error).__name__}: {self._shown(str(error))}") from error
         finally:
             self._open.discard(connection)
