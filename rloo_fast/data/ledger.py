@@ -56,7 +56,9 @@ class Ledger:
         return {fate: found[fate] for fate in Fate}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fates": torch.tensor(list(self._fates), dtype=torch.uint8)}
+        fates = torch.empty(len(self), dtype=torch.uint8)
+        fates.numpy()[:] = memoryview(self._fates)
+        return {"fates": fates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._fates = bytearray(state["fates"].tolist())
+        self._fates = bytearray(state["fates"].numpy().tobytes())

@@ -18,6 +18,7 @@ from transformers import TrainerState
 
 from ..config.rloo_config import RLOOConfig
 from ..data.ledger import Fate
+from ..data.row_errors import UnreadableRow
 from ..data.row_functions import Row
 from ..data.seeds import step_seed
 from ..data.stream import PromptStream
@@ -28,7 +29,7 @@ from ..rollout.ahead import flight as in_flight
 from ..rollout.settings import MOST_SEQUENCES
 from .collect import Collected, Collector, GivenByRewards, Scored
 from .pending import Pending
-from .source import check_kind
+from .source import check_kind, check_sizes, sizes_of
 
 Found = list[list[Sampled | None]]  # completions of each group, None: not there
 
@@ -113,7 +114,12 @@ class AheadSource:
         steps_left = max(state.max_steps - state.global_step, 1)
         for ahead in range(min(self.settings.max_staleness + 1, steps_left)):
             if number + ahead not in self._drawn:
+                before = self.stream.state_dict()
                 numbered = self.stream.take(self.settings.prompts_per_batch)
+                if ahead and isinstance(numbered[-1].row, UnreadableRow):
+                    # a stream may have ended with it: it is read again, until its step has come
+                    self.stream.load_state_dict(before)
+                    break
                 drawn = _Drawn([one.number for one in numbered])
                 self._drawn[number + ahead] = drawn
                 drawn.prompts = self._tokenized([one.row for one in numbered])
@@ -233,6 +239,7 @@ class AheadSource:
                 self.stream.mark([prompt], Fate.IN_FLIGHT if None in rows else Fate.QUEUED)
         return {
             "kind": self.kind,
+            "sizes": self._sizes(),
             "number": self.number,
             "version": self.cycle.version(),
             "stream": self.stream.state_dict(),
@@ -253,6 +260,8 @@ class AheadSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_kind(state, self.kind)
+        if state["batches"]:
+            check_sizes(state["sizes"], self._sizes())
         self.close()
         self.stream.load_state_dict(state["stream"])
         self.number = state["number"]
@@ -261,6 +270,10 @@ class AheadSource:
             batch["number"]: _Drawn(batch["prompts"], None, _from_plain(batch["found"], shift))
             for batch in state["batches"]
         }
+
+    def _sizes(self) -> dict[str, int]:
+        settings = self.settings
+        return sizes_of(settings.prompts_per_batch, settings.num_generations)
 
     def close(self) -> None:
         """End the threads; what is drawn stays drawn, and what is there is kept for a next call."""

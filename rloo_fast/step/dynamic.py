@@ -20,7 +20,7 @@ from .acceptance import Acceptance
 from .collect import Collected, Collector, Scored
 from .group_filter import GroupFilter
 from .groups import Group, aged, group_from_plain, group_to_plain, has_signal, joined, split
-from .source import check_kind
+from .source import check_kind, check_sizes, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ class StreamSource:
     def state_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
+            "sizes": self._sizes(),
             "version": self.collector.rollouts.version(),
             "stream": self.stream.state_dict(),
             "ready": [group_to_plain(group) for group in self.ready],
@@ -167,6 +168,8 @@ class StreamSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_kind(state, self.kind)
+        if state["ready"]:
+            check_sizes(state["sizes"], self._sizes())
         shift = self.collector.rollouts.version() - state["version"]  # of the same weights
         self.stream.load_state_dict(state["stream"])
         groups = [group_from_plain(plain) for plain in state["ready"]]
@@ -174,6 +177,9 @@ class StreamSource:
             Group(group.number, aged(group.batch, shift), group.texts) for group in groups
         ]
         self.acceptance.load_state_dict(state["acceptance"])
+
+    def _sizes(self) -> dict[str, int]:
+        return sizes_of(self.prompts_per_batch, self.num_generations)
 
     def close(self) -> None:
         return

@@ -79,3 +79,21 @@ def check_kind(state: dict[str, Any], kind: str) -> None:
             f"the checkpoint is of a run with {OPTIONS[saved]}, this one has {OPTIONS[kind]}: "
             "prompts would be trained twice or never; resume with the same options."
         )
+
+
+def sizes_of(prompts_per_batch: int, num_generations: int) -> dict[str, int]:
+    """What the groups of a source's state have in common with the run that goes on with them."""
+    return {
+        "prompts of a generation batch": prompts_per_batch,
+        "num_generations": num_generations,
+    }
+
+
+def check_sizes(saved: dict[str, int], now: dict[str, int]) -> None:
+    """Raise ValueError unless groups of a checkpoint fit into this run's generation batches."""
+    for name, value in now.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"the checkpoint holds groups that wait for their step, of a run with {name} = "
+                f"{saved[name]}, but now it is {value}: resume with the same."
+            )

@@ -1,5 +1,7 @@
 """Prompts one by one: the loader's order, the ledger, and states that resume exactly."""
 
+import tracemalloc
+
 import datasets
 import pytest
 import torch
@@ -98,6 +100,26 @@ def test_a_prompt_that_is_finished_stays_so():
     }  # fmt: skip
     with pytest.raises(AssertionError, match="prompt 1 is REPLACED, now TRAINED"):
         ledger.mark([1], Fate.TRAINED)
+
+
+def test_a_state_takes_as_many_bytes_as_prompts_were_drawn_also_while_it_is_made():
+    ledger, count = Ledger(), 200_000
+    for _ in range(count):
+        ledger.draw()
+    ledger.mark([7], Fate.TRAINED)
+    tracemalloc.start()
+    state = ledger.state_dict()  # of every step
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < count
+    assert state["fates"].nbytes == count
+    ledger.mark([8], Fate.TRAINED)
+    resumed = Ledger()
+    resumed.load_state_dict(state)
+    assert [resumed.fate(n).name for n in (7, 8)] == ["TRAINED", "IN_FLIGHT"]
+    assert len(resumed) == count
+    resumed.load_state_dict(Ledger().state_dict())
+    assert len(resumed) == 0
 
 
 def test_another_dataset_is_refused():

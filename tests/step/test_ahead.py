@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from rloo_fast.checkpoint.files import checkpoints
 from rloo_fast.data.row_errors import UnusableRow
@@ -179,6 +179,30 @@ def test_a_prompt_that_cannot_be_used_ends_the_run_at_its_own_step(tmp_path):
     with pytest.raises(ValueError, match="a prompt is empty"):
         trainer.train()
     assert trainer.state.global_step == 5
+
+
+@pytest.mark.parametrize("breaks_at", [11, 12], ids=["within a batch", "before its last prompt"])
+def test_a_stream_that_breaks_is_read_on_after_a_resume(breaks_at, tmp_path):
+    def rows(breaks: bool) -> Any:
+        for number, row in enumerate(ROWS):
+            if breaks and number == breaks_at - 1:
+                raise OSError("the network is gone")
+            yield row
+
+    def run(breaks: bool) -> Any:
+        data = IterableDataset.from_generator(rows, gen_kwargs={"breaks": breaks})
+        return ahead(tmp_path, 3, shuffle_dataset=False, train_dataset=data)
+
+    broken = run(True)
+    with pytest.raises(ValueError, match="OSError: the network is gone"):
+        broken.train()
+    step = broken.state.global_step
+    assert step == 5
+    resumed = run(False)
+    resumed.train(resume_from_checkpoint=True)
+    trained = Counter(prompts_of(broken) + prompts_of(resumed))
+    assert set(trained.values()) == {K}
+    assert len(trained) == len(ROWS)
 
 
 def test_an_engine_that_dies_saves_the_steps_done_and_the_rest_is_trained_once(tmp_path):

@@ -130,6 +130,21 @@ def test_after_the_last_round_the_batch_is_trained_as_it_is(caplog):
     assert [ledger.fate(n) for n in range(12)] == [Fate.REPLACED] * 8 + [Fate.TRAINED] * 4
 
 
+def test_groups_that_waited_are_not_taken_into_batches_of_another_size():
+    source = scripted_source(0.5, prompts_per_batch=8)
+    while not source.ready:
+        batches(source, 0, 1)
+    state = source.state_dict()
+    for name, value in (("num_generations", 4), ("prompts of a generation batch", 2)):
+        other = scripted_source(0.5, prompts_per_batch=8)
+        if name == "num_generations":
+            other.num_generations = value
+        else:
+            other.prompts_per_batch = value
+        with pytest.raises(ValueError, match=f"with {name} = ., but now it is {value}: resume"):
+            other.load_state_dict(state)
+
+
 def test_a_state_of_another_kind_of_source_is_refused():
     stream, rows = scripted_source(1.0, prompts_per_batch=2), LoaderSource(ScriptedCollector(1), 2)
     with pytest.raises(ValueError, match="of a run with dynamic_sampling or curriculum, this one"):
