@@ -34,7 +34,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUR_SHAPES = ["pythia-410m", "pythia-1b", "qwen2.5-0.5b", "qwen2.5-7b"]
-TRAINER_NEEDS = ("accelerate", "datasets", "pandas", "rich")  # beyond what every step needs
+TRAINER_NEEDS = (
+    "accelerate",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "rich",
+)  # beyond what every step needs
 NOT_STARTED = "not started"
 SKIPPED = "skipped: "
 LEAST_S = 10  # no process is started for less

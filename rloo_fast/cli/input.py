@@ -19,7 +19,7 @@ from ..config.paths import user_path
 from ..masking import learn
 from .options import PATH_OR_TRUE, Option, UsageError, convert
 from .recipe_files import resolve
-from .yaml_nodes import MAX_YAML_MIB, check_nodes
+from .yaml_nodes import MAX_YAML_MIB, Loader, check_nodes
 
 HELP_COMMAND = "rloo-fast train --help all"
 # Options of TRL's scripts that are written differently here
@@ -118,7 +118,7 @@ def _parse(path: str | Path) -> tuple[dict[str, Any], Any]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"cannot read {path}: {reason}.") from error
     try:
-        loader: Any = yaml.SafeLoader(text)
+        loader: Any = Loader(text)
         node = loader.get_single_node()
         if node is not None:
             check_nodes(node)

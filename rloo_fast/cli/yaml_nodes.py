@@ -13,6 +13,28 @@ MAX_YAML_MIB = 1  # a recipe has a few KiB
 MAX_SIZE = 2**22  # characters and values, those behind aliases counted wherever they stand
 
 
+class Loader(yaml.SafeLoader):
+    """PyYAML's, as it is: libraries change its tables for a whole process (lm-format-enforcer, which
+    vLLM imports, reads dates as texts)."""
+
+
+for tag, construct in {
+    "null": Loader.construct_yaml_null,
+    "bool": Loader.construct_yaml_bool,
+    "int": Loader.construct_yaml_int,
+    "float": Loader.construct_yaml_float,
+    "binary": Loader.construct_yaml_binary,
+    "timestamp": Loader.construct_yaml_timestamp,
+    "omap": Loader.construct_yaml_omap,
+    "pairs": Loader.construct_yaml_pairs,
+    "set": Loader.construct_yaml_set,
+    "str": Loader.construct_yaml_str,
+    "seq": Loader.construct_yaml_seq,
+    "map": Loader.construct_yaml_map,
+}.items():
+    Loader.add_constructor(f"tag:yaml.org,2002:{tag}", construct)
+
+
 def check_nodes(node: Any) -> None:
     """Raise UsageError, with the line, for what YAML allows and no recipe needs: a key twice, half
     a character, nesting beyond MAX_DEPTH, aliases within themselves or that multiply to more than

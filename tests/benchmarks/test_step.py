@@ -223,7 +223,7 @@ def test_the_factors_multiply_to_the_total():
     total = statistics.median(seconds["trl"]) / statistics.median(seconds["ours"])
     assert math.prod(f.factor for f in factors) == pytest.approx(total)
     assert [f.rung for f in factors] == list(seconds)[1:]
-    assert factors[-1].saves == "no padding; every prompt once"
+    assert factors[-1].saves == "every shared token once"
     assert factors[0].lowest == min(
         a / b for a, b in zip(seconds["trl"], seconds["trl_gpu_head"], strict=True)
     )

@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+import yaml
 
 from rloo_fast.cli.arguments import train_options
 from rloo_fast.cli.input import read_command_line, read_yaml
@@ -59,6 +60,18 @@ def test_a_recipe(folder, what):
     assert "r.yaml" in str(caught.value)
     assert len(str(caught.value)) < 300
     assert time.process_time() - started < 10
+
+
+def test_another_librarys_change_to_yaml_changes_no_recipe(folder, monkeypatch):
+    as_text = yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:str"]
+    for tag in ("timestamp", "int", "bool"):
+        changed = f"tag:yaml.org,2002:{tag}"
+        monkeypatch.setitem(yaml.SafeLoader.yaml_constructors, changed, as_text)
+    (folder / "r.yaml").write_text("max_steps: 3\nbf16: false\n")
+    assert read_yaml("r.yaml", OPTIONS) == {"max_steps": 3, "bf16": False}
+    (folder / "r.yaml").write_text("run_name: 2026-12-24")
+    with pytest.raises(UsageError, match="expected text or none, got date"):
+        read_yaml("r.yaml", OPTIONS)
 
 
 def test_what_yaml_rightly_has_is_read(folder):

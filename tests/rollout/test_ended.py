@@ -57,13 +57,13 @@ def run(tmp_path, completions=None, reasons=None, **kwargs):
     if completions is not None:
         trainer.rollouts.engine = Says(completions, reasons)
     batches = []
-    collect = trainer.collector.__class__._batch
+    collect = trainer.collector.__class__._with_scores
 
-    def _batch(*args):
+    def with_scores(*args):
         batches.append(collect(trainer.collector, *args))
         return batches[-1]
 
-    trainer.collector._batch = _batch
+    trainer.collector._with_scores = with_scores
     trainer.train()
     return batches[0], next(log for log in trainer.state.log_history if "loss" in log)
 

@@ -188,7 +188,9 @@ def _towers(model: nn.Module) -> set[int]:
     """Ids of the configurations beside the text's in a model of several parts, whose tokens are no
     segments: those of an image tower."""
     config: Any = getattr(model, "config", None)
-    parts = getattr(config, "sub_configs", None) or ()
+    parts = getattr(config, "sub_configs", None)
+    if not parts:
+        return set()
     return {id(getattr(config, name, None)) for name in parts} - {id(config.get_text_config())}
 
 
