@@ -34,13 +34,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUR_SHAPES = ["pythia-410m", "pythia-1b", "qwen2.5-0.5b", "qwen2.5-7b"]
-TRAINER_NEEDS = (
-    "accelerate",
-    "datasets",
-    "pandas",
-    "pyarrow",
-    "rich",
-)  # beyond what every step needs
+# beyond what every step needs
+TRAINER_NEEDS = ("accelerate", "datasets", "pandas", "pyarrow", "rich")
 NOT_STARTED = "not started"
 SKIPPED = "skipped: "
 LEAST_S = 10  # no process is started for less

@@ -14,8 +14,8 @@ MAX_SIZE = 2**22  # characters and values, those behind aliases counted wherever
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's, as it is: libraries change its tables for a whole process (lm-format-enforcer, which
-    vLLM imports, reads dates as texts)."""
+    """PyYAML's, as it is: libraries change its tables for a whole process (lm-format-enforcer,
+    which vLLM imports, reads dates as texts)."""
 
 
 for tag, construct in {
