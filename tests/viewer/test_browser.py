@@ -22,6 +22,9 @@ pytestmark = pytest.mark.slow
 
 VIEWS = ("overview", "completions", "health", "time")
 TIMEOUT_MS = 15_000
+REWARDS = "[...document.querySelectorAll('.card .reward')].map(e => parseFloat(e.textContent))"
+expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
+expect.set_options(timeout=TIMEOUT_MS)  # what is drawn a moment later is waited for
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +102,13 @@ def test_curves_are_there_when_it_opens(look):
     assert re.match(
         r"Chart Reward\. first: from \S+ to \S+, between", chart.get_attribute("aria-label")
     )
-    assert page.locator(".status").inner_text() == "finished"
-    assert "step 6 of 6" in page.locator("#runs").inner_text()
+    expect(page.locator(".status")).to_have_text("finished", use_inner_text=True)
+    expect(page.locator("#runs")).to_contain_text("step 6 of 6", use_inner_text=True)
     assert page.title() == "first · rloo-fast"
     page.get_by_role("searchbox").fill("metric_3")
     page.keyboard.press("Enter")
     page.wait_for_selector("details.more[open] figure")
-    assert page.locator("details.more figure").count() == 11
+    expect(page.locator("details.more figure")).to_have_count(11)
 
 
 def test_zooming_one_chart_zooms_all(look):
@@ -131,28 +134,27 @@ def test_texts_of_models_are_shown_and_never_run(look, shade):
         until(page, "document.querySelectorAll('.group .tokens').length >= 4")
     assert cards.evaluate_all("all => all.map(one => one.textContent)") == [*EVIL]
     assert page.title() == "first · rloo-fast"
-    assert page.locator("main script, main img, main svg").count() == 0
+    expect(page.locator("main script, main img, main svg")).to_have_count(0)
 
 
 def test_filters_and_sorting_leave_what_was_asked_for(look):
     page = look("#completions?step=4")
     page.wait_for_selector(".card")
-    assert page.locator(".card").count() == 16
+    expect(page.locator(".card")).to_have_count(16)
     page.get_by_role("searchbox").fill("answer 8 of")
     page.keyboard.press("Enter")
     until(page, "document.querySelectorAll('.card').length === 4")
     page.get_by_label("sort").select_option("-reward")
     until(page, "location.hash.includes('sort=-reward')")
-    until(page, "document.querySelectorAll('.card').length === 4")
-    rewards = [float(text) for text in page.locator(".card .reward").all_inner_texts()]
-    assert rewards == sorted(rewards, reverse=True)
+    until(page, f"(r => r.length === 4 && r.every((x, i) => !i || r[i - 1] >= x))({REWARDS})")
+    rewards = page.evaluate(REWARDS)
     page.get_by_label("reward to").fill(str(rewards[-1]))
     page.keyboard.press("Enter")
     until(page, "document.querySelectorAll('.card').length === 1")
-    assert "1 of 16 completions" in page.locator(".count").inner_text()
+    expect(page.locator(".count")).to_contain_text("1 of 16 completions", use_inner_text=True)
     page.get_by_role("button", name="search all steps").click()
     page.wait_for_selector("text=the newest first")
-    assert page.locator(".card").count() == 4
+    expect(page.locator(".card")).to_have_count(4)
 
 
 def test_an_address_leads_to_a_group_and_to_a_completion(look):
@@ -162,18 +164,18 @@ def test_an_address_leads_to_a_group_and_to_a_completion(look):
     page = look("#completions?step=5&group=0&sample=1")
     dialog = page.get_by_role("dialog")
     dialog.wait_for()
-    assert "Step 5 · group 1 · sample 2" in dialog.inner_text()
-    assert EVIL[1] in dialog.inner_text()
+    expect(dialog).to_contain_text("Step 5 · group 1 · sample 2", use_inner_text=True)
+    expect(dialog).to_contain_text(EVIL[1], use_inner_text=True)
     page.get_by_role("button", name="log-prob").click()
     spans = dialog.locator(".token")
     assert "".join(spans.evaluate_all("all => all.map(s => s.textContent)")) == EVIL[1]
     assert any(spans.evaluate_all("all => all.map(s => s.style.backgroundColor)"))
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("text=group 1 · sample 3")
-    assert page.evaluate("location.hash").endswith("group=0&sample=2")
+    until(page, "location.hash.endsWith('group=0&sample=2')")
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
-    assert page.evaluate("location.hash").endswith("group=0")
+    until(page, "location.hash.endsWith('group=0')")
 
 
 def test_turns_and_tool_calls_are_folded(chromium, tmp_path):
@@ -198,11 +200,13 @@ def test_turns_and_tool_calls_are_folded(chromium, tmp_path):
         dialog = page.get_by_role("dialog")
         dialog.locator("details", has_text="tool call").wait_for()
         assert dialog.locator("details").evaluate_all("all => all.some((one) => one.open)") is False
-        assert "It is 42." in dialog.inner_text()
-        assert "a long thought" in dialog.locator("details", has_text="think").inner_text()
+        expect(dialog).to_contain_text("It is 42.", use_inner_text=True)
+        expect(dialog.locator("details", has_text="think")).to_contain_text(
+            "a long thought", use_inner_text=True
+        )
         dialog.locator("summary", has_text="tool call").click()
-        assert "<script>" in dialog.locator("details[open]").inner_text()
-        assert "tries\n4" in dialog.inner_text()
+        expect(dialog.locator("details[open]")).to_contain_text("<script>", use_inner_text=True)
+        expect(dialog).to_contain_text("tries\n4", use_inner_text=True)
         tab.close(server.address)
 
 
@@ -224,7 +228,7 @@ def test_a_prompt_is_followed_over_the_run(look):
     page = look("#completions?step=2")
     page.locator(".group").nth(1).get_by_role("button", name="over the run").click()
     page.wait_for_selector("text=One prompt in 1 steps")
-    assert page.locator(".card").count() == 4
+    expect(page.locator(".card")).to_have_count(4)
     page.get_by_role("button", name="← Back to the step").click()
     page.wait_for_selector(".steps")
 
@@ -275,7 +279,7 @@ def test_two_runs_are_compared(chromium, finished, other):
         assert "first: from" in label
         assert "second: from" in label
         table = page.get_by_role("region", name="Settings that differ")
-        assert table.locator("tbody tr").all_inner_texts() == ["beta\t0.05\t0"]
+        expect(table.locator("tbody tr")).to_have_text(["beta\t0.05\t0"], use_inner_text=True)
         page.get_by_role("button", name=re.compile("second")).click()
         until(page, "document.querySelectorAll('.run[aria-pressed=false]').length === 1")
         page.wait_for_selector("dl.figures")
@@ -337,7 +341,7 @@ def test_a_report_opens_from_disk_without_a_network(chromium, finished, other, t
         page.wait_for_selector("canvas, .card")
     page.goto(f"{path.as_uri()}#completions?run=0&step=6&group=0&sample=0&shade=kl")
     page.get_by_role("dialog").wait_for()
-    assert EVIL[0] in page.get_by_role("dialog").inner_text()
+    expect(page.get_by_role("dialog")).to_contain_text(EVIL[0], use_inner_text=True)
     assert "hacked" not in page.title()
     tab.close("file://")
 
