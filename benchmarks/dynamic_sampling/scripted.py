@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,9 @@ class ScriptedCollector:
 
     def texts(self, scored: Any) -> None:
         return None
+
+    def failing_together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def finished(self, batch: GenerationBatch, texts: None, scored: Any, mode: str) -> Collected:
         return Collected(batch, 0, {}, texts)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .documented import documented as _field
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

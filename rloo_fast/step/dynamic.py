@@ -31,7 +31,7 @@ class _Rounds:
 
     scored: list[Scored] = field(default_factory=list[Scored])
     num_prompts: int = 0
-    num_accepted: int = 0
+    num_with_signal: int = 0
     rewards: list[float] = field(default_factory=list[float])  # of all that was sampled
     # groups that were turned down: without signal; by the filter
     equal: list[Group] = field(default_factory=list[Group])
@@ -88,7 +88,8 @@ class StreamSource:
 
     def _round(self, rounds: _Rounds, needed: int, seed: int, state: TrainerState) -> None:
         size = self.acceptance.num_prompts(needed, at_most=self.prompts_per_batch)
-        taken = self.stream.take(size)
+        with self.collector.failing_together():
+            taken = self.stream.take(size)
         k, accelerator = self.num_generations, self.collector.accelerator
         # as many completions on each process: repeat a prompt, and do not look at what it gives
         multiple = accelerator.num_processes // gcd(k, accelerator.num_processes)
@@ -103,11 +104,11 @@ class StreamSource:
             self.stream.note_signal(group.number, has_signal=teaches)
             turned_down = rounds.equal if keeps else rounds.filtered
             (self.ready if teaches or not self.max_rounds else turned_down).append(group)
+            rounds.num_with_signal += teaches
             rounds.rewards += group.batch.rows.reward.tolist()
         num_accepted = len(self.ready) - num_ready
         rounds.scored.append(scored)
         rounds.num_prompts += len(taken)
-        rounds.num_accepted += num_accepted
         self.acceptance.note(accepted=num_accepted, sampled=len(taken))
 
     def _kept(self, groups: list[Group], taken: Sequence[Numbered]) -> list[bool]:
@@ -145,7 +146,7 @@ class StreamSource:
     def _logged(self, rounds: _Rounds, num_short: int) -> dict[str, float]:
         rewards = torch.tensor(rounds.rewards)
         return {
-            "dynamic/acceptance": rounds.num_accepted / max(rounds.num_prompts, 1),
+            "dynamic/acceptance": rounds.num_with_signal / max(rounds.num_prompts, 1),
             "dynamic/generated_per_used": rounds.num_prompts / self.prompts_per_batch,
             "dynamic/rounds": float(len(rounds.scored)),
             "dynamic/waiting": float(len(self.ready)),

@@ -65,6 +65,7 @@ def test_a_curriculum_alone_takes_every_group_once(tmp_path):
     trainer.train()
     logs = metrics_of(tmp_path)[:14]
     assert [row["dynamic/generated_per_used"] for row in logs] == [1] * 14
+    assert {row["dynamic/acceptance"] for row in logs} == {0}  # all are right
     epochs = [row["dynamic/prompt_epoch"] for row in logs]
     assert epochs[9] == 0  # 20 rows, two of a batch
     assert 1 <= epochs[-1] <= 5  # of later ones about a quarter comes

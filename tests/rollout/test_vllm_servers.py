@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from rloo_fast.rollout.ahead import Sampled
 from rloo_fast.rollout.engine import EngineError
 from rloo_fast.rollout.vllm.answers import OddAnswer
 from rloo_fast.rollout.vllm.inflight import read_versions
+from rloo_fast.rollout.vllm.server import VLLMServer
 from rloo_fast.rollout.vllm.servers import VLLMServers, feed
+from rloo_fast.rollout.vllm.transport import Endpoint, ServerGone
+from rloo_fast.rollout.vllm.watch import Watch
 from tests.support.stand_in_server import StandInServer
 
 SAMPLING = Sampling(1.0, 1.0, 0, None, 1.0, max_new_tokens=20, stop_token_ids=())
@@ -123,7 +127,7 @@ def test_a_dead_servers_completions_are_sampled_by_the_others(caplog):
         assert not asking.errors
         assert engine.num_taken_out == 1
         assert engine.num_sent_again == 3
-        assert f"The rollout server at {dying.url} is gone" in caplog.text
+        assert f"The rollout server at {dying.url} is lost" in caplog.text
         load(engine, 2)
         assert [sampled.versions[0] for sampled in Asking(engine, 2).wait()] == [2, 2]
 
@@ -148,6 +152,54 @@ def test_when_the_last_one_dies_the_error_says_what_to_do():
         assert len(asking.errors) == 4
         with pytest.raises(EngineError, match=r"the last .* is gone.*resume_from_checkpoint"):
             engine.complete([5], 0, prepared)
+
+
+def test_a_restarted_server_is_taken_out_and_named_so(caplog):
+    servers = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(*servers) as engine:
+        servers[0].label = "default"  # as vLLM's is, until a trainer loads weights
+        asking = Asking(engine, 6)
+        assert len(asking.wait()) == 6
+        assert not asking.errors
+        assert (engine.num_taken_out, len(engine.servers)) == (1, 1)
+        assert "holds weights 'default'" in caplog.text
+        assert "the server was restarted" in caplog.text
+
+
+def test_whoever_waits_for_the_main_process_is_met_also_when_it_fails():
+    server, together = StandInServer(), threading.Barrier(2)
+
+    def barrier() -> None:
+        together.wait(20)
+
+    engines = [
+        VLLMServer(
+            server.url,
+            timeout_s=5,
+            is_main=is_main,
+            barrier=barrier,
+            weight_transfer="http",
+        )
+        for is_main in (True, False)
+    ]
+    failed: list[EngineError] = []
+
+    def process(engine: VLLMServer) -> None:
+        try:
+            engine.wake(("weights",))
+            engine.load_weights(1, buckets())
+        except EngineError as error:
+            failed.append(error)
+
+    server.die()
+    threads = [threading.Thread(target=process, args=(engine,)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(failed) == 2
+    assert all("is gone" in str(error) for error in failed)
+    engines[0].close()
 
 
 def test_where_weights_cannot_be_loaded_the_other_processes_are_met_before_the_error():
@@ -208,6 +260,58 @@ def test_hanging_up_ends_every_request():
         asking.wait()
         assert len(asking.errors) == 3
         assert time.monotonic() - begin < 5
+
+
+def test_what_ends_a_call_ends_its_other_requests():
+    server = StandInServer(token_s=1.0)
+
+    def ends(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with servers_of(server) as engine:
+        begin = time.monotonic()
+        short = Sampling(1.0, 1.0, 0, None, 1.0, max_new_tokens=1, stop_token_ids=())
+        asking = Asking(engine, 2)  # of 20 s each
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[5]], short, [0], version=1, on_finished=ends)
+        asking.wait()
+        assert len(asking.errors) == 2
+        assert time.monotonic() - begin < 10
+
+
+def test_hanging_up_also_ends_a_request_that_is_about_to_connect(monkeypatch):
+    server = StandInServer(token_s=1.0)
+    endpoint = Endpoint(server.url, 5)
+    connect = socket.create_connection
+
+    def late(*args: Any, **named: Any) -> socket.socket:
+        endpoint.hang_up()
+        return connect(*args, **named)
+
+    monkeypatch.setattr("socket.create_connection", late)
+    with pytest.raises(ServerGone, match="was given up"):
+        endpoint.get("/health")
+    monkeypatch.undo()
+    assert endpoint.get("/is_paused") == {"is_paused": False}
+    server.die()
+
+
+def test_a_server_that_is_there_and_answers_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr("rloo_fast.rollout.vllm.transport.HEALTH_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # its host accepts connections
+        endpoint = Endpoint(f"http://127.0.0.1:{frozen.getsockname()[1]}", 5)
+        endpoint._watch = Watch(endpoint._answers, every_s=0.05, most_silent=2)
+        with pytest.raises(ServerGone):
+            endpoint.ask("/v1/completions", {})
+
+
+def test_a_slow_answer_of_a_server_that_is_well_is_waited_for():
+    server = StandInServer(token_s=0.05)
+    with servers_of(server) as engine:
+        endpoint = engine.servers[0]._server
+        endpoint._watch = Watch(endpoint._answers, every_s=0.05, most_silent=2)
+        assert len(engine.complete([5], 0, engine.prepare(SAMPLING, 1)).ids) == 20
+        assert server.asked.count("/health") >= 3
 
 
 def test_what_a_request_cannot_say_is_refused():

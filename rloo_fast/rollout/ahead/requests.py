@@ -60,8 +60,12 @@ class RequestEngine(RolloutEngine):
                 index = asked[future]
                 done[index] = future.result()
                 on_finished(index, done[index].ids)
-        finally:
+        except BaseException:  # also Ctrl-C: nobody waits for the others any more
             pool.shutdown(wait=False, cancel_futures=True)
+            self.hang_up()
+            raise
+        finally:
+            pool.shutdown(wait=False)
         rows = [done[index] for index in range(len(prompt_ids))]
         logps = [row.logps for row in rows]
         return Rollout(

@@ -32,16 +32,24 @@ def install() -> None:
         self.response_mqs = asked = [_Asked(queue) for queue in queues]
         try:
             return original(self, *args, **named)
-        except RuntimeError:
+        except RuntimeError as error:
             if any(queue.is_read for queue in asked):  # else nobody was asked
                 for queue in asked:
                     if not queue.is_read:
-                        queue.dequeue(timeout=DRAIN_S)
+                        _drain(queue, error)
             raise
         finally:
             self.response_mqs = queues
 
     executor.collective_rpc = collective_rpc
+
+
+def _drain(queue: _Asked, error: RuntimeError) -> None:
+    """Take the answer that nobody waits for; `error`, which is raised, says if none came."""
+    try:
+        queue.dequeue(timeout=DRAIN_S)
+    except TimeoutError:
+        error.add_note(f"another worker did not answer within {DRAIN_S:.0f} s: restart the server.")
 
 
 class _Asked:

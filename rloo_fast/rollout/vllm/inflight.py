@@ -15,7 +15,16 @@ from .answers import OddAnswer, read_ids, read_logps, read_reason, shown
 from .colocate import sampling_fields
 
 GENERATE = "/inference/v1/generate"
+
 TOKEN_BYTES = 512  # per token: its id, its log-prob twice, and the names around them
+
+
+class OtherWeights(OddAnswer):
+    """The server holds weights that this run has not loaded, labelled `label`."""
+
+    def __init__(self, label: str):
+        super().__init__(f"tokens were sampled by weights {label}")
+        self.label = label
 
 
 def most_bytes(num_prompt: int, max_tokens: int) -> int:
@@ -50,8 +59,8 @@ def read_sampled(
     """The one completion of `prompt_ids` that was asked for as `request_id`.
 
     Raises OddAnswer for anything that is not one, see `answers.read_completion`, or whose tokens
-    are not all of weights that `run` has loaded; EngineError for one that the server could not
-    finish.
+    are not all of weights that `run` has loaded (OtherWeights); EngineError for one that the
+    server could not finish.
     """
     said = answer.get("request_id")
     if said != f"generate-tokens-{request_id}":
@@ -85,7 +94,7 @@ def _logprobs(logprobs: Any, ids: list[int]) -> Any:
 def read_versions(spans: Any, count: int, run: str) -> list[int]:
     """(count,) the version of each token, of spans that cover all of them, one after another.
 
-    Labels are "<version>@<run>": of another run, or none, raise OddAnswer.
+    Labels are "<version>@<run>": of another run, or none, raise OtherWeights.
     """
     versions: list[int] = []
     for span in spans if isinstance(spans, list) else [None]:
@@ -96,7 +105,7 @@ def read_versions(spans: Any, count: int, run: str) -> list[int]:
         number, _, owner = str(span.get("version")).partition("@")
         start, end = span.get("start"), span.get("end")
         if owner != run or not number.isdecimal():
-            raise OddAnswer(f"tokens were sampled by weights {shown(span.get('version'))}")
+            raise OtherWeights(shown(span.get("version")))
         if start != len(versions) or type(end) is not int or not len(versions) <= end <= count:
             raise OddAnswer(f"weight_versions do not cover its tokens: {shown(spans)}")
         versions += [int(number)] * (end - len(versions))

@@ -27,6 +27,7 @@ from .colocate import sampling_fields
 from .fit import COMMAND, CONNECT_S, check_fit, wait_until_up
 from .http import api_key
 from .sender import WeightSender
+from .together import gathering, others_waiting
 from .transport import Endpoint, Refused, ServerGone
 
 RESET_S = 10.0
@@ -127,11 +128,10 @@ class VLLMServer(RolloutEngine):
             self._has_base = self._has_base and level < 2
 
     def _by_main_process(self, path: str) -> None:
-        self._barrier()  # nobody's completions are under way
-        if self._is_main:
-            with self._explained():
-                self._server.post(path)
-        self._barrier()
+        with others_waiting(self._barrier):
+            if self._is_main:
+                with self._explained():
+                    self._server.post(path)
 
     def _close(self) -> None:
         if self._sender is not None:
@@ -140,17 +140,13 @@ class VLLMServer(RolloutEngine):
     # Weights
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
-        self._barrier()  # nobody's completions are under way
-        if self.wanted == "adapter":
-            self._check_label()  # of the weights that it belongs to
-        parts, self._has_base = self.wanted, False
-        if self._sender is not None:
-            with self._explained():
-                self._send(f"{version}@{self._run}", parts, buckets, self._sender)
-        else:
-            for _ in buckets:  # every process takes part in gathering a sharded one
-                pass
-        self._barrier()
+        with others_waiting(self._barrier), gathering(buckets) as gathered:
+            if self.wanted == "adapter":
+                self._check_label()  # of the weights that it belongs to
+            parts, self._has_base = self.wanted, False
+            if self._sender is not None:
+                with self._explained():
+                    self._send(f"{version}@{self._run}", parts, gathered, self._sender)
         self._label = self._label_now()
         if self._label.partition("@")[0] != str(version):
             raise StaleWeights(self._changed(f"{version}@..."))
@@ -192,9 +188,10 @@ class VLLMServer(RolloutEngine):
         with self._explained():
             return self._server.value("/weight_info", "weight_version", str)
 
-    def _changed(self, expected: str) -> str:
+    def _changed(self, expected: str, held: str | None = None) -> str:
+        held = held or repr(self._label_now())
         return (
-            f"the server at {self._server.base_url} holds weights {self._label_now()!r}, this run "
+            f"the server at {self._server.base_url} holds weights {held}, this run "
             f"loaded {expected!r}: the server was restarted, or another run loads weights into it. "
             "A server works for one run; start this one again with resume_from_checkpoint."
         )

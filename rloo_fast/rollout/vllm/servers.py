@@ -4,8 +4,8 @@
 
 After that the frozen requests go on: what they have so far is read again by the new weights, so
 each token is sampled by exactly the policy whose version it is labelled with, given those before
-it. A request goes to the server with the fewest open ones. A server that dies is taken out for the
-rest of the run, and its requests are sent to another.
+it. A request goes to the server with the fewest open ones. A server that dies, or was restarted
+and has no weights of this run, is taken out for the rest of it; its requests are sent to another.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from ..engine import EngineError, StaleWeights
 from ..settings import EngineSettings
 from .answers import OddAnswer
 from .fit import CONNECT_S, unfit
-from .inflight import GENERATE, most_bytes, read_sampled, request_fields, request_of
+from .inflight import GENERATE, OtherWeights, most_bytes, read_sampled, request_fields, request_of
 from .server import RESERVED, VLLMServer
+from .together import gathering, others_waiting
 from .transport import Endpoint, OutOfFiles, Refused, ServerGone
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class InflightServer(VLLMServer):
                 vocab_size=self._vocab_size,
                 run=self._label.partition("@")[2],
             )
+        except OtherWeights as error:
+            raise StaleWeights(self._changed(self._label, error.label)) from error
         except OddAnswer as error:
             raise self._server.odd(GENERATE, str(error)) from error
 
@@ -177,6 +180,8 @@ class VLLMServers(RequestEngine):
             server = self._take_least_loaded()
             try:
                 return server.sample(prompt_ids, seed, prepared.fields)
+            except StaleWeights as error:
+                self._take_out(server, error)
             except (ServerGone, Refused) as error:
                 num_lost += not self._taken_out(server, error)
                 if num_lost == MOST_LOST or (isinstance(error, Refused) and num_lost):
@@ -222,38 +227,31 @@ class VLLMServers(RequestEngine):
             raise EngineError("the rollout was given up.") from error
         if (isinstance(error, Refused) and error.status < 500) or not server.is_dead():
             return False
+        self._take_out(server, error)
+        return True
+
+    def _take_out(self, server: InflightServer, error: BaseException) -> None:
         with self._lock:
             if server not in self.servers:
-                return True
+                return
             self.servers.remove(server)
             self.num_taken_out += 1
             left = len(self.servers)
         logger.warning(
-            "The rollout server at %s is gone (%s). Its completions are sampled again by the "
+            "The rollout server at %s is lost (%s). Its completions are sampled again by the "
             "others, of which %d are left; start the run again with resume_from_checkpoint to have "
             "it back.",
             *(server.base_url, error, left),
         )
-        return True
 
     # Weights
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
-        self._barrier()
-        if self._is_main:
-            try:
+        with others_waiting(self._barrier), gathering(buckets) as gathered:
+            if self._is_main:
                 self._on_each(InflightServer.pause)
-                self._on_each_fed(lambda server, some: server._load(version, some), buckets)
+                self._on_each_fed(lambda server, some: server._load(version, some), gathered)
                 self._on_each(InflightServer.resume)
-            except Exception:
-                for _ in buckets:  # the others wait here in gathering them, and below
-                    pass
-                self._barrier()
-                raise
-        else:
-            for _ in buckets:  # every process takes part in gathering a sharded one
-                pass
-        self._barrier()
         if not self._is_main:
             self._on_each(lambda server: server.learn_label(version))
         self._alive()

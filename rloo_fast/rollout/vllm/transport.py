@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 from ...config.server_address import read_address
 from ..engine import EngineError
 from .http import KEY, KEY_FILE, hang_up_after
+from .watch import Watch
 
 CONTROL_S = 600.0  # longest that the server may take for what is no completion
+HEALTH_S = 60.0  # ... that it may take to say that it is well
 BODY_S = 120.0  # longest from an answer's first byte to its last
 MOST_BYTES = 16 * 2**20  # of an answer, unless the caller expects more
 SHOWN = 500  # characters of what a server says
@@ -48,6 +50,7 @@ class Endpoint:
         self._connect = HTTPSConnection if is_https else HTTPConnection
         self._key, self.has_key = key, key is not None
         self._open: set[HTTPConnection] = set()
+        self._watch = Watch(self._answers)
 
     def get(self, path: str, wait_s: float = CONTROL_S) -> dict[str, Any]:
         return self._ask("GET", path, None, wait_s, MOST_BYTES)
@@ -64,7 +67,8 @@ class Endpoint:
         most_bytes: int = MOST_BYTES,
     ) -> dict[str, Any]:
         """The answer, a JSON object. `wait_s`: longest until it begins; None: for as long as the
-        server's host is alive. Raises ServerGone, Refused, or EngineError for what is no answer.
+        server answers other questions (`Watch`). Raises ServerGone, Refused, or EngineError for
+        what is no answer.
         """
         return self._ask("POST", path, json.dumps(fields), wait_s, most_bytes)
 
@@ -78,9 +82,19 @@ class Endpoint:
 
     def hang_up(self) -> None:
         """Abort every open request: its caller gets ServerGone, and the server drops the work."""
-        for connection in list(self._open):
-            with suppress(OSError, AttributeError):  # it is not connected yet, or no longer
+        hung_up, self._open = self._open, set()
+        for connection in list(hung_up):
+            with suppress(OSError, AttributeError):  # it is no longer connected, or not yet: _ask
                 connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/health", HEALTH_S)
+        except Refused:
+            return True  # an engine that is dead ends what it was asked by itself
+        except EngineError:
+            return False
+        return True
 
     def _ask(
         self, method: str, path: str, body: str | None, wait_s: float | None, most_bytes: int
@@ -91,12 +105,15 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         connect_s = self.connect_s if wait_s is None else min(self.connect_s, wait_s)
         connection = self._connect(self._host, self._port, timeout=connect_s)
-        self._open.add(connection)
+        still_open = self._open
+        still_open.add(connection)
         try:
             connection.connect()
             sock = connection.sock
+            if still_open is not self._open:
+                raise ConnectionAbortedError("the request was given up")
             _wait_while_host_lives(sock)
-            with hang_up_after(sock, wait_s):
+            with self._watch.over(sock) if wait_s is None else hang_up_after(sock, wait_s):
                 connection.request(method, self._path + path, body, headers)
                 response = connection.getresponse()
             with hang_up_after(sock, BODY_S):
@@ -110,7 +127,7 @@ class Endpoint:
                 ) from error
             raise ServerGone(f"{type(error).__name__}: {self._shown(str(error))}") from error
         finally:
-            self._open.discard(connection)
+            still_open.discard(connection)
             connection.close()
         if response.status == 401:
             mine = f"the one in {KEY} is not the server's" if self._key else f"{KEY} is not set"
