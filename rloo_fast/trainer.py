@@ -360,6 +360,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             optimizer=lambda: self.optimizer,
             version=self.policy_version.current,
             on_sync=self.metrics.add_sync,
+            on_move=self.metrics.add_move,
         )
         sampling = sampling_of(args, loaded.stop_ids)
         self.sampler_check = build.build_sampler_check(args, sampling, models, engine, parallel)

@@ -14,7 +14,7 @@ import torch
 from rloo_fast.records import CompletionTexts
 from rloo_fast.reports.metrics_file import MetricsWriter
 from rloo_fast.reports.view_files import ViewWriter
-from rloo_fast.reports.view_rows import step_summary, view_table
+from rloo_fast.reports.view_rows import KeptBatch, step_summary, view_table
 
 TEXT = (
     "so the sum of two numbers is even if both are odd or both are even we add them and check "
@@ -64,10 +64,10 @@ class MadeRun:
     def step(self, step: int, rewards: np.ndarray | None = None) -> None:
         """Everything that a step writes; `rewards` (P K,), drawn where not given."""
         rows, texts, tokens = self._sampled(step, rewards)
-        table = view_table(texts, rows, tokens, self.k)
+        batch = KeptBatch(texts, rows, tokens, self.k)
         limits = {"logp_diff_warn": 3e-4, "logp_diff_stop": 1e-3}
-        summary = step_summary(texts, rows, self.k) | {"sampled_after": step - 1} | limits
-        self.view.write(step, table, summary)
+        summary = step_summary(batch) | {"sampled_after": step - 1} | limits
+        self.view.write(step, view_table(batch), summary)
         self.metrics.write(step, self._logged(step, rows))
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ weights, of which FSDP2 holds further views, and quantised ones) are counted, bu
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from .storages import by_storage, held_by, is_plain, point, whole_storage
 
 logger = logging.getLogger(__name__)
 
+OnMove = Callable[[float, int], None]
 NOTHING_ELSE = EngineMemory()
 # an estimate, not measured: CUDA context, kernels' workspaces, fragmentation
 RESERVE = 2 * GIB
@@ -42,6 +44,8 @@ class EngineRoom:
     modules that stay on the GPU, such as reward models. `memory`: the training engine's. The plan
     is made and logged (`say`) at once, with what the first step will make estimated, and once more
     when that is known. Raises ValueError if the engine does not fit.
+
+    `on_move(seconds, bytes)` is called by give_back(): what both took, and went there and back.
 
     Whatever else is in use when a plan is made stays, and is counted; what the rollout engine has
     while it sleeps is of its share.
@@ -65,13 +69,15 @@ class EngineRoom:
         memory: EngineMemory = NOTHING_ELSE,
         say: Callable[[str], None] = logger.info,
         gpu: Gpu | None = None,
+        on_move: OnMove | None = None,
     ):
-        self.memory = memory
+        self.memory, self.on_move = memory, on_move
         self.model, self.optimizer, self.reference = model, optimizer, reference
         self.share, self.need, self.reserve = share, need, reserve
         self.others, self.say = tuple(others), say
         self.is_made = False
         self._moved: list[tuple[list[Tensor], Tensor]] = []  # tensors of a storage, its host copy
+        self._moving_s = 0.0  # that make() took
         self._made_at = 0  # bytes allocated after make()
         self._of_the_engine: int | None = None  # bytes that the sleeping engine has allocated
         self._gpu = Gpu(device) if gpu is None and device.type == "cuda" else gpu
@@ -84,14 +90,25 @@ class EngineRoom:
     def make(self) -> None:
         """Before the engine wakes: move what the plan names to the host. Twice is once."""
         if self._gpu is not None and not self.is_made:
+            start = time.perf_counter()
             self._move_out(self._gpu)
+            self._moving_s = time.perf_counter() - start
         self.is_made = True
 
     def give_back(self) -> None:
         """After the engine slept: move back exactly what make() moved; without make(), nothing."""
         if self._gpu is not None and self.is_made:
+            start, num_bytes = time.perf_counter(), self._bytes_moved()
             self._move_back(self._gpu)
+            if self.on_move is not None:
+                self.on_move(self._moving_s + time.perf_counter() - start, num_bytes)
         self.is_made = False
+
+    def _bytes_moved(self) -> int:
+        num_bytes = sum(host.nbytes for _, host in self._moved)
+        assert self.plan is not None
+        by_the_engine = "optimizer" in self.plan.moved and self.memory.moves_optimizer()
+        return num_bytes + (self.plan.holdings.optimizer if by_the_engine else 0)
 
     def _decide(self, gpu: Gpu) -> MemoryPlan:
         """The plan: measured again until there is optimizer state, logged where it changed."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# Logged names that depend on the clock: a resumed run repeats every value but these.
+# Logged names that depend on the clock or the machine: a resumed run repeats all but these.
 TIMING = ("step_time", "eps", "model_preparation_time")
-TIMING_PREFIXES = ("time/", "throughput/")
+TIMING_PREFIXES = ("time/", "throughput/", "memory/")
 TIMING_SUFFIXES = ("_per_second", "_runtime")
 
 # Whatever else stands in a log was logged by a reward function, under a name of the user's.
@@ -15,8 +15,8 @@ OWN = (
 )  # fmt: skip
 OWN_PREFIXES = (
     "rewards/", "completions/", "objective/", "policy/", "val/", "loss/", "clip_ratio/", "update/",
-    "async/", "sampling/", "staleness/", "sync/", "time/", "throughput/", "train_", "mem_",
-    "init_mem_", "before_init_mem_",
+    "async/", "dynamic/", "sampling/", "staleness/", "sync/", "time/", "throughput/", "memory/",
+    "train_", "mem_", "init_mem_", "before_init_mem_",
 )  # fmt: skip
 
 

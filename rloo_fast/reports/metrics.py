@@ -35,6 +35,10 @@ class Metrics:
         """The policy's weights were brought into the rollout engine."""
         self.add(mode, {"time/weight_sync_s": seconds, "sync/gib": num_bytes / 2**30})
 
+    def add_move(self, seconds: float, num_bytes: int) -> None:
+        """The trainer's state went to the host for a rollout, and came back."""
+        self.add("train", {"memory/move_s": seconds, "memory/moved_gib": num_bytes / 2**30})
+
     def flush(self, mode: str) -> dict[str, float]:
         means = {}
         for name, values in self.values[mode].items():

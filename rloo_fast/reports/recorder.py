@@ -24,6 +24,7 @@ from .completions_file import CompletionsWriter
 from .curves import plot_curves
 from .metrics import Metrics, rollout_metrics, update_metrics
 from .metrics_file import MetricsWriter
+from .peak_memory import peak_memory
 from .samples import Samples, heading
 from .view import View
 
@@ -166,6 +167,8 @@ class Recorder:
         rate = self._step_tokens / step_s
         self.metrics.add("train", {"step_time": step_s, "throughput/completion_tokens_per_s": rate})
         self.metrics.set_last("train", "episode", episodes)
+        for name, gib in peak_memory(self.accelerator).items():
+            self.metrics.set_last("train", name, gib)
         if self._first_episodes is None:
             self._first_episodes = episodes
         if run_s is not None:

@@ -17,7 +17,15 @@ from ..records import CompletionTexts, PreparedBatch
 from ..weight_sync.sampler_limits import SamplerLimits
 from .machine import cpu_cores, cpu_model
 from .view_files import MIB, SHARE_OF_STEP, ViewWriter
-from .view_rows import TokenPieces, chosen_groups, gather_tokens, step_summary, view_table
+from .view_rows import (
+    KeptBatch,
+    TokenPieces,
+    chosen_groups,
+    gather_tokens,
+    joined,
+    step_summary,
+    view_table,
+)
 
 PACKAGES = (
     "rloo-fast", "torch", "transformers", "accelerate", "datasets", "peft", "vllm", "triton",
@@ -44,7 +52,8 @@ class View:
         self.accelerator, self.pieces, self.limits = accelerator, pieces, limits
         self.output_dir, self.max_mib, self.about = output_dir, max_mib, about
         self._waiting: list[tuple[int, CompletionTexts]] = []  # (steps done, texts), as sampled
-        self._tables: list[tuple[Any, dict[str, Any]]] = []  # of the step under way
+        self._batches: list[KeptBatch] = []  # of the step under way
+        self._about_step: dict[str, Any] = {}  # the newest of them
         self._writer: ViewWriter | None = None
 
     @classmethod
@@ -79,18 +88,22 @@ class View:
         if not self._waiting:
             return  # another process', or of a batch that a resumed run has left
         step, texts = self._waiting.pop(0)
-        summary = step_summary(texts, rows, num_generations)
-        summary |= {"sampled_after": step, "weights_version": batch.generation.weights_version}
-        summary |= {"logp_diff_warn": self.limits.warn, "logp_diff_stop": self.limits.stop}
-        self._tables.append((view_table(texts, rows, tokens, num_generations), summary))
+        self._batches.append(KeptBatch(texts, rows, tokens, num_generations))
+        self._about_step = {
+            "sampled_after": step,
+            "weights_version": batch.generation.weights_version,
+            "logp_diff_warn": self.limits.warn,
+            "logp_diff_stop": self.limits.stop,
+        }
 
     def end_step(self) -> None:
-        """After the optimizer: the step's completions are written, if it sampled any. Of several
-        generation batches in a step the last is shown."""
-        if self._tables and self._writer is not None:
-            table, summary = self._tables[-1]
-            self._writer.write(summary["sampled_after"] + 1, table, summary)
-        self._tables.clear()
+        """After the optimizer: the step's completions are written, if it sampled any; the groups
+        of several generation batches are numbered on."""
+        if self._batches and self._writer is not None:
+            whole, about = joined(self._batches), self._about_step
+            summary = step_summary(whole) | about
+            self._writer.write(about["sampled_after"] + 1, view_table(whole), summary)
+        self._batches.clear()
 
     def open(self, step: int, max_steps: int) -> None:
         """The files of this run, cut back to the `step` that it resumes from; main process."""

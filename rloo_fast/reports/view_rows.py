@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,52 @@ BROKEN = "\ufffd"  # what a part of a character decodes to
 MOST_PARTS = 4  # tokens of one character: UTF-8 has at most four bytes
 
 Tokens = dict[str, Any]  # column -> a list or an array, one entry per token
+
+
+class KeptBatch(NamedTuple):
+    """The rows of one generation batch, or of all of a step's, as sampled."""
+
+    texts: CompletionTexts
+    columns: Mapping[str, Tensor]  # (R,) each
+    tokens: Mapping[int, Tokens]  # row -> of its completion, of the rows that are kept
+    num_generations: int
+
+
+def joined(batches: Sequence[KeptBatch]) -> KeptBatch:
+    """Their rows one after another."""
+    first = batches[0]
+    starts = accumulate((len(one.texts.completions) for one in batches), initial=0)
+    texts = CompletionTexts(
+        [prompt for one in batches for prompt in one.texts.prompts],
+        [completion for one in batches for completion in one.texts.completions],
+        _joined_columns([one.texts.rewards for one in batches], batches),
+        _joined_columns([one.texts.extra for one in batches], batches),
+    )
+    return KeptBatch(
+        texts,
+        {name: torch.cat([one.columns[name] for one in batches]) for name in first.columns},
+        {
+            start + row: tokens
+            for start, one in zip(starts, batches, strict=False)
+            for row, tokens in one.tokens.items()
+        },
+        first.num_generations,
+    )
+
+
+def _joined_columns(
+    some: Sequence[Mapping[str, list[Any]]], batches: Sequence[KeptBatch]
+) -> dict[str, list[Any]]:
+    """None where a batch has no such column."""
+    names = dict.fromkeys(name for columns in some for name in columns)
+    return {
+        name: [
+            value
+            for columns, one in zip(some, batches, strict=True)
+            for value in columns.get(name, [None] * len(one.texts.completions))
+        ]
+        for name in names
+    }
 
 
 class TokenPieces:
@@ -129,13 +175,9 @@ def _of_tokens(batch: PreparedBatch) -> dict[str, np.ndarray]:  # (N,) each
     return {name: column.to(torch.float16).numpy() for name, column in columns.items()}
 
 
-def view_table(
-    texts: CompletionTexts,
-    rows: Mapping[str, Tensor],
-    tokens: Mapping[int, Tokens],
-    num_generations: int,
-) -> pa.Table:
-    """A row per completion that has `tokens`; see docs/looking.md for the columns."""
+def view_table(batch: KeptBatch) -> pa.Table:
+    """A row per completion that has tokens; see docs/looking.md for the columns."""
+    texts, rows, tokens, num_generations = batch
     kept = sorted(tokens)
     prompts = _shown([message_text(texts.prompts[row]) for row in kept])
 
@@ -172,9 +214,10 @@ def view_table(
     return pa.table(columns)
 
 
-def step_summary(texts: CompletionTexts, rows: Mapping[str, Tensor], k: int) -> dict[str, Any]:
+def step_summary(batch: KeptBatch) -> dict[str, Any]:
     """What a step says of all its completions, kept or not. frac_repeated: of those whose text
     answers another prompt, too."""
+    texts, rows, _, k = batch
     prompts_of: dict[str, set[int]] = {}
     said = [message_text(completion) for completion in texts.completions]
     for row, text in enumerate(said):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..offload.engine_memory import EngineMemory
-from ..offload.engine_room import RESERVE, EngineRoom
+from ..offload.engine_room import RESERVE, EngineRoom, OnMove
 from ..weight_sync.adapted import check_can_stream
 from ..weight_sync.buckets import most_in_flight
 from ..weight_sync.unmerged import check_can_send_unmerged
@@ -39,9 +39,10 @@ def make_room(
     bucket_bytes: int,
     memory: EngineMemory,
     others: Iterable[nn.Module] = (),
+    on_move: OnMove | None = None,
 ) -> EngineRoom:
     """For an engine that sleeps in the training processes; `memory`: of the training engine;
-    `others`: modules that stay.
+    `others`: modules that stay; `on_move`: is told seconds and bytes of every move.
 
     `bucket_bytes`: most weights in flight to the engine at a time, which the GPU holds as well.
     """
@@ -55,4 +56,5 @@ def make_room(
         reserve=RESERVE + most_in_flight(settings.model, bucket_bytes, settings.dtype),
         others=others,
         memory=memory,
+        on_move=on_move,
     )

@@ -120,9 +120,11 @@ def build_rollouts(
     optimizer: Callable[[], Any],
     version: Callable[[], int],
     on_sync: Callable[[str, float, int], None],
+    on_move: Callable[[float, int], None],
 ) -> RolloutCycle:
     """The engine, asleep. `memory`: what the training engine keeps. `version`: of the policy's
-    weights now. `on_sync`: is told mode, seconds and bytes of every sync."""
+    weights now. `on_sync`: is told mode, seconds and bytes of every sync; `on_move`: see
+    EngineRoom."""
     model, bucket_bytes = settings.model, args.weight_sync_bucket_mib * 2**20
     room = None
     if settings.sleeps and engine_class.sleeps_in_process:
@@ -134,6 +136,7 @@ def build_rollouts(
             bucket_bytes=bucket_bytes,
             memory=memory,
             others=rewards.models,
+            on_move=on_move,
         )
         settings = settings.with_share(room.share)
         room.make()

@@ -210,6 +210,21 @@ def test_host_memory_is_used_again():
     assert "new_host" not in side.gpu.calls
 
 
+def test_what_was_moved_is_told_once_for_there_and_back():
+    side, told = Side(), []
+    side.step()
+    room = side.room()
+    room.on_move = lambda seconds, num_bytes: told.append((seconds, num_bytes))
+    room.make()
+    assert told == []
+    room.give_back()
+    room.give_back()
+    ((seconds, num_bytes),) = told
+    assert seconds > 0
+    held = room.plan.holdings
+    assert num_bytes == held.optimizer + held.reference
+
+
 def test_twice_is_once_and_nothing_comes_back_that_did_not_go():
     side = Side()
     room = side.room()

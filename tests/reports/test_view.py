@@ -19,7 +19,14 @@ from rloo_fast.records import CompletionTexts
 from rloo_fast.reports import view_files
 from rloo_fast.reports.view_files import ViewWriter, to_drop
 from rloo_fast.reports.view_format import FOLDER, RUN, SUMMARY, step_files
-from rloo_fast.reports.view_rows import TokenPieces, chosen_groups, step_summary, view_table
+from rloo_fast.reports.view_rows import (
+    KeptBatch,
+    TokenPieces,
+    chosen_groups,
+    joined,
+    step_summary,
+    view_table,
+)
 from tests.support.tiny import make_tokenizer
 
 
@@ -99,7 +106,8 @@ def test_secrets_are_in_no_column_even_over_tokens(monkeypatch):
     pieces = ["so ", secret[:9], secret[9:], " ends"]
     chat = [{"role": "assistant", "content": f"so {secret} ends"}]
     texts = texts_of([f"so {secret} ends", chat], ["p", f"tell {secret}"])
-    table = view_table(texts, rows_of(2), {0: tokens_of(pieces), 1: tokens_of(pieces)}, 2)
+    tokens = {0: tokens_of(pieces), 1: tokens_of(pieces)}
+    table = view_table(KeptBatch(texts, rows_of(2), tokens, 2))
     said = json.dumps(table.to_pylist(), default=str)
     assert secret not in said
     assert secret[:9] not in said
@@ -107,7 +115,8 @@ def test_secrets_are_in_no_column_even_over_tokens(monkeypatch):
 
 
 def test_half_a_character_is_written_as_it_is_spelled(tmp_path):
-    table = view_table(texts_of(["a\ud800b"]), rows_of(1), {0: tokens_of(["a\ud800b"])}, 1)
+    batch = KeptBatch(texts_of(["a\ud800b"]), rows_of(1), {0: tokens_of(["a\ud800b"])}, 1)
+    table = view_table(batch)
     ViewWriter(tmp_path, 1).write(1, table, {})
     assert pq.read_table(step_files(tmp_path)[1])["completion"].to_pylist() == ["a\\ud800b"]
 
@@ -115,11 +124,29 @@ def test_half_a_character_is_written_as_it_is_spelled(tmp_path):
 def test_the_summary_counts_texts_that_answer_several_prompts():
     texts = texts_of(["same", "x", "same", "y", "z", "z"], ["a", "a", "b", "b", "c", "c"])
     rows = rows_of(6, reward=[0.0, 1.0, 1.0, 1.0, 0.5, float("nan")])
-    summary = step_summary(texts, rows, 2)
+    summary = step_summary(KeptBatch(texts, rows, {}, 2))
     assert summary["frac_repeated"] == pytest.approx(2 / 6)
     assert summary["reward"][0] == 0.0
     assert summary["reward"][-1] == 1.0
     assert summary["num_groups"] == 3
+
+
+def test_the_groups_of_a_steps_batches_are_numbered_on():
+    first = texts_of(["a", "b"], ["p", "p"])
+    second = texts_of(["c", "d"], ["q", "q"])._replace(extra={"seen": [1, 2]})
+    whole = joined(
+        [
+            KeptBatch(first, rows_of(2, reward=[0.0, 1.0]), {1: tokens_of(["b"])}, 2),
+            KeptBatch(second, rows_of(2, reward=[2.0, 4.0]), {0: tokens_of(["c"])}, 2),
+        ]
+    )
+    rows = view_table(whole).select(["group", "sample", "prompt", "completion", "reward", "extra"])
+    assert [tuple(row.values()) for row in rows.to_pylist()] == [
+        (0, 1, "p", "b", 1.0, '{"seen": null}'),
+        (1, 0, "q", "c", 2.0, '{"seen": 1}'),
+    ]
+    summary = step_summary(whole)
+    assert (summary["num_rows"], summary["num_groups"], summary["reward"][-1]) == (4, 2, 4.0)
 
 
 def run(folder, steps, **more):

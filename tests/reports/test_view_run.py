@@ -74,6 +74,17 @@ def test_tokens_add_up_to_what_the_run_logged(tmp_path, settings):
             assert len(one["logp"]) == row["length"]
 
 
+def test_all_generation_batches_of_a_step_are_kept(tmp_path):
+    train(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+          steps_per_generation=1, max_steps=2)  # fmt: skip
+    _, steps = read(tmp_path)
+    logs = {row["step"]: row for row in read_metrics(tmp_path) if "reward" in row}
+    for step in (1, 2):
+        rows = steps.rows(step)
+        assert [row["group"] for row in rows] == [0] * 4 + [1] * 4
+        assert np.mean([row["reward"] for row in rows]) == pytest.approx(logs[step]["reward"])
+
+
 def test_a_run_that_is_looked_at_is_the_same_run(tmp_path):
     train(tmp_path / "looked", view_mib=1)
     train(tmp_path / "not", view_mib=0)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.viewer.made_runs import lock
 from rloo_fast.records import CompletionTexts
 from rloo_fast.reports.view_format import OF_TOKENS
-from rloo_fast.reports.view_rows import step_summary, view_table
+from rloo_fast.reports.view_rows import KeptBatch, step_summary, view_table
 from rloo_fast.viewer.report import report
 from tests.support.browser import browser
 from tests.viewer.conftest import EVIL, make, opened, served
@@ -192,8 +192,8 @@ def test_turns_and_tool_calls_are_folded(chromium, tmp_path):
     rows = {name: torch.zeros(2) for name in zeros}
     nothing = np.full(1, np.nan, np.float16)
     tokens = {"text": ["x"], **dict.fromkeys(OF_TOKENS, nothing)}
-    table = view_table(texts, rows, {0: tokens, 1: tokens}, 2)
-    made.view.write(2, table, step_summary(texts, rows, 2))
+    batch = KeptBatch(texts, rows, {0: tokens, 1: tokens}, 2)
+    made.view.write(2, view_table(batch), step_summary(batch))
     with served(tmp_path / "chat") as server:
         tab = Page(chromium)
         page = tab.open(f"{server.address}#completions?step=2&group=0&sample=1")

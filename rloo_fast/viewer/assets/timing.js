@@ -8,6 +8,7 @@ import { chosenRun, go, shownRuns, state } from "./state.js";
 
 // in the order of a step; time beside another stage is no part of the sum
 const STAGES = { rollout: "rollout", weight_sync: "weight sync", reward: "reward", reference: "reference", old_logps: "old log-probs", policy: "policy forward, backward", optimizer: "optimizer" };
+const MEMORY = { "memory/device_gib": "Most memory of tensors on a GPU so far", "memory/reserved_gib": "Most memory that torch took of a GPU so far", "memory/host_gib": "Most memory of a process so far", "memory/moved_gib": "Moved to the host and back for a rollout", "memory/move_s": "Moving it", "sync/gib": "Weights sent to the engine" };
 const BESIDE = ["reward_hidden"];
 
 export async function timeView(query) {
@@ -20,7 +21,7 @@ export async function timeView(query) {
   const lineOf = (key) => compared.filter((one) => one.curves.series[key]).map((one) => ({
     name: one.run.name, colour: colour(one.run.number), ...over(one.curves, key), points: one.curves.series[key][0].length < 3,
   }));
-  const memory = Object.keys(curves.series).filter((key) => /mem|gib|mfu/i.test(key));
+  const memory = Object.keys(curves.series).filter((key) => /mem|gib|mfu/i.test(key)).toSorted();
   return [
     runs.length > 1 ? h("div", { class: "toolbar" }, picker("run", runs, run, (number) => go("time", { run: number }))) : null,
     stages.length ? shares(stages) : h("p", { class: "nothing" }, "No times are logged yet."),
@@ -29,11 +30,12 @@ export async function timeView(query) {
       chart({ title: "Speed", unit: "completion tokens/s", lines: lineOf(speed) }),
       chart({ title: "A step", unit: "seconds", lines: lineOf("step_time") }),
       curves.series["time/reward_hidden_s"]?.[1].some((seconds) => seconds > 0) ? chart({ title: "Rewards beside the rollout", unit: "seconds, not in the sum", lines: lineOf("time/reward_hidden_s") }) : null,
-      memory.map((key) => chart({ title: key, unit: "", lines: lineOf(key) }))),
-    memory.length ? null : h("p", { class: "why" }, "Memory and MFU are not in this run's log. Of a GPU, transformers logs memory with skip_memory_metrics=False; the plan of what moves to the host is in the run's output."),
+      memory.map((key) => chart({ title: MEMORY[key] ?? key, unit: unitOf(key), lines: lineOf(key) }))),
+    memory.length ? null : h("p", { class: "why" }, "Memory is not in this run's log: an earlier version wrote it."),
   ];
 }
 
+const unitOf = (key) => (key.endsWith("gib") ? "GiB" : key.endsWith("_s") ? "seconds" : "");
 const over = (curves, key) => ({ x: curves.series[key][0].map((i) => curves.x.step[i]), y: curves.series[key][1] });
 
 function stagesOf(curves) {
