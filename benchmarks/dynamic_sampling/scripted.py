@@ -16,6 +16,7 @@ from rloo_fast.records import GenerationBatch, RolloutRows
 from rloo_fast.rewards.shaping import ScoreSettings
 from rloo_fast.step.collect import Collected
 from rloo_fast.step.dynamic import StreamSource
+from rloo_fast.step.rounds import SampledRounds
 
 K = 2
 
@@ -76,6 +77,7 @@ def scripted_source(p: float, *, prompts_per_batch: int, max_rounds: int = 1000)
     collector: Any = ScriptedCollector(p)
     return StreamSource(
         collector,
+        SampledRounds(collector, stream, K),
         stream,
         num_generations=K,
         prompts_per_batch=prompts_per_batch,

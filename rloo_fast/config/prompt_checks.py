@@ -28,10 +28,3 @@ def refuse_which_prompts(args: RLOOFields) -> None:
             f"max_sampling_rounds={args.max_sampling_rounds} has no effect without "
             "dynamic_sampling=True: set that as well, or leave it out."
         )
-    if args.max_staleness:
-        for name in ("dynamic_sampling", "curriculum"):
-            if getattr(args, name):
-                raise ValueError(
-                    f"{name} with max_staleness={args.max_staleness} is not in this version: leave "
-                    "one of the two out."
-                )

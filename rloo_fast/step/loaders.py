@@ -12,10 +12,12 @@ from ..config.rloo_config import RLOOConfig
 from ..data import loader
 from ..data.skipping import Skipping
 from ..data.stream import prompt_stream
-from .ahead import AheadSettings, AheadSource
+from .ahead import AheadSource
+from .ahead_rounds import AheadRounds, AheadSettings
 from .collect import Collector
 from .dynamic import StreamSource
 from .group_filter import GroupFilter
+from .rounds import SampledRounds
 from .source import BatchSource, LoaderSource
 
 
@@ -43,16 +45,20 @@ def build_source(
         skipping=skipping,
         curriculum=args.curriculum,
     )
+    k, rounds = args.num_generations, None
     if samples_ahead(args):
-        return AheadSource(collector, stream, AheadSettings.from_config(args))
+        rounds = AheadRounds(collector, stream, AheadSettings.from_config(args))
+        if not args.dynamic_sampling and args.curriculum is None:
+            return AheadSource(rounds)
     keep, name = None, args.rollout_filter
     if name is not None:
         function = load_function(name, "rollout_filter")
         keep = GroupFilter(function, name, collector.accelerator)
     return StreamSource(
         collector,
+        rounds or SampledRounds(collector, stream, k),
         stream,
-        num_generations=args.num_generations,
+        num_generations=k,
         prompts_per_batch=args.prompts_per_generation,
         max_rounds=args.max_sampling_rounds if args.dynamic_sampling else 0,
         keep=keep,

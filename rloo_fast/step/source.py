@@ -65,6 +65,7 @@ class LoaderSource:
 # kind of a source: the options that choose it
 OPTIONS: dict[str, str] = {
     "ahead": "max_staleness",
+    "ahead stream": "max_staleness with dynamic_sampling or curriculum",
     "stream": "dynamic_sampling or curriculum",
     LoaderSource.kind: "none of dynamic_sampling, curriculum, max_staleness",
 }

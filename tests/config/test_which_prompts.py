@@ -30,13 +30,6 @@ def test_what_is_refused(options, says, tmp_path):
         RLOOConfig(str(tmp_path), **options)
 
 
-@pytest.mark.parametrize("option", [{"dynamic_sampling": True}, {"curriculum": 0.5}])
-def test_not_ahead_of_the_trainer(option, tmp_path):
-    ahead = {"use_vllm": True, "vllm_mode": "server", "max_staleness": 1, **option}
-    with pytest.raises(ValueError, match="with max_staleness=1 is not in this version"):
-        RLOOConfig(str(tmp_path), **ahead)
-
-
 def test_what_is_taken(tmp_path):
     options = {
         "dynamic_sampling": True, "rollout_filter": FILTER, "max_sampling_rounds": 3,

@@ -19,7 +19,7 @@ def stuck_on_one_prompt(completions: list[str], prompts: list[str], **_: Any) ->
 
 @pytest.mark.slow
 def test_a_killed_run_trains_every_prompt_once():
-    cases = ["--cases", "N=0", "N=1", "N=4"]
+    cases = ["--cases", "N=0", "N=1", "N=4", "N=1 dynamic"]
     assert kill_ahead.main(["--kills", "1", "--seed", "3", *cases]) == 0
 
 

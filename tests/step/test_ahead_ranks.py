@@ -55,3 +55,13 @@ def test_ahead_each_prompt_is_trained_once_and_no_token_is_too_old(runs):
     assert len(counts) == 4 * STEPS // 2
     lags = [batch[3] for rank in ranks for batch in rank["trained"]]
     assert 0 < max(lags) <= 2
+
+
+def test_groups_are_replaced_on_both_processes_alike(runs):
+    ranks = runs["replaced"]
+    rewards: dict[Any, set[float]] = {}
+    for step, prompt, _, reward in rows_of(ranks):
+        rewards.setdefault((step, tuple(prompt)), set()).add(reward)
+    assert len(rewards) == len({prompt for _, prompt in rewards}) == 4 * STEPS // 2
+    assert set(map(len, rewards.values())) == {2}, "every group has signal"
+    assert max(batch[3] for rank in ranks for batch in rank["trained"]) <= 2

@@ -13,6 +13,7 @@ import torch
 
 from rloo_fast.step import build, loaders
 from tests.step.test_ahead import ROWS, STEPS, ahead
+from tests.step.test_ahead_dynamic import MANY, odd_or_even
 from tests.support.kill_ahead import slow_reward
 from tests.support.kill_resume import make_trainer
 
@@ -20,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loader": {"by_the_queue": False},
     "bound 0": {"by_the_queue": True},
     "bound 2": {"max_staleness": 2},
+    "replaced": {"max_staleness": 2, "dynamic_sampling": True, "train_dataset": MANY},
 }
 
 
@@ -34,7 +36,9 @@ def train(out: Path, settings: dict[str, Any]) -> None:
     else:
         for module in modules:
             module.samples_ahead = lambda args: args.max_staleness > 0
-        trainer = ahead(out, **settings)
+        trainer = ahead(
+            out, reward=odd_or_even if "dynamic_sampling" in settings else slow_reward, **settings
+        )
     collect, trained = trainer.source.next, []
 
     def noted(*args: Any) -> Any:

@@ -3,9 +3,10 @@
     python -m tests.support.kill_ahead --kills 20 --seed 0
 
 A run is right if in its steps, those that a kill undid left out, every prompt of the epoch was
-trained exactly once, and the ledger of its last checkpoint says so. Where nothing is older than its
-step (max_staleness 0, by the loader and by the queue), its weights and metrics are those of a run
-that was left alone, too. Exit status 1 if one is not.
+trained exactly once, and the ledger of its last checkpoint says so. With dynamic sampling an epoch
+is longer than the run: no prompt was trained twice, and as many as the steps took. Where nothing is
+older than its step (max_staleness 0, by the loader and by the queue), its weights and metrics are
+those of a run that was left alone, too. Exit status 1 if one is not.
 """
 
 from __future__ import annotations
@@ -41,13 +42,27 @@ SETTINGS: dict[str, Any] = {
 }
 ENGINE = f"{Path(__file__).parent / 'copied_engine.py'}:SlowCopiedEngine"
 # what is killed: (max_staleness, by the queue)
-CASES = {"loader": (0, False), "N=0": (0, True), "N=1": (1, True), "N=4": (4, True)}
+CASES = {
+    "loader": (0, False),
+    "N=0": (0, True),
+    "N=1": (1, True),
+    "N=4": (4, True),
+    "N=1 dynamic": (1, True),
+    "N=4 dynamic": (4, True),
+}
+# more than a run draws
+MANY = [f"{prompt} w{i}" for prompt in PROMPTS for i in range(8)]
 TRAINED = "trained.jsonl"
 
 
 def slow_reward(completions: list[str], **_: Any) -> list[float]:
     time.sleep(0.01)
     return [text.count("w1") + 0.1 * len(text) for text in completions]
+
+
+def odd_or_even(completions: list[str], **_: Any) -> list[float]:
+    time.sleep(0.01)
+    return [float(len(text.split()) % 2) for text in completions]
 
 
 def make(output_dir: Path, case: str) -> Any:
@@ -59,8 +74,12 @@ def make(output_dir: Path, case: str) -> Any:
     given: dict[str, Any] = {"max_staleness": staleness}
     if staleness:
         given["rollout_engine"] = ENGINE
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-    trainer: Any = make_trainer(output_dir, slow_reward, None, rows, None, **SETTINGS, **given)
+    prompts, reward = PROMPTS, slow_reward
+    if is_dynamic(case):
+        prompts, reward = MANY, odd_or_even
+        given["dynamic_sampling"] = True
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    trainer: Any = make_trainer(output_dir, reward, None, rows, None, **SETTINGS, **given)
     collect = trainer.source.next
 
     def noted(*args: Any) -> Any:
@@ -75,12 +94,17 @@ def make(output_dir: Path, case: str) -> Any:
     return trainer
 
 
-def trained_once(output_dir: Path) -> str:
+def is_dynamic(case: str) -> bool:
+    return case.endswith("dynamic")
+
+
+def trained_once(output_dir: Path, case: str) -> str:
     """What is wrong with the prompts that were trained; "" if nothing is."""
     lines = [json.loads(line) for line in (output_dir / TRAINED).read_text().splitlines()]
     steps = {line["step"]: line["prompts"] for line in lines}  # the last word on each step
     counts = Counter(prompt for prompts in steps.values() for prompt in prompts)
-    wrong = {prompt: counts[prompt] for prompt in PROMPTS if counts[prompt] != K}
+    expected = list(counts) if is_dynamic(case) else PROMPTS
+    wrong = {prompt: counts[prompt] for prompt in expected if counts[prompt] != K}
     if sorted(steps) != list(range(1, STEPS + 1)) or wrong or len(counts) != len(PROMPTS):
         return f"{len(wrong)} prompts not trained once, of {len(counts)}: {list(wrong)[:4]}"
     return ""
@@ -133,9 +157,11 @@ def finish(output_dir: Path, case: str) -> None:
 
 def verdict(output_dir: Path, case: str, reference: Path) -> str:
     """What is wrong with a run; "" if nothing is."""
-    if problem := trained_once(output_dir):
+    if problem := trained_once(output_dir, case):
         return problem
     counts = ledger_counts(output_dir)
+    if is_dynamic(case):
+        return "" if counts[Fate.TRAINED.name] == len(PROMPTS) else f"ledger {counts}"
     if counts and counts != {fate.name: (fate is Fate.TRAINED) * len(PROMPTS) for fate in Fate}:
         return f"ledger {counts}"
     if not CASES[case][0] and not is_exact(output_dir, reference):
@@ -162,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
                 moments = killed_run(output_dir, case, rng, step_s)
                 problem = verdict(output_dir, case, reference)
                 right += not problem
-                print(f"{case:7} {run:3}  {problem or 'right'}  [{' | '.join(moments)}]")
+                print(f"{case:11} {run:3}  {problem or 'right'}  [{' | '.join(moments)}]")
                 sys.stdout.flush()
             print(f"{case}: {right} of {options.kills} right", flush=True)
             num_wrong += options.kills - right

@@ -1,10 +1,10 @@
 """Where each group is, from the moment it is asked for until its step takes it.
 
-A batch b is trained by the weights of version V + (b - now), where V are the policy's weights and
-`now` is the batch that is collected or trained. With the engine at version E, a group of b may
-start as soon as
+A batch b is trained by the weights of version V + steps_until(b - now), where V are the policy's
+weights and `now` is the batch that is collected or trained; steps_until(i) = i where each batch is
+that of a step. With the engine at version E, a group of b may start as soon as
 
-    E >= V + (b - now) - max_staleness
+    E >= V + steps_until(b - now) - max_staleness
 
 and then every token of it is at most `max_staleness` optimizer steps old when it is trained: later
 tokens may come from newer weights, never from older ones. Groups start in the order in which they
@@ -81,15 +81,19 @@ class Flight:
         self._in_flight = 0  # rows of started groups that are not finished
         self._queued = 0  # rows that are finished and not taken
         self._now, self._policy, self._engine = 0, 0, 0  # batch, weights, the engine's weights
+        self._steps_until: Callable[[int], int] = lambda i: i
         self._error: BaseException | None = None
         self._closed = False
 
     # The trainer's thread
 
-    def advance(self, now: int, policy: int, engine: int) -> None:
+    def advance(
+        self, now: int, policy: int, engine: int, steps_until: Callable[[int], int] = lambda i: i
+    ) -> None:
         """Batch `now` comes next, the policy's weights are `policy`, the engine's `engine`."""
         with self._changed:
             self._now, self._policy, self._engine = now, policy, engine
+            self._steps_until = steps_until
             self._changed.notify_all()
 
     def submit(
@@ -210,7 +214,7 @@ class Flight:
             return []
 
     def _may_start(self, entry: _Entry) -> bool:
-        trained_by = self._policy + entry.group.batch - self._now
+        trained_by = self._policy + self._steps_until(entry.group.batch - self._now)
         rows, held = entry.num_missing, self._in_flight + self._queued
         # the trainer takes nothing before this batch, and a checkpoint may bring more than fits
         is_awaited = entry.group.batch == self._now
