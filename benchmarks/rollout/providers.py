@@ -1,11 +1,13 @@
 """The engines that `benchmarks.rollout` compares, each asked for the same completions.
 
-    hf        ours with transformers: a prompt with K samples runs once, its KV cache is copied
-    hf-plain  the same, without that
-    vllm      ours with vLLM in this process: a seed per row, log-probs of the sampled tokens
-    vllm-n    vLLM's own LLM.generate with n=K, no seeds and no log-probs: what those cost ours
-    trl-hf    RLOOTrainer._generate_single_turn of TRL, called on such a trainer: every row runs its
-              prompt, left-padded
+    hf          ours with transformers: what all prompts begin with runs once, then a prompt once
+                for its K samples; KV caches are copied
+    hf-prompts  the same, but every prompt runs its beginning
+    hf-plain    every row runs its prompt
+    vllm        ours with vLLM in this process: a seed per row, log-probs of the sampled tokens
+    vllm-n      vLLM's own LLM.generate with n=K, no seeds and no log-probs: what those cost ours
+    trl-hf      RLOOTrainer._generate_single_turn of TRL, called on such a trainer: every row runs
+                its prompt, left-padded
 
 All sample at temperature 1 and nothing stops a completion before the shape's limit. vLLM's prefix
 cache is emptied before each call, as a weight sync empties it, so that a prompt is found there only
@@ -40,6 +42,7 @@ SHAPES = {
         Shape("tldr", 400, 53, 4, 8, uniform=(53, 53)),
         Shape("chat", 32, 128, 8, 4, uniform=(128, 128)),
         Shape("math", 100, 512, 8, 4, uniform=(512, 512)),
+        Shape("system", 1100, 53, 4, 8, uniform=(53, 53), system=1000),
         Shape("short", 24, 8, 4, 2, uniform=(8, 8)),  # for tests
     )
 }
@@ -154,14 +157,17 @@ def cache_bytes(config: Any, shape: Shape) -> int:
     return config.num_hidden_layers * 2 * heads * head_size * 4 * blocks * CACHE_BLOCK
 
 
-def _hf(engines: Engines, share_prompts: bool = True) -> Provider:
+def _hf(engines: Engines, share_prompts: bool = True, share_beginnings: bool = True) -> Provider:
     engine = HFEngine(engines.model, PAD, autocast=nullcontext)
     engine.cache_can_be_copied = share_prompts
+    engine.may_share_beginnings = None if share_beginnings else False
     engine.wake(("weights",))
     engine.load_weights(0, ())
     engine.wake(("kv_cache",))
     # What an engine tries out once, with its first prompts, is not part of a rollout.
-    engine.generate(engines.rows[:1], engines.sampling, engines.seeds[:1], version=0)
+    k = engines.settings.shape.num_generations
+    two, seeds = engines.rows[: 2 * k : k], engines.seeds[:2]
+    engine.generate(two, engines.sampling, seeds[: len(two)], version=0)
     return Provider(
         lambda: engine.generate(engines.rows, engines.sampling, engines.seeds, version=0),
         engines.model,
@@ -212,6 +218,7 @@ def _trl_hf(engines: Engines) -> Provider:
 
 MAKERS: dict[str, Callable[[Engines], Provider]] = {
     "hf": _hf,
+    "hf-prompts": lambda engines: _hf(engines, share_beginnings=False),
     "hf-plain": lambda engines: _hf(engines, share_prompts=False),
     "vllm": _vllm,
     "vllm-n": _vllm_n,

@@ -23,6 +23,13 @@ TOLERANCE = 1e-4
 TOLERANCE_HALF = 0.1
 
 
+def tolerance_of(model: Any) -> float:
+    """Of a mean difference of log-probs, in the dtype that the model computes in."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    half = half or torch.is_autocast_enabled(next(model.parameters()).device.type)
+    return TOLERANCE_HALF if half else TOLERANCE
+
+
 def padding_changes_logits(model: Any, generate: Callable[..., Any]) -> bool:
     """Whether padding on the left of a prompt changes what follows it, as in models that carry a
     state through it or count its positions. `generate(config, **inputs)`: as of the engine.
@@ -42,9 +49,7 @@ def padding_changes_logits(model: Any, generate: Callable[..., Any]) -> bool:
 
     right = logps(prompt, torch.ones_like(prompt))
     own = model(input_ids=prompt, use_cache=False).logits[:, -1].float().log_softmax(-1)
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    half = half or torch.is_autocast_enabled(device.type)
-    tolerance = TOLERANCE_HALF if half else TOLERANCE
+    tolerance = tolerance_of(model)
     if not (off := (right - own).abs().mean()) <= tolerance and own.isfinite().all():
         raise EngineError(
             f"transformers' generate does not sample from what {type(model).__name__}'s forward "

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 Place = tuple[nn.Module, str]  # a module, and the name of its attribute
+KeptStates = dict[Place, tuple[Tensor | None, int]]  # with the number of times it was written to
 
 
-def kept_states(model: nn.Module) -> dict[Place, tuple[Tensor | None, int]]:
-    """Every attribute that is a tensor or None, with the number of times it was written to."""
+def kept_states(model: nn.Module) -> KeptStates:
+    """Every attribute that is a tensor or None."""
     return {
         (module, name): (value, 0 if value is None else value._version)
         for module in model.modules()
@@ -21,9 +22,7 @@ def kept_states(model: nn.Module) -> dict[Place, tuple[Tensor | None, int]]:
     }
 
 
-def changed_states(
-    model: nn.Module, before: dict[Place, tuple[Tensor | None, int]]
-) -> dict[Place, Tensor | None]:
+def changed_states(model: nn.Module, before: KeptStates) -> dict[Place, Tensor | None]:
     """The attributes that are others than `before`, or were written to since."""
 
     def is_same(place: Place, value: Tensor | None, version: int) -> bool:
