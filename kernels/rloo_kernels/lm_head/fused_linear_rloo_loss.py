@@ -50,8 +50,8 @@ from ..loss.types import (
 from ..transfer import to_device
 from .checks import check_head
 from .chunked_loss import ChunkedLoss
-from .gradients import needed_gradients
-from .piece import piece_rows
+from .gradients import needed_gradients, weight_sum_dtype
+from .piece import pieces_of, planned_rows
 from .types import LMHead
 
 
@@ -91,6 +91,7 @@ def _fused_linear_rloo_loss(
     (rewards ... mask) lie on one device, that of `hidden` or the CPU.
     """
     num_tokens, index = len(token_ids), None
+    flags, weight_dtype = (need[0], need[1], need[2]), weight_sum_dtype(hidden, num_tokens, size)
     inputs = LossInputs(rewards, advantages, token_advantages, old_logps, ref_logps, None)
     if mask is not None:  # rows left out are not run: what follows sees only those kept
         kept = mask.nonzero().squeeze(1)
@@ -107,7 +108,7 @@ def _fused_linear_rloo_loss(
     )  # fmt: skip
     made = ChunkedLoss(
         hidden, head, token_ids, cu_seqlens, inputs, options, want_entropy,
-        (need[0], need[1], need[2]), size,
+        flags, pieces_of(hidden, weight, flags, size), weight_dtype,
     ).run()  # fmt: skip
 
     def in_place(x: Tensor | None) -> Tensor:  # (kept, ...) -> (N, ...)
@@ -138,12 +139,14 @@ def _fused_linear_rloo_loss_fake(
     cu_seqlens: Tensor,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    want_entropy, need, _ = args[-3:]
+    want_entropy, need, size = args[-3:]
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     table = logps.new_empty(len(TABLE_FIELDS), cu_seqlens.shape[0] - 1)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, weight_sum_dtype(hidden, hidden.shape[0], size), hidden.dtype)
     grads = (
-        hidden.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, need, strict=True)
+        hidden.new_empty(shape, dtype=dtype) if wanted else hidden.new_empty(0)
+        for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
     )
     entropy = torch.empty_like(logps) if want_entropy else logps.new_empty(0)
     return (
@@ -229,6 +232,7 @@ def fused_linear_rloo_loss(
     inputs = flat_inputs(inputs, hidden, common_device(inputs, hidden))
     inputs, checked, made = with_known_kl(inputs, bounds, checked)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    need = list(needed_gradients(hidden, weight, bias))
     with without_autocast(hidden):
         loss, coefficients, table, logps, entropy, *_ = _fused_linear_rloo_loss(
             flat,
@@ -242,8 +246,8 @@ def fused_linear_rloo_loss(
             float(logit_scale),
             *option_values(checked, num_rows),
             return_entropy,
-            list(needed_gradients(hidden, weight, bias)),
-            piece_rows(flat, weight.shape[0], chunk_bytes),
+            need,
+            planned_rows(flat, weight, chunk_bytes, need[1]),
         )
     objective = Objective(
         loss,
