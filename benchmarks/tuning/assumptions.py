@@ -36,14 +36,6 @@ TENSOR_FLOPS_PER_CLOCK = 4096  # of a processor, bf16 [doc: 989 TFLOP/s = 132 x 
 SCHEDULERS = 4  # of a processor: each issues one instruction of one warp a clock [doc]
 CLOCKS_PER_MUFU = 8  # a warp's exponentials take a scheduler's unit that long [doc: 16 / clock]
 
-# --- a library's product
-
-# Depth that a tile's start and end are worth, with 2 bytes stored a number. Fitted to cuBLAS in
-# Triton's Gluon tutorial 07, fp16, 8192 x 8192: 588 TFLOP/s at K = 1024, 646 at 4096 [pub]:
-# 1/588 and 4/646 lie on a line that meets 0 at K = -139.
-LIBRARY_TILE_STEPS = 139
-# One that stores 4 bytes, or loads 4 and stores 4, takes as many times longer (assumed).
-
 # --- the head's kernels
 
 

@@ -28,9 +28,12 @@ from rloo_kernels.lm_head.waves import (
     REDUCE_ADD_MOST_ROWS,
     STEP_FLOPS,
     TILE,
+    TILE_STEPS,
     TILE_WIDE,
     HeadShape,
     Pieces,
+    best_parts,
+    num_tiles,
     num_waves,
 )
 
@@ -101,7 +104,7 @@ class Call:
 
         The device's rate has its tiles' own steps in it.
         """
-        rate = self.device.flops_per_s * (1 + given.LIBRARY_TILE_STEPS / self.device.rate_depth)
+        rate = self.device.flops_per_s * (1 + TILE_STEPS / self.device.rate_depth)
         return STEP_FLOPS * self.device.num_processors / rate
 
     def pieces(self, design: Design) -> list[int]:
@@ -125,7 +128,7 @@ class Call:
 
         num_bytes: what it loads and stores in all.
         """
-        tile = depth + given.LIBRARY_TILE_STEPS * stored / 2
+        tile = depth + TILE_STEPS * stored / 2
         waves = num_waves(rows, columns, self.device.num_processors)
         return max(waves * tile * self.step, self.moved(num_bytes))
 
@@ -157,11 +160,15 @@ class Call:
         tiles = -(-n // TILE) * tiles_v
         return label + 2 * tiles_v * given.COMBINE_S_PER_TILE + tiles * given.REDO_S_PER_PROGRAM
 
-    def hidden_gradient(self, n: int) -> float:
-        depth, vocab = self.hidden_size, self.vocab_size
-        waves = num_waves(n, depth, self.device.num_processors)
+    def hidden_gradient(self, n: int, design: Design) -> float:
+        depth, vocab, processors = self.hidden_size, self.vocab_size, self.device.num_processors
+        waves = num_waves(n, depth, processors)
         loaded = 2 * n * vocab + waves * 2 * vocab * depth  # W anew for the rows of each wave
-        return self.product(n, depth, vocab, 4, loaded + 4 * n * depth)
+        parts = best_parts(n, depth, vocab, processors)[1] if design.planned else 1
+        waves = -(-num_tiles(n, depth) * parts // processors)
+        made = waves * (vocab / parts + 2 * TILE_STEPS) * self.step
+        added = self.moved((8 * parts + 4) * n * depth) if parts > 1 else 0.0
+        return max(made, self.moved(loaded + 4 * n * depth)) + added
 
     def weight_gradient(self, n: int, design: Design, stored: int) -> float:
         """`stored`: 2 in one piece; else 4 for the first, 8 where the sum is loaded as well."""
@@ -171,7 +178,7 @@ class Call:
         again = 1 if x_bytes <= self.device.l2_bytes else waves
         num_bytes = 2 * n * vocab + x_bytes * again + stored * vocab * depth
         if design.reduce_add and stored == 8 and n <= REDUCE_ADD_MOST_ROWS:
-            tile = n / given.REDUCE_ADD_RATE + given.LIBRARY_TILE_STEPS * 2
+            tile = n / given.REDUCE_ADD_RATE + TILE_STEPS * 2
             return max(waves * tile * self.step, self.moved(num_bytes))
         return self.product(vocab, depth, n, stored, num_bytes)
 
@@ -184,7 +191,7 @@ class Call:
             stored = 2 if len(pieces) == 1 else 4 if i == 0 else 8
             found["head"] += self.head(n, design.kernel)
             found["combine, redo"] += self.sums_of_rows(n, design)
-            found["dX"] += self.hidden_gradient(n)
+            found["dX"] += self.hidden_gradient(n, design)
             found["dW"] += self.weight_gradient(n, design, stored)
             # bytes of dX beside its product's, and of c X: tests/.../test_outputs_on_gpu.py
             each = 6 + 4 if design.one_pass_outputs else 18 + 12

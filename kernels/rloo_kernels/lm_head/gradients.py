@@ -17,7 +17,9 @@ from torch import Tensor
 from ..dispatch import use_triton
 from ..logprob.rows_torch import row_blocks
 from ..logprob.types import accumulation_dtype
+from .piece import num_processors
 from .types import LMHead, LogitGradient
+from .waves import best_parts
 
 
 def needed_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -134,10 +136,16 @@ def _scaled_rows(x: Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, rounded to `dtype` only."""
-    if a.dtype == dtype or not a.is_cuda:
+    """a b, rounded to `dtype` only; on a GPU a sum of parts where that fills its processors."""
+    if not a.is_cuda:
         return (a @ b).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+    processors = num_processors(a)
+    parts = 1 if processors is None else best_parts(len(a), b.shape[1], len(b), processors)[1]
+    if parts > 1:
+        a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
+        made = torch.bmm(a, b) if a.dtype == dtype else torch.bmm(a, b, out_dtype=dtype)
+        return made.sum(0)
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 def _add_product(

@@ -86,11 +86,18 @@ def free_bytes(device: torch.device) -> int | None:
 
 def pieces_of(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], most: int) -> Pieces:
     """How rows are cut into pieces of at most `most`: on a GPU by waves of its processors."""
-    if not hidden.is_cuda or not torch.cuda.is_available():
+    processors = num_processors(hidden)
+    if processors is None:
         return Pieces(most)
-    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
     vocab_size, depth = weight.shape
     return Pieces(most, HeadShape(depth, vocab_size, processors, need[0], need[1]))
+
+
+def num_processors(x: Tensor) -> int | None:
+    """Of the GPU that `x` lies on; None elsewhere."""
+    if not x.is_cuda or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def pieces(num_rows: int, most: int) -> list[slice]:

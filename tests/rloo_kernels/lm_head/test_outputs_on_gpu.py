@@ -21,7 +21,7 @@ from tests.support.kernel_helpers import bounds
 from tests.support.pretend_cuda import CUDA, OnCuda, PretendCuda
 
 aten = torch.ops.aten
-PRODUCTS = (aten.mm, aten.addmm, aten.linear)
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.linear)
 N, D, V = 700, 16, 64
 
 
@@ -38,7 +38,7 @@ class CountedCuda(PretendCuda):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func in (aten.mm.dtype, aten.addmm.dtype_out):  # a CPU has neither
+        if func in (aten.mm.dtype, aten.bmm.dtype, aten.addmm.dtype_out):  # a CPU has neither
             *add, a, b, dtype = (x.host if isinstance(x, OnCuda) else x for x in args)
             made = a.to(dtype) @ b.to(dtype)
             if add:
@@ -180,6 +180,21 @@ def test_numbers_are_those_of_a_cpu(name, chunk_rows, inputs_there, cuda):
         assert error <= 2 * torch_s + size
     for x, y in zip(got[2:], again, strict=True):  # a second backward gives the same
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_dx_in_parts_of_the_vocabulary(dtype, cuda, monkeypatch):
+    """The same numbers, from one launch of all parts' products and a sum."""
+    from rloo_kernels.lm_head import gradients
+
+    monkeypatch.setattr(gradients, "num_processors", lambda x: 132)
+    monkeypatch.setattr(gradients, "best_parts", lambda *args: (0.0, 4))
+    got = host(run(CUDA, dtype, 2000, beta=0.1)[0][2])
+    assert cuda.moved["sum"] >= 4 * N * D * (4 + 1)  # four parts loaded, one sum stored
+    exact = run("cpu", torch.float64, 2000, beta=0.1)[0][2]
+    plain = run("cpu", dtype, 2000, beta=0.1)[0][2]
+    error, torch_s = ((x.double() - exact).abs().max().item() for x in (got, plain))
+    assert error <= 2 * torch_s + 1e-6 * exact.abs().max().item()
 
 
 def test_a_call_waits_for_nothing(cuda):

@@ -10,11 +10,14 @@ import torch
 from rloo_kernels.lm_head import piece
 from rloo_kernels.lm_head.chunks import MOST_CUTS, plan_chunks
 from rloo_kernels.lm_head.waves import (
+    PARTS,
     TILE,
     HeadShape,
     Pieces,
+    best_parts,
     num_waves,
     rows_of_piece,
+    steps_in_parts,
     wave_efficiency,
 )
 
@@ -45,7 +48,32 @@ def test_waves_of_the_example():
     """266 tiles of 132 processors are three waves, 252 are two."""
     assert [num_waves(n, 3584, 132) for n in (2341, 2304)] == [3, 2]
     assert [round(wave_efficiency(n, 3584, 132), 2) for n in (2341, 2304)] == [0.65, 0.95]
-    assert rows_of_piece(N, (768 << 20) // (2 * 152064), HeadShape(3584, 152064, 132)) == 2304
+    most = (768 << 20) // (2 * 152064)
+    assert rows_of_piece(N, most, HeadShape(3584, 152063, 132)) == 2304  # no parts of a prime V
+    assert rows_of_piece(N, most, HeadShape(3584, 152064, 132)) == 2560
+
+
+def test_parts_of_the_vocabulary_fill_waves():
+    """2,560 rows at D = 3584: 280 tiles are 2.1 waves, and take 3; in 4 parts 9 of a quarter."""
+    whole = steps_in_parts(2560, 3584, 152064, 1, 132)
+    steps, parts = best_parts(2560, 3584, 152064, 132)
+    assert parts == 4
+    assert steps / whole == pytest.approx(9 / 4 / 3, rel=0.05)
+    assert best_parts(2560, 3584, 152063, 132)[1] == 1  # parts would not be aligned
+    assert best_parts(2304, 3584, 152064, 132)[1] == 1  # 1.9 waves
+
+
+@every_case
+def test_the_number_of_parts_is_the_best(name, processors, gib):
+    shape, most = case(name, processors, gib)
+    n = min(most, N) // TILE * TILE
+    args = (n, shape.hidden_size, shape.vocab_size)
+    depth, vocab = SHAPES[name]
+    parts_bytes, logits_bytes = 4 * n * depth, 2 * n * vocab
+    allowed = [s for s in PARTS if vocab % (8 * s) == 0 and s * parts_bytes <= logits_bytes / 4]
+    times = {s: steps_in_parts(*args, s, processors) for s in allowed}
+    steps, parts = best_parts(*args, processors)
+    assert steps == times[parts] == min(times.values())
 
 
 @every_case
