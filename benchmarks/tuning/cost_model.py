@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,23 +61,13 @@ class Design:
     reduce_add: bool = False
 
 
-def _designs() -> Iterator[Design]:
-    changes: list[tuple[str, dict[str, object]]] = [
-        ("today", {}),
-        ("+1 pieces", {"planned": True}),
-        ("+2 combine", {"wide_combine": True, "kernel": given.NO_MAXIMUM}),
-        ("+3 TMA", {"kernel": given.SPECIALISED}),
-        ("+4 outputs", {"one_pass_outputs": True}),
-        ("+5 library", {"kernel": given.LIBRARY_EPILOGUE}),
-        ("+6 reduce-add", {"reduce_add": True}),
-    ]
-    design = Design("")
-    for name, change in changes:
-        design = replace(design, name=name, **change)  # pyright: ignore[reportArgumentType]
-        yield design
-
-
-DESIGNS = list(_designs())
+_PIECES = replace(Design("today"), name="+1 pieces", planned=True)
+_SUMS = replace(_PIECES, name="+2 combine", wide_combine=True, kernel=given.NO_MAXIMUM)
+_TMA = replace(_SUMS, name="+3 TMA", kernel=given.SPECIALISED)
+_OUTPUTS = replace(_TMA, name="+4 outputs", one_pass_outputs=True)
+_LIBRARY = replace(_OUTPUTS, name="+5 library", kernel=given.LIBRARY_EPILOGUE)
+_REDUCE_ADD = replace(_LIBRARY, name="+6 reduce-add", reduce_add=True)
+DESIGNS = [Design("today"), _PIECES, _SUMS, _TMA, _OUTPUTS, _LIBRARY, _REDUCE_ADD]
 # what this commit's code does
 CURRENT = Design("current", planned=True, one_pass_outputs=True, reduce_add=True)
 
@@ -184,7 +173,7 @@ class Call:
 
     def parts(self, design: Design) -> dict[str, float]:
         """Seconds of a call by what takes them."""
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         depth, vocab, pieces = self.hidden_size, self.vocab_size, self.pieces(design)
         launches = given.LAUNCHES["new" if design.wide_combine else "today"]
         for i, n in enumerate(pieces):

@@ -142,9 +142,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     processors = num_processors(a)
     parts = 1 if processors is None else best_parts(len(a), b.shape[1], len(b), processors)[1]
     if parts > 1:
-        a, b = a.unflatten(1, (parts, -1)).transpose(0, 1), b.unflatten(0, (parts, -1))
-        made = torch.bmm(a, b) if a.dtype == dtype else torch.bmm(a, b, out_dtype=dtype)
-        return made.sum(0)
+        n, width = len(a), len(b) // parts
+        part_a = a.view(n, parts, width).transpose(0, 1)
+        part_b = b.view(parts, width, b.shape[1])
+        if a.dtype == dtype:
+            return torch.bmm(part_a, part_b).sum(0)
+        return torch.bmm(part_a, part_b, out_dtype=dtype).sum(0)
     return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 

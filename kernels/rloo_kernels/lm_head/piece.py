@@ -8,6 +8,8 @@ What lives at one time is one piece of logits. `piece_torch.py` has the mathemat
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,8 @@ def num_processors(x: Tensor) -> int | None:
     """Of the GPU that `x` lies on; None elsewhere."""
     if not x.is_cuda or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    properties = cast(Any, torch.cuda).get_device_properties(x.device)
+    return int(properties.multi_processor_count)
 
 
 def pieces(num_rows: int, most: int) -> list[slice]:
