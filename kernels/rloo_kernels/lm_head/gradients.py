@@ -33,10 +33,10 @@ def weight_sum_dtype(hidden: Tensor, num_rows: int, size: int) -> torch.dtype:
 
     On a GPU the fp32 sum itself: backward rounds it together with its upstream factor.
     """
-    one_piece = num_rows <= size and hidden.dtype != torch.float16
-    if not hidden.is_cuda or one_piece:
+    if not hidden.is_cuda:  # asked first: torch.compile would guard the number of rows
         return hidden.dtype
-    return accumulation_dtype(hidden.dtype)
+    one_piece = num_rows <= size and hidden.dtype != torch.float16
+    return hidden.dtype if one_piece else accumulation_dtype(hidden.dtype)
 
 
 class GradientAccumulator:

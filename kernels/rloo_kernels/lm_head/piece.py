@@ -75,11 +75,12 @@ def planned_bytes(all_bytes: int, free: int, spared: int) -> int | None:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that torch can still hand out on a GPU, asked without waiting for it.
 
-    None where they cannot be asked: under torch.compile, in a CUDA graph, without a GPU.
+    None where they are not to be asked: under torch.compile, in a CUDA graph, without a GPU, and
+    with deterministic algorithms, whose bits may not depend on the moment.
     """
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return None
-    if torch.cuda.is_current_stream_capturing():
+    if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
         return None
     stats = torch.cuda.memory_stats(device)
     held = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)

@@ -204,3 +204,24 @@ def test_on_a_cpu_the_budget_is_fixed():
     assert piece.planned_rows(hidden, weight, None, True) == (768 << 20) // (2 * 50304)
     assert piece.planned_rows(hidden, weight, 2 * 50304 * 5, True) == 5
     assert piece.pieces_of(hidden, weight, (True, True, False), 7) == Pieces(7)
+
+
+def test_free_memory_is_asked_without_waiting_and_not_where_bits_must_repeat(monkeypatch):
+    """What the driver has, and what torch holds and does not use."""
+    stats = {"reserved_bytes.all.current": 30, "allocated_bytes.all.current": 10}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    device, capturing = torch.device("cuda"), False
+    assert piece.free_bytes(device) == 520
+    capturing = True
+    assert piece.free_bytes(device) is None
+    capturing = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert piece.free_bytes(device) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert piece.free_bytes(device) is None
