@@ -56,16 +56,17 @@ class HeadKernel:
 # [aot]: 381 + 1,890 instructions, 255 registers. It loads by pointers: descriptors are 13 % faster
 # [pub, triton #5461].
 TODAY = HeadKernel("today", 2271, 128, 8, 1 / 1.13, 0, False)
-# 413 + 1,241, no maximum, 182 registers [aot, after item 2]; the rest as today
+# 413 + 1,241, without a maximum, 182 registers [aot, after item 2]; the rest as today
 NO_MAXIMUM = HeadKernel("no row maximum", 1654, 128, 8, 1 / 1.13, 0, False)
-# TMA and warp specialisation: a producer and two consumers, which may drift apart by the three
-# stages they share, so that one's exponentials run beside the other's products (assumed); 1,241
-# instructions [aot] less the addresses of the store, which TMA makes, some 150 (assumed).
-# Products at 640 / 646 of cuBLAS [pub, the same tutorial's persistent pipelined kernel].
-SPECIALISED = HeadKernel("TMA, warp specialised", 1100, 128, 8, 640 / 646, 3 * 64, True)
+# TMA and warp specialisation: a producer and two consumers, which may drift apart by the four
+# stages they share, so that one's exponentials run beside the other's products (assumed); 989
+# instructions from a tile's last product to the next tile's first [aot, after item 3: 232 registers
+# for a consumer]. Products at 640 / 646 of cuBLAS [pub, the same tutorial's persistent kernel].
+SPECIALISED = HeadKernel("TMA, warp specialised", 989, 128, 8, 640 / 646, 4 * 64, True)
 # QuACK's product, two tiles in turn ("pingpong"): the exponentials of one run beside the other's
 # products for as long as those take. Its speed with another epilogue than its own is assumed.
-LIBRARY_EPILOGUE = HeadKernel("library product", 1100, 128, 8, 1.0, 1 << 30, True)
+LIBRARY_EPILOGUE = HeadKernel("library product", 989, 128, 8, 1.0, 1 << 30, True)
+GROUP_BYTES = 12 << 20  # of X, where row tiles take turns in groups [code, item 3]
 
 # Today's combine: a thread for each row walks its tiles, 0.09 ms for 594 of them; and a redo
 # launch of which every program exits, 0.1 ms for 11,286 [est, from latencies: nobody measured].

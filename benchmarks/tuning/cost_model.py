@@ -135,7 +135,7 @@ class Call:
         # W once for all row tiles that run together, X again for each column tile, unless it stays
         x_bytes, w_bytes = 2 * n * depth, 2 * vocab * depth
         if kernel.groups_rows:
-            loaded = x_bytes + w_bytes * max(1.0, x_bytes / device.l2_bytes)
+            loaded = x_bytes + w_bytes * max(1.0, x_bytes / given.GROUP_BYTES)
         else:
             loaded = w_bytes + x_bytes * (1 if x_bytes <= device.l2_bytes else tiles_v)
         return max(total, self.moved(loaded + 2 * n * vocab))

@@ -140,13 +140,13 @@ def instructions() -> dict[str, Any]:
     from tests.support import aot
 
     code: list[str] = []
-    read = aot._read_nvidia
+    row = aot._Capture.row
 
-    def kept(asm: Any, log: str) -> dict[str, Any]:
-        code.append(asm["sass"])
-        return read(asm, log)
+    def kept(self: Any, kernel: Any, compiled: Any, *args: Any) -> Any:
+        code.append(compiled.asm["sass"])
+        return row(self, kernel, compiled, *args)
 
-    aot._read_nvidia = kept
+    aot._Capture.row = kept
 
     def launch() -> None:
         depth, vocab, n = 3584, 152064, 2304
@@ -155,7 +155,7 @@ def instructions() -> dict[str, Any]:
         matrix_piece(hidden, LMHead(weight, None, 1.0, None, 1.0), ids, False, True)
 
     rows = aot.compile_for("sm_90", launch)
-    sass = next(x for row, x in zip(rows, code, strict=True) if row.kernel == "_head_kernel")
+    sass = next(x for r, x in zip(rows, code, strict=True) if r.kernel == "_head_kernel")
     names = re.findall(r"^[^\t]*\t(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.MULTILINE)
     products = [i for i, name in enumerate(names) if name == "HGMMA"]
     outside = names[: products[0]] + names[products[-1] + 1 :]

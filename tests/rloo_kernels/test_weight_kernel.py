@@ -68,6 +68,29 @@ def refusals() -> dict[str, bool]:
     }
 
 
+def uses_in_the_loss() -> dict[str, int]:
+    """How often the loss in chunks of one group adds in memory, by dtype: all but the first."""
+    from rloo_kernels import fused_linear_rloo_loss
+    from rloo_kernels.lm_head import weight_triton
+
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = (
+            torch.randn(n, 16).to(dtype).requires_grad_() for n in (30, 64)
+        )  # 3 groups
+        with mock.patch.object(
+            weight_triton, "add_in_memory", wraps=weight_triton.add_in_memory
+        ) as add:
+            out = fused_linear_rloo_loss(
+                hidden, weight, torch.randint(64, (30,)), torch.arange(0, 31, 5), beta=0.1,
+                rewards=torch.randn(6), ref_logps=torch.randn(30), num_generations=2,
+                chunk_bytes=10 * 64 * (2 if dtype == torch.bfloat16 else 8),
+            )  # fmt: skip
+            out.loss.backward()
+        found[str(dtype)] = add.call_count
+    return found
+
+
 def compiled() -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -75,13 +98,14 @@ def compiled() -> dict[str, Any]:
 
     from tests.support import aot
 
-    read, counts = aot._read_nvidia, []
+    row, counts = aot._Capture.row, []
 
-    def counted(asm: Any, log: str) -> dict[str, Any]:
-        counts.append({name: len(re.findall(rf"\b{name}\b", asm["sass"])) for name in TMA})
-        return read(asm, log)
+    def counted(self: Any, kernel: Any, compiled: Any, *args: Any) -> Any:
+        sass = compiled.asm["sass"]
+        counts.append({name: len(re.findall(rf"\b{name}\b", sass)) for name in TMA})
+        return row(self, kernel, compiled, *args)
 
-    aot._read_nvidia = counted
+    aot._Capture.row = counted
     rows = []
     for target, depth in itertools.product(["sm_90", "sm_100"], [896, 3584]):
 
@@ -124,6 +148,10 @@ def test_who_adds_is_decided_by_alignment_and_rows(seen):
     }  # fmt: skip
 
 
+def test_the_loss_adds_in_memory_from_its_second_chunk_on(seen):
+    assert seen["uses"] == {"torch.bfloat16": 2, "torch.float32": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["installed", "3.6"])
 def test_compiled_it_loads_and_adds_by_tma(release):
@@ -148,7 +176,8 @@ if __name__ == "__main__":
 
         fix_interpreter()
         found = {str(size): errors(*size) for size in SIZES}
-        print(json.dumps({"errors": found, "refusals": refusals()}))
+        seen = {"errors": found, "refusals": refusals(), "uses": uses_in_the_loss()}
+        print(json.dumps(seen))
     elif sys.argv[1:] == ["--compile"]:
         print(json.dumps(compiled()))
     else:
