@@ -80,7 +80,8 @@ class GradientAccumulator:
             c = coefficients if c is None else c * coefficients
         matrix = logit_gradient.matrix
         if self.hidden is not None:
-            grad = _product(matrix, self.head.weight, self.sum_dtype)
+            parts = parts_of_product(matrix, self.head.weight)
+            grad = product(matrix, self.head.weight, self.sum_dtype, parts)
             if isinstance(rows, slice):
                 _scale_rows(grad, c, out=self.hidden[rows])
             else:
@@ -135,20 +136,24 @@ def _scaled_rows(x: Tensor, c: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (x * c[:, None]).to(dtype)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, rounded to `dtype` only; on a GPU a sum of parts where that fills its processors."""
-    if not a.is_cuda:
-        return (a @ b).to(dtype)
+def parts_of_product(a: Tensor, b: Tensor) -> int:
+    """In how many parts a b is made: 1, but on a GPU more where that fills its processors."""
     processors = num_processors(a)
-    parts = 1 if processors is None else best_parts(len(a), b.shape[1], len(b), processors)[1]
+    if processors is None:
+        return 1
+    return best_parts(len(a), b.shape[1], len(b), processors)[1]
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, parts: int) -> Tensor:
+    """a b, rounded to `dtype` only, as the sum of products over `parts` of the depth."""
+    plain = a.dtype == dtype
     if parts > 1:
-        n, width = len(a), len(b) // parts
-        part_a = a.view(n, parts, width).transpose(0, 1)
-        part_b = b.view(parts, width, b.shape[1])
-        if a.dtype == dtype:
-            return torch.bmm(part_a, part_b).sum(0)
-        return torch.bmm(part_a, part_b, out_dtype=dtype).sum(0)
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+        width = len(b) // parts
+        a, b = a.view(len(a), parts, width).transpose(0, 1), b.view(parts, width, b.shape[1])
+        return (torch.bmm(a, b) if plain else torch.bmm(a, b, out_dtype=dtype)).sum(0)
+    if plain or not a.is_cuda:
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 def _add_product(
