@@ -46,6 +46,13 @@ PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NAN = float("nan")
 
 
+class RawPrompt(NamedTuple):
+    """A prompt with images before a processor had it, for an engine that has one itself."""
+
+    ids: list[int]  # of its text, in which an image is what the template writes for it
+    images: list[Any]  # PIL images
+
+
 class Count(float):
     """A metric that is summed over the calls and processes of a step; others are averaged."""
 
@@ -64,6 +71,7 @@ class Prompt:
     ids: list[int]
     columns: dict[str, Any]  # every other dataset column, for the reward functions
     inputs: ImageInputs | None = None  # None: a text run
+    raw: RawPrompt | None = None  # of a run with images whose engine reads them itself
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,9 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         models = build.build_policies(self.model, reference, args, parallel)
         self.policy, self.reference, _ = models
         self.rewards.place(device, offload=args.reward_model_offload)
-        engine = EngineSettings.from_config(args, self.model, tokenizer, parallel, loaded.longest)
+        engine = EngineSettings.from_config(
+            args, self.model, tokenizer, parallel, loaded.longest, loaded.tokenize.processor
+        )
         self.rollouts = build.build_rollouts(
             loaded.engine_class,
             engine,

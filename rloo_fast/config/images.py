@@ -13,7 +13,10 @@ def check_images_are_offered(args: RLOOConfig, engine: Any) -> None:
     refused: dict[str, tuple[bool, str]] = {
         "torch_compile=True": (bool(args.torch_compile), "leave it out"),
         "max_staleness": (args.max_staleness > 0, "leave it out"),
-        sampler: (not engine.takes_images, "let transformers sample, which is the default"),
+        sampler: (
+            not (engine.takes_images or engine.reads_images),
+            "let transformers sample, which is the default",
+        ),
     }
     for what, (is_set, advice) in refused.items():
         if is_set:

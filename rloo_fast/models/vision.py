@@ -133,18 +133,24 @@ class ImageReader:
         self, messages: Sequence[Message], kwargs: dict[str, Any]
     ) -> tuple[list[int], ImageInputs]:
         """Messages whose parts of type "image" hold their image, through the chat template."""
+        kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **kwargs}
+        return self._split(self._applied(messages, kwargs))
+
+    def _applied(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> Any:
         if not self.processor.chat_template:  # a processor does not look at its tokenizer's
             kwargs = {"chat_template": self.processor.tokenizer.chat_template, **kwargs}
-        encoded = apply_template(
-            self.processor,
-            [[{**message} for message in messages]],  # transformers writes into them
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **kwargs,
-        )
-        return self._split(encoded)
+        copied = [{**message} for message in messages]  # transformers writes into them
+        return apply_template(self.processor, [copied], add_generation_prompt=True, **kwargs)
+
+    def raw_ids(self, prompt: str | Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
+        """Token ids of a text, or of messages through the chat template, before the processor puts
+        the tokens of images in their places."""
+        tokenizer = self.processor.tokenizer
+        if isinstance(prompt, str):
+            return tokenizer(prompt).input_ids
+        (text,) = self._applied(prompt, {"tokenize": False, **kwargs})
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return tokenizer(text, add_special_tokens=not begun).input_ids  # as in transformers
 
     def text(self, text: str, images: list[Image]) -> tuple[list[int], ImageInputs]:
         """A text in which the images have their tokens already. Raises ValueError for others."""

@@ -109,7 +109,13 @@ def load_run(
         with_images=with_images,
     )
     saved, stop_ids, tokenize = _load_texts(
-        policy, processing_class, args, sources, from_hub, with_images=with_images
+        policy,
+        processing_class,
+        args,
+        sources,
+        from_hub,
+        with_images=with_images,
+        engine_class=engine_class,
     )
     train_dataset, eval_dataset = drop_long_prompts(
         train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
@@ -155,6 +161,7 @@ def _load_texts(
     from_hub: dict[str, Any],
     *,
     with_images: bool,
+    engine_class: type[RolloutEngine],
 ) -> tuple[Any, tuple[int, ...], RowTokenizer]:
     """(what is saved with the policy, token ids that end a completion, how rows are read)."""
     processor = find_processor(processing_class, policy, **from_hub) if with_images else None
@@ -177,6 +184,7 @@ def _load_texts(
         num_embeddings=size,
         check_columns=sources.check_columns,
         reader=reader,
+        engine_reads_images=engine_class.reads_images,
     )
     return processor or tokenizer, stop_ids, tokenize
 

@@ -24,18 +24,21 @@ TOLERANCE = 1e-5
 TWO_WAY = ["gemma3"]  # an image's tokens see each other, both ways
 
 
-def prompts(reader: ImageReader) -> list:
-    """With one image, none, and two of several sizes."""
+def message_lists() -> list[tuple[list[dict], list]]:
+    """(messages, their images): one image, none, and two of several sizes."""
 
     def chat(text, *images):
-        messages = with_images([{"role": "user", "content": text}], list(images))
-        return reader.chat(messages, {})
+        return with_images([{"role": "user", "content": text}], list(images)), list(images)
 
     return [
         chat("w1 w2 w3", picture(1)),
         chat("w4"),
         chat("w5 w6", picture(2, 24), picture(3)),
     ]
+
+
+def prompts(reader: ImageReader) -> list:
+    return [reader.chat(messages, {}) for messages, _ in message_lists()]
 
 
 def batch_of(reader: ImageReader):

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.utils import is_torchvision_available
 
 from tests.support.tiny import WORDS
 
@@ -42,12 +43,12 @@ def square_tower(**others: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_qwen2_vl() -> hf.PreTrainedModel:
+def make_qwen2_vl(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "rope_parameters": ROPE, **sizes}
     vision = {
-        "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2,
-        "patch_size": 4, "initializer_range": 0.2,
+        "depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2,
+        "mlp_ratio": 2, "patch_size": 4, "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": ROPE}
     return hf.Qwen2VLForConditionalGeneration(
         hf.Qwen2VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -55,13 +56,14 @@ def make_qwen2_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_qwen2_5_vl() -> hf.PreTrainedModel:
+def make_qwen2_5_vl(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "rope_parameters": ROPE, **sizes}
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"],
+        "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "window_size": 16,
+        "fullatt_block_indexes": [1],
         "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": ROPE}
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -69,13 +71,14 @@ def make_qwen2_5_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_qwen3_vl() -> hf.PreTrainedModel:
+def make_qwen3_vl(**sizes: Any) -> hf.PreTrainedModel:
+    rope = {**ROPE, "mrope_interleaved": True}
+    text = {**TEXT, "head_dim": 8, "rope_parameters": rope, **sizes}
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16,
+        "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"],
+        "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0], "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
     return hf.Qwen3VLForConditionalGeneration(
         hf.Qwen3VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -83,50 +86,50 @@ def make_qwen3_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_idefics3() -> hf.PreTrainedModel:
+def make_idefics3(**sizes: Any) -> hf.PreTrainedModel:
     return hf.Idefics3ForConditionalGeneration(
         hf.Idefics3Config(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=square_tower(),
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=square_tower(),
             image_token_id=NUMBER["<image>"], scale_factor=2, pad_token_id=0,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_smolvlm() -> hf.PreTrainedModel:
+def make_smolvlm(**sizes: Any) -> hf.PreTrainedModel:
     return hf.SmolVLMForConditionalGeneration(
         hf.SmolVLMConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=square_tower(),
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=square_tower(),
             image_token_id=NUMBER["<image>"], scale_factor=2, pad_token_id=0,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_llava() -> hf.PreTrainedModel:
+def make_llava(**sizes: Any) -> hf.PreTrainedModel:
     tower = square_tower(model_type="clip_vision_model", projection_dim=32)
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=tower,
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=tower,
             image_token_id=NUMBER["<image>"], vision_feature_layer=-1,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_llava_next() -> hf.PreTrainedModel:
+def make_llava_next(**sizes: Any) -> hf.PreTrainedModel:
     tower = square_tower(model_type="clip_vision_model", projection_dim=32)
     return hf.LlavaNextForConditionalGeneration(
         hf.LlavaNextConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=tower,
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=tower,
             image_token_id=NUMBER["<image>"], vision_feature_layer=-1,
             image_grid_pinpoints=[[16, 32], [32, 16]], tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_gemma3() -> hf.PreTrainedModel:
-    text = {**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
+def make_gemma3(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8, **sizes}
     return hf.Gemma3ForConditionalGeneration(
         hf.Gemma3Config(
             text_config=text, vision_config=square_tower(), mm_tokens_per_image=4,
@@ -136,7 +139,7 @@ def make_gemma3() -> hf.PreTrainedModel:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[], Any]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "qwen2_vl": make_qwen2_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
@@ -148,10 +151,15 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_vision_model(family: str, seed: int = 0) -> Any:
-    """A random model of a family over VOCABULARY, in float32."""
+def make_vision_model(family: str, seed: int = 0, *, wide: bool = False) -> Any:
+    """A random model of a family over VOCABULARY, in float32; `wide`: with heads of 32 numbers,
+    which vLLM's attention on a CPU asks for."""
     torch.manual_seed(seed)
-    model = MODELS[family]()
+    sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 32} if wide else {}
+    if wide and family.startswith("qwen"):
+        rope = {**ROPE, "mrope_section": [4, 4, 8]}
+        sizes["rope_parameters"] = rope | ({"mrope_interleaved": True} if "3" in family else {})
+    model = MODELS[family](**sizes)
     with torch.no_grad():  # towers that start at 0.02 would hardly be seen in the logits
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.std() < 0.1 and "lm_head" not in name:
@@ -203,8 +211,11 @@ def make_processor(family: str) -> Any:
             size={"shortest_edge": 64, "longest_edge": 1024},
         )  # fmt: skip
         name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
-        processor = _without_videos(getattr(hf, f"{name}Processor"))
-        return processor(images, tokenizer, chat_template=template)
+        processor = getattr(hf, f"{name}Processor")
+        if is_torchvision_available():
+            video = hf.Qwen3VLVideoProcessor if "3" in name else hf.Qwen2VLVideoProcessor
+            return processor(images, tokenizer, video(), chat_template=template)
+        return _without_videos(processor)(images, tokenizer, chat_template=template)
     if kind in ("idefics3", "smolvlm"):
         images = hf.Idefics3ImageProcessorPil(
             size={"longest_edge": 32}, max_image_size={"longest_edge": 16}

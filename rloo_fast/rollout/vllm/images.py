@@ -1,0 +1,48 @@
+"""Prompts with images, as vLLM takes them: its own copy of the processor reads the images.
+
+vLLM is given a prompt's text and its images, and puts the tokens of the images in their places
+itself. That the prompt it samples from is the one that is trained on is checked for every
+completion; that it sees the same pixels follows from the processor's own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...records import RawPrompt
+from ..engine import EngineError
+
+# vLLM measures its memory with as many videos as there may be; images stay as many as fit
+SETTINGS: dict[str, Any] = {"limit_mm_per_prompt": {"video": 0, "audio": 0}}
+
+
+def check_adapter_is_merged(*, sends_adapter: bool) -> None:
+    """Raise ValueError for an adapter beside the weights in a run with images."""
+    if sends_adapter:
+        raise ValueError(
+            "vllm_lora='adapter' is not offered with images: vLLM leaves the adapter's layers in "
+            "the image tower out. Set vllm_lora='merged', which sends W + scale B A."
+        )
+
+
+def request_of(prompt_ids: list[int], raw: RawPrompt | None) -> dict[str, Any]:
+    """What vLLM's engine is asked with; `raw`: of a run with images."""
+    if raw is None or not raw.images:
+        return {"prompt_token_ids": prompt_ids}
+    return {"prompt_token_ids": raw.ids, "multi_modal_data": {"image": raw.images}}
+
+
+def check_prompt(read: Sequence[int] | None, prompt_ids: Sequence[int]) -> None:
+    """Raise EngineError if vLLM sampled from another prompt than is trained on."""
+    found, expected = list(read or ()), list(prompt_ids)
+    if found == expected:
+        return
+    pairs = enumerate(zip(found, expected, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
+    raise EngineError(
+        f"vLLM reads a prompt with images as {len(found)} tokens, the processor as "
+        f"{len(expected)}, and they differ from token {first} on ({found[first : first + 4]}, not "
+        f"{expected[first : first + 4]}): this vLLM cannot sample for this model's processor. "
+        "Leave use_vllm out: transformers samples then."
+    )
