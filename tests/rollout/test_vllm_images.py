@@ -24,7 +24,7 @@ require_vllm()
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 FAMILIES = ["idefics3"]
 if is_torchvision_available():
-    FAMILIES += ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava", "llava_next", "gemma3"]
+    FAMILIES += ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next"]
 SAMPLING = Sampling(
     temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, max_new_tokens=8,
     stop_token_ids=(1, NUMBER["<image>"]),

@@ -24,10 +24,10 @@ from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import AdapterShape, Parted, adapter_shape
 from ..engine import EngineError, OnFinished, RolloutEngine
 from ..settings import EngineSettings
-from . import images, lora
+from . import images, loader, lora
 from .files import saved_configuration
 from .host import host_unchanged
-from .model import LooseTensors, kept_in_another_form
+from .model import LooseTensors, as_read, kept_in_another_form
 from .package import import_vllm, runs_on_cpu
 from .placement import check_all_reduce, launched_as_here, placement
 from .ranks import tensor_parallel_group, together, unlink_shared_memory
@@ -134,6 +134,7 @@ class VLLMEngine(RolloutEngine):
         self._files = tempfile.TemporaryDirectory(prefix="rloo_fast-vllm-")
         self._loose = LooseTensors()
         self._adapter = None if adapter is None else lora.request()
+        self._has_images = processor is not None
         self._has_base = False  # the weights that the adapter belongs to are there
         self._found_group = dist.is_initialized()  # else vLLM makes one, of this process alone
         settings: dict[str, Any] = {
@@ -143,7 +144,7 @@ class VLLMEngine(RolloutEngine):
                 )
             ),
             "language_model_only": processor is None,  # prompts are token ids alone
-            "load_format": "dummy",
+            "load_format": loader.register(),
             "skip_tokenizer_init": tokenizer is None,
             "generation_config": "vllm",
             "dtype": str(dtype).removeprefix("torch."),
@@ -234,13 +235,14 @@ class VLLMEngine(RolloutEngine):
                 f"vLLM kept its prefix cache when policy version {version} was loaded, so that it "
                 "would sample from older weights: blocks of it are still in use."
             )
-        self.llm.llm_engine.reset_encoder_cache()  # what the former image tower made of images
+        if self._has_images:  # what the former image tower has made of some is kept as well
+            self.llm.llm_engine.reset_encoder_cache()
 
     def _load_base(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         def load(model: Any) -> list[str]:
             with lora.without_adapters(model):
                 poison(model)
-                model.load_weights(weights)
+                model.load_weights(as_read(model, weights))
                 return uncovered(model)
 
         with torch.no_grad(), _explained("loading weights into vLLM"):
