@@ -103,6 +103,13 @@ def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
     return given
 
 
+def as_seen(image: Image) -> Image:
+    """In three colours and turned as its file says: what transformers' templates make of one."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
 class ImageReader:
     """Prompts with images -> token ids, and what else the model's forward takes of them.
 
@@ -161,9 +168,8 @@ class ImageReader:
                 f"it has {len(images)} images, but its text has the image token {mark!r} {count} "
                 "times: write it once for each image, or make the prompt a list of messages."
             )
-        encoded = self.processor(
-            text=[text], images=[images] if images else None, return_tensors="pt"
-        )
+        seen = [as_seen(image) for image in images]
+        encoded = self.processor(text=[text], images=[seen] if seen else None, return_tensors="pt")
         return self._split(encoded)
 
     def trial(self, kwargs: dict[str, Any]) -> tuple[list[int], ImageInputs]:

@@ -6,6 +6,9 @@ Only Idefics3 can be run by a vLLM without torchvision; with it, the other famil
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from transformers.utils import is_torchvision_available
@@ -16,6 +19,7 @@ from rloo_fast.rollout.engine import EngineError
 from rloo_fast.weight_sync.buckets import weight_buckets
 from tests.policy.test_image_layouts import K, alone, message_lists
 from tests.support.batches import generation_batch
+from tests.support.serving import serving
 from tests.support.tiny import require_vllm
 from tests.support.vision import NUMBER, make_processor, make_vision_model
 
@@ -34,11 +38,12 @@ BUCKET = 20_000
 
 
 class Served:
-    """A model, its engine, and prompts with one image, none, and two, K times each."""
+    """A model, its engine, and prompts with one image, none, and two, K times each.
 
-    def __init__(self, family: str, **options):
-        from rloo_fast.rollout.vllm.colocate import VLLMEngine
+    `engine`: made of the model and its processor.
+    """
 
+    def __init__(self, family: str, engine: Callable[..., Any]):
         self.model, processor = make_vision_model(family, wide=True), make_processor(family)
         reader = ImageReader(processor, self.model)
         prompts = [
@@ -46,16 +51,13 @@ class Served:
             for messages, images in message_lists()
         ]
         self.rows = [prompt for prompt in prompts for _ in range(K)]
-        self.engine = VLLMEngine(
-            self.model, dtype=torch.float32, processor=processor, max_model_length=160,
-            engine_kwargs={"kv_cache_memory_bytes": 32 << 20, "max_num_seqs": 16}, **options,
-        )  # fmt: skip
-        self.version = 0
+        self.engine = engine(self.model, processor)
+        self.version, self.level = 0, 2
 
     def load(self, without: str = "nothing") -> None:
         self.version += 1
         if self.version > 1 and self.engine.version is not None:
-            self.engine.sleep(2)
+            self.engine.sleep(self.level)
         if self.engine.state.name == "ASLEEP":
             self.engine.wake(("weights",))
         kept = (
@@ -82,11 +84,27 @@ class Served:
         return float((logps - alone(self.model, batch)).abs().max())
 
 
+def in_process(model, processor):
+    from rloo_fast.rollout.vllm.colocate import VLLMEngine
+
+    return VLLMEngine(
+        model, dtype=torch.float32, processor=processor, max_model_length=160,
+        engine_kwargs={"kv_cache_memory_bytes": 32 << 20, "max_num_seqs": 16},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request):
-    made = Served(request.param)
+    made = Served(request.param, in_process)
     yield made
     made.engine.close()
+
+
+def train_tower(model) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vis" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def test_samples_are_drawn_from_what_is_trained_on(served):
@@ -98,10 +116,7 @@ def test_they_follow_an_image_tower_that_was_trained(served):
     """vLLM keeps what a tower has made of an image, and must drop it with the weights."""
     served.load()
     before = served.sample().logps
-    with torch.no_grad():
-        for name, parameter in served.model.named_parameters():
-            if "vis" in name:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    train_tower(served.model)
     served.load()
     assert served.difference() < TOLERANCE
     assert served.sample().logps != before
@@ -121,9 +136,27 @@ def test_another_prompt_than_is_trained_on_is_refused(served):
     assert len(served.sample().completion_ids) == len(served.rows)  # nothing is left behind
 
 
+def test_a_server_is_sent_the_images_and_samples_the_same(tmp_path):
+    """Its weights are replaced in flight, and what its tower has made of images goes with them."""
+    from rloo_fast.rollout.vllm.servers import VLLMServers
+
+    with serving(tmp_path, family="idefics3") as server:
+        served = Served("idefics3", lambda *_: VLLMServers([server.url], has_images=True))
+        served.level = 0  # it never sleeps
+        served.load()
+        assert served.difference() < TOLERANCE
+        train_tower(served.model)
+        served.load()
+        assert served.difference() < TOLERANCE
+        ids, more, raw = served.rows[0]
+        with pytest.raises(EngineError, match="it is for the prompt"):
+            served.sample([([ids[0], 9, *ids[2:]], more, raw)])
+        served.engine.close()
+
+
 def main() -> None:
     for family in FAMILIES:
-        served = Served(family)
+        served = Served(family, in_process)
         served.load()
         print(f"{family:12} {served.difference():9.1e}", flush=True)
         served.engine.close()

@@ -123,7 +123,6 @@ class VLLMEngine(RolloutEngine):
         super().__init__()
         self._vllm = import_vllm()
         if processor is not None:
-            images.check_adapter_is_merged(sends_adapter=adapter is not None)
             tokenizer = tokenizer or processor.tokenizer
         on_cpu = runs_on_cpu()
         if on_cpu and sleeps:
@@ -318,9 +317,9 @@ class VLLMEngine(RolloutEngine):
                 with _explained("generating with vLLM"):
                     finished = engine.step()
                 for output in finished:
-                    images.check_prompt(
-                        output.prompt_token_ids, rows[waiting[output.request_id]][0]
-                    )
+                    ids, raw, _ = rows[waiting[output.request_id]]
+                    if raw is not None:
+                        images.check_prompt(output.prompt_token_ids, ids)
                     yield waiting.pop(output.request_id), output.outputs[0]
         finally:
             if waiting:  # an error, here or in what is done with a completion

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from ...records import SentParts
 from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import Parted
-from . import executor, guard, lora
+from . import executor, guard, loader, lora
 from .fetch import most_bytes
 from .http import BACKEND, PROTOCOL, WIDER
 from .model import as_read
@@ -38,6 +38,7 @@ def register() -> None:
     with suppress(ImportError):  # a vLLM without servers as we know them may still run in process
         guard.install()
         executor.install()
+        loader.register()
     runs_on_cpu()
 
 
