@@ -20,7 +20,7 @@ from rloo_fast.rollout.vllm.transport import Endpoint
 
 from .launch import free_port
 from .tiny import make_model, make_tokenizer, require_vllm
-from .vision import make_processor, make_vision_model, make_vision_tokenizer
+from .vision import make_processor, make_vision_model
 
 MAX_MODEL_LEN = 128
 KEY = "key-of-the-server"
@@ -64,8 +64,9 @@ def serving(
         model = make_vision_model(family, wide=True)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        make_processor(family).save_pretrained(folder)
-        make_vision_tokenizer().save_pretrained(folder / "tokenizer")
+        processor = make_processor(family)
+        processor.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder / "tokenizer")
         options = (*options, "--limit-mm-per-prompt", '{"video": 0}')
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--tokenizer", str(folder / "tokenizer")]
