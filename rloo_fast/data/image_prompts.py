@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models.vision import ImageReader, as_seen
+from ..models.vision import ImageReader
 from ..records import ImageInputs, Prompt, RawPrompt
 from .images import row_images, shown_images, with_images, without_images
 from .messages import is_conversational, kind_error, shown, template_errors
@@ -39,7 +39,7 @@ def prompt_with_images(
 
 def raw_prompt(text: Any, row: Row, reader: ImageReader, kwargs: dict[str, Any]) -> RawPrompt:
     """Of a prompt that `prompt_with_images` has made of the row."""
-    images = [as_seen(image) for image in shown_images(text, row)]
+    images = [reader.in_colour(image) for image in shown_images(text, row)]
     return RawPrompt(reader.raw_ids(text, kwargs), images)
 
 

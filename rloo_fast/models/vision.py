@@ -103,13 +103,6 @@ def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
     return given
 
 
-def as_seen(image: Image) -> Image:
-    """In three colours and turned as its file says: what transformers' templates make of one."""
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
 class ImageReader:
     """Prompts with images -> token ids, and what else the model's forward takes of them.
 
@@ -168,9 +161,17 @@ class ImageReader:
                 f"it has {len(images)} images, but its text has the image token {mark!r} {count} "
                 "times: write it once for each image, or make the prompt a list of messages."
             )
-        seen = [as_seen(image) for image in images]
-        encoded = self.processor(text=[text], images=[seen] if seen else None, return_tensors="pt")
+        encoded = self.processor(
+            text=[text], images=[images] if images else None, return_tensors="pt"
+        )
         return self._split(encoded)
+
+    def in_colour(self, image: Image) -> Image:
+        """In red, green and blue, as the processor would make it of another mode."""
+        if image.mode == "RGB":
+            return image
+        convert = getattr(self.processor.image_processor, "convert_to_rgb", None)
+        return image.convert("RGB") if convert is None else convert(image)
 
     def trial(self, kwargs: dict[str, Any]) -> tuple[list[int], ImageInputs]:
         """The same prompt each time, with an image of noise."""

@@ -15,6 +15,7 @@ from rloo_fast.reports import completions
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
+CHAT = [{"role": "user", "content": "w1 w2"}]
 
 
 def rows(number: int = 8) -> Dataset:
@@ -173,6 +174,12 @@ def test_text_alone(family, by_processor, tmp_path):
     assert log["sampling/logp_diff_max"] < 1e-4
 
 
+BOTH = Dataset.from_list(
+    [
+        {"prompt": CHAT, "image": picture(1), "images": []},
+        {"prompt": CHAT, "image": picture(1), "images": [picture(2)]},
+    ]
+)
 NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
 
 
@@ -181,10 +188,12 @@ NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
     [
         ({"processing_class": make_processor("llava").tokenizer}, "is a tokenizer: pass"),
         ({"processing_class": make_processor("qwen2_5_vl")}, "makes image_grid_thw, which Llava"),
-        ({"use_vllm": True}, "are not offered with use_vllm=True yet"),
+        ({"use_vllm": True, "vllm_lora": "adapter"}, "not offered with vllm_lora='adapter' yet"),
+        ({"torch_compile": True}, "are not offered with torch_compile=True yet"),
+        ({"data": BOTH, "reward": lengths}, r"row 1 .counted.*both 'image' and 'images'"),
         ({"data": NO_IMAGE, "reward": lengths}, r"row 0 .counted from 0.: its image 0 must be a"),
     ],
-    ids=["tokenizer", "another processor", "vllm", "no image"],
+    ids=["tokenizer", "another processor", "lora apart", "compiled", "both", "no image"],
 )  # fmt: skip
 def test_what_is_refused(given, said, tmp_path):
     with pytest.raises(ValueError, match=said):
