@@ -6,6 +6,7 @@ Only Idefics3 can be run by a vLLM without torchvision; with it, the other famil
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ require_vllm()
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 FAMILIES = ["idefics3"]
 if is_torchvision_available():
-    FAMILIES += ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next"]
+    FAMILIES += ["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next"]
 SAMPLING = Sampling(
     temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, max_new_tokens=8,
     stop_token_ids=(1, NUMBER["<image>"]),
@@ -155,7 +156,7 @@ def test_a_server_is_sent_the_images_and_samples_the_same(tmp_path):
 
 
 def main() -> None:
-    for family in FAMILIES:
+    for family in sys.argv[1:] or FAMILIES:
         served = Served(family, in_process)
         served.load()
         print(f"{family:12} {served.difference():9.1e}", flush=True)

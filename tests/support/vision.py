@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
 from transformers.utils import is_torchvision_available
 
 from tests.support.tiny import WORDS
@@ -86,6 +88,31 @@ def make_qwen3_vl(**sizes: Any) -> hf.PreTrainedModel:
     )
 
 
+def make_idefics2(**sizes: Any) -> hf.PreTrainedModel:
+    resampler = {
+        "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 2,
+        "resampler_head_dim": 16, "num_key_value_heads": 1, "hidden_size": 32,
+    }  # fmt: skip
+    text = {**TEXT, "model_type": "mistral", "sliding_window": None, **sizes}
+    return hf.Idefics2ForConditionalGeneration(
+        hf.Idefics2Config(
+            text_config=text, vision_config=square_tower(), image_token_id=NUMBER["<image>"],
+            perceiver_config={**resampler, "hidden_size": text["hidden_size"]},
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def make_internvl(**sizes: Any) -> hf.PreTrainedModel:
+    tower = {**square_tower(), "image_size": [16, 16], "patch_size": [4, 4]}
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(
+            text_config={**TEXT, "model_type": "qwen2", **sizes}, vision_config=tower,
+            image_token_id=NUMBER["<image>"], image_seq_length=4, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
 def make_idefics3(**sizes: Any) -> hf.PreTrainedModel:
     return hf.Idefics3ForConditionalGeneration(
         hf.Idefics3Config(
@@ -143,10 +170,12 @@ MODELS: dict[str, Callable[..., Any]] = {
     "qwen2_vl": make_qwen2_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
+    "idefics2": make_idefics2,
     "idefics3": make_idefics3,
     "smolvlm": make_smolvlm,
     "llava": make_llava,
     "llava_next": make_llava_next,
+    "internvl": make_internvl,
     "gemma3": make_gemma3,
 }
 
@@ -185,7 +214,9 @@ def make_vision_tokenizer() -> Any:
         tokenizer_object=core, padding_side="left", pad_token="<pad>", eos_token="<eos>",
         unk_token="<unk>", additional_special_tokens=MARKS,
         extra_special_tokens={"image_token": "<image>", "boi_token": "<vs>", "eoi_token": "<ve>",
-                              "video_token": "<video>"},
+                              "video_token": "<video>", "context_image_token": "<image>",
+                              "start_image_token": "<vs>", "end_image_token": "<ve>",
+                              "image_boundary_token": "<fake_token_around_image>"},
     )  # fmt: skip
 
 
@@ -216,7 +247,32 @@ def make_processor(family: str) -> Any:
             video = hf.Qwen3VLVideoProcessor if "3" in name else hf.Qwen2VLVideoProcessor
             return processor(images, tokenizer, video(), chat_template=template)
         return _without_videos(processor)(images, tokenizer, chat_template=template)
-    if kind in ("idefics3", "smolvlm"):
+    if kind == "idefics2":
+        images = hf.Idefics2ImageProcessorPil(
+            size={"shortest_edge": 16, "longest_edge": 32}, do_image_splitting=False
+        )
+        return hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    if kind == "internvl":
+        images = hf.GotOcr2ImageProcessorPil(size=square, min_patches=1, max_patches=2)
+        options = {"image_seq_length": 4, "chat_template": template}
+        if is_torchvision_available():
+            return hf.InternVLProcessor(images, tokenizer, hf.InternVLVideoProcessor(), **options)
+        return _without_videos(hf.InternVLProcessor)(images, tokenizer, **options)
+    if kind == "smolvlm":
+        smolvlm.num2words = smolvlm.num2words or str  # it writes the numbers of videos alone
+        images = hf.SmolVLMImageProcessorPil(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+        )
+        if is_torchvision_available():
+            video = hf.SmolVLMVideoProcessor()
+            return hf.SmolVLMProcessor(
+                images, tokenizer, video, image_seq_len=4, chat_template=template
+            )
+        processor = _without_videos(hf.SmolVLMProcessor)
+        made = processor(images, tokenizer, None, image_seq_len=4, chat_template=template)
+        made.video_processor = SimpleNamespace(num_frames=1, fps=1)  # are asked for
+        return made
+    if kind == "idefics3":
         images = hf.Idefics3ImageProcessorPil(
             size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
         )

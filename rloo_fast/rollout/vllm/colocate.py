@@ -157,7 +157,7 @@ class VLLMEngine(RolloutEngine):
             "seed": seed,
         }
         if processor is not None:
-            settings |= images.SETTINGS
+            settings |= images.settings(processor)
         if tokenizer is not None:
             # in a folder of its own: beside a configuration, the class that usually belongs to the
             # model would be loaded in place of this one

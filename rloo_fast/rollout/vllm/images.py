@@ -2,7 +2,7 @@
 
 vLLM is given a prompt's text and its images, and puts the tokens of the images in their places
 itself. That the prompt it samples from is the one that is trained on is checked for every
-completion; that it sees the same pixels follows from the processor's own files.
+completion; that it sees the same pixels follows from the processor's own files and backend.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from typing import Any
 from ...records import RawPrompt
 from ..engine import EngineError
 
-# vLLM measures its memory with as many videos as there may be; images stay as many as fit
-SETTINGS: dict[str, Any] = {"limit_mm_per_prompt": {"video": 0, "audio": 0}}
+
+def settings(processor: Any) -> dict[str, Any]:
+    """Arguments of vllm.LLM: no room is made for videos, and images are resized by the same code as
+    here (Pillow's and torchvision's pixels are not the same)."""
+    backend = getattr(processor.image_processor, "backend", None)
+    return {
+        "limit_mm_per_prompt": {"video": 0, "audio": 0},
+        "mm_processor_kwargs": None if backend is None else {"backend": backend},
+    }
 
 
 def as_parts(images: Sequence[Any]) -> list[dict[str, str]]:
