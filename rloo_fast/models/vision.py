@@ -103,6 +103,12 @@ def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
     return given
 
 
+def image_token_of(config: Any) -> int | None:
+    """The token in whose places a model puts what it makes of images."""
+    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
 class ImageReader:
     """Prompts with images -> token ids, and what else the model's forward takes of them.
 
@@ -113,9 +119,7 @@ class ImageReader:
         self.processor: Any = processor
         base = base_causal_lm(model)
         self.kind = type(base).__name__
-        config = base.config
-        ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        image_token_id = next((i for i in ids if isinstance(i, int)), None)
+        image_token_id = image_token_of(base.config)
         if image_token_id is None:
             raise ValueError(
                 f"the configuration of {self.kind} names no image_token_id, by which images find "

@@ -22,7 +22,7 @@ def settings(processor: Any) -> dict[str, Any]:
     backend = getattr(processor.image_processor, "backend", None)
     return {
         "limit_mm_per_prompt": {"video": 0, "audio": 0},
-        "mm_processor_kwargs": None if backend is None else {"backend": backend},
+        "mm_processor_kwargs": None if backend is None else {"use_fast": backend != "pil"},
     }
 
 
