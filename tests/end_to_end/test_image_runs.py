@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.reports import completions
+from tests.support.paths import SUPPORT
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
@@ -111,6 +112,26 @@ def test_adapters_and_recomputed_layers(family, tmp_path):
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert all(log["sampling/logp_diff_max"] < 1e-4 for log in logs)
         assert any(log["grad_norm"] > 0 for log in logs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dynamic_sampling": True},
+        {"max_staleness": 2, "rollout_engine": f"{SUPPORT}/copied_engine.py:SeeingCopiedEngine"},
+        {"rollout_engine": f"{SUPPORT}/copied_engine.py:SeeingCopiedEngine"},
+    ],
+    ids=["dynamic", "ahead", "an engine with a processor"],
+)
+def test_completions_belong_to_the_images_they_were_sampled_for(settings, tmp_path):
+    """At a learning rate of 0 the sampler's log-probs are the policy's, however old they are."""
+    trainer = make_trainer(tmp_path, learning_rate=0.0, max_steps=4, **settings)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    found = [log["sampling/logp_diff_max"] for log in logs if "sampling/logp_diff_max" in log]
+    assert found  # steps whose tokens are all old have none
+    assert max(found) < 1e-4
 
 
 def test_recomputed_layers_have_the_same_gradients(tmp_path):

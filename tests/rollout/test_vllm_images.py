@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers.utils import is_torchvision_available
 
 from rloo_fast.models.vision import ImageReader
 from rloo_fast.records import RawPrompt, Sampling
 from rloo_fast.rollout.engine import EngineError
 from rloo_fast.weight_sync.buckets import weight_buckets
+from tests.end_to_end.test_image_runs import make_trainer
 from tests.policy.test_image_layouts import K, alone, message_lists
 from tests.support.batches import generation_batch
 from tests.support.serving import serving
@@ -135,6 +137,20 @@ def test_another_prompt_than_is_trained_on_is_refused(served):
     with pytest.raises(EngineError, match="differ from token 1 on"):
         served.sample([([ids[0], 9, *ids[2:]], more, raw)])
     assert len(served.sample().completion_ids) == len(served.rows)  # nothing is left behind
+
+
+def test_a_run_samples_with_vllm_and_trains_the_tower_by_lora(tmp_path):
+    trainer = make_trainer(
+        tmp_path, "idefics3", model=make_vision_model("idefics3", wide=True), use_vllm=True,
+        vllm_engine_kwargs={"kv_cache_memory_bytes": 32 << 20}, learning_rate=0.05, max_steps=3,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(log["sampling/logp_diff_max"] < 1e-3 for log in logs)
+    trained = [n for n, p in trainer.model.named_parameters() if "lora_B" in n and p.any()]
+    assert any("vision_model" in name for name in trained)
+    trainer.rollouts.close()
 
 
 def test_a_server_is_sent_the_images_and_samples_the_same(tmp_path):
