@@ -42,8 +42,17 @@ SentParts = Literal["merged", "base+adapter", "adapter"]
 # sizes; per token of the prompt (L,) PER_TOKEN_INPUTS and (3, L) position_ids, where it counts
 # them in three directions. Rows of one prompt share one object, which nobody writes into
 ImageInputs = dict[str, Tensor]
+# prompts with images of a micro-batch that has each image once, and in how many lines they are
+ImageCopies = list[tuple[list[int], int]]
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 NAN = float("nan")
+
+
+class RawPrompt(NamedTuple):
+    """A prompt with images before a processor had it, for an engine that has one itself."""
+
+    ids: list[int]  # of its text, in which an image is what the template writes for it
+    images: list[Any]  # PIL images
 
 
 class Count(float):
@@ -64,6 +73,7 @@ class Prompt:
     ids: list[int]
     columns: dict[str, Any]  # every other dataset column, for the reward functions
     inputs: ImageInputs | None = None  # None: a text run
+    raw: RawPrompt | None = None  # of a run with images whose engine reads them itself
 
 
 @dataclass(frozen=True)
@@ -310,6 +320,7 @@ class MicroBatch:
     position_ids: Tensor | None = None
     segments: Segments | None = None  # which tokens see which; None: all before them in the line
     inputs: ImageInputs | None = None  # of its images, in their tokens' order, for forward
+    copies: ImageCopies | None = None  # of images that several lines have; None: of none
 
 
 class LossInputs(NamedTuple):

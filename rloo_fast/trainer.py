@@ -29,7 +29,7 @@ from .config.rloo_config import RLOOConfig, trainer_args
 from .data import loader
 from .data.seeds import step_seed
 from .distributed import check_launch, make_training_engine
-from .policy.layout_probe import choose_layout
+from .policy.layout_probe import choose_layout, runs_images_once
 from .records import GenerationBatch, MicroBatchInputs, MicroBatchResult, PreparedBatch
 from .reports.metrics import Metrics
 from .reports.progress import show_lines
@@ -204,7 +204,10 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             planner.layout_name, why = choose_layout(
                 self.args.layout, self.policy, model, self.accelerator, self.collector.seen
             )
-            self._say_once(f"Micro-batches: {why}.")
+            planner.images_once, also = runs_images_once(
+                planner.layout_name, self.policy, model, self.accelerator, self.collector.seen
+            )
+            self._say_once(f"Micro-batches: {why}{also}.")
 
     def _collect(self, rows: list[loader.Row], seed: int, mode: str) -> GenerationBatch:
         """Completions of these prompts, scored: this process' share."""
@@ -348,7 +351,9 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         models = build.build_policies(self.model, reference, args, parallel)
         self.policy, self.reference, _ = models
         self.rewards.place(device, offload=args.reward_model_offload)
-        engine = EngineSettings.from_config(args, self.model, tokenizer, parallel, loaded.longest)
+        engine = EngineSettings.from_config(
+            args, self.model, tokenizer, parallel, loaded.longest, loaded.tokenize.processor
+        )
         self.rollouts = build.build_rollouts(
             loaded.engine_class,
             engine,

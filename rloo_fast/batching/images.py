@@ -41,6 +41,11 @@ def _joined(parts: list[Tensor], along: int) -> Tensor:
     return torch.cat(filled, dim=along)
 
 
+def lines_of(units: Sequence[UnitIds], layout: Layout) -> list[int]:
+    """How often each unit's prompt is run."""
+    return [1 if layout.shares_prompts else len(unit.completions) for unit in units]
+
+
 def _numbers(tensor: Any) -> list[int]:
     return tensor.tolist()
 
@@ -52,10 +57,12 @@ def inputs_of_lines(
     *,
     multiple_of: int,
     sizes: CompiledSizes | None,
+    once: bool,
 ) -> ImageInputs:
     """The inputs of a micro-batch, `prompts` being those of its units: images as often as the
-    layout has their prompt, and per token (R, T), position_ids (3, R, T), as the ids lie in it."""
-    times = [1 if layout.shares_prompts else len(unit.completions) for unit in units]
+    layout has their prompt, or `once`, and per token (R, T), position_ids (3, R, T), as the ids lie
+    in it."""
+    times = [1 if once else lines for lines in lines_of(units, layout)]
     inputs = join_images([p for p, n in zip(prompts, times, strict=True) for _ in range(n)])
 
     def lay(of_prompts: list[list[int]], of_completions: list[list[list[int]]]) -> Tensor:

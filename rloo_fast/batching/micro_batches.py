@@ -13,7 +13,7 @@ from rloo_kernels.transfer import to_device
 
 from ..records import GenerationBatch, ImageInputs, MicroBatch, Prompt, Unit
 from .compiled_sizes import CompiledSizes
-from .images import inputs_of_lines
+from .images import inputs_of_lines, lines_of
 from .layouts import Layout, UnitIds
 from .segments import make_segments
 
@@ -39,11 +39,13 @@ def make_micro_batch(
     multiple_of: int = 1,
     sizes: CompiledSizes | None = None,
     seen: Prompt | None = None,
+    images_once: bool = False,
 ) -> MicroBatch:
     """The micro-batch of `units`; without units a filler, which runs one token and weighs nothing.
 
     Made on the host and queued for the device, so that it can be built while the one before runs.
     `seen`: a prompt with an image that goes along, weighing nothing, where no other prompt has one.
+    `images_once`: also where several lines have an image; `copies` then says which.
     Lines are lengthened to a multiple of `multiple_of` tokens, or to one of `sizes`.
     """
     counted, run = batch.num_tokens, run_lengths(batch, every_token)
@@ -73,9 +75,15 @@ def make_micro_batch(
     rows = [r for unit in units for r in unit]
     lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
     positions = None if lines.positions is None else torch.tensor([lines.positions])
-    inputs = None
+    inputs, copies = None, None
     if batch.inputs is not None:
-        inputs = inputs_of_lines(parts, prompts, layout, multiple_of=multiple_of, sizes=sizes)
+        inputs = inputs_of_lines(
+            parts, prompts, layout, multiple_of=multiple_of, sizes=sizes, once=images_once
+        )
+        times = lines_of(parts, layout)
+        if images_once and any(n > 1 for n in times):
+            shown = zip(parts, prompts, times, strict=True)
+            copies = [(part.prompt, n) for part, more, n in shown if "pixel_values" in more]
         positions = inputs.pop("position_ids", positions)
         inputs = {name: to_device(value, device) for name, value in inputs.items()}
     return MicroBatch(
@@ -88,4 +96,5 @@ def make_micro_batch(
         position_ids=None if positions is None else to_device(positions, device),
         segments=segments,
         inputs=inputs,
+        copies=copies,
     )

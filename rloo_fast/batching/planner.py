@@ -19,8 +19,8 @@ class Planner:
 
     `every_token`: run also tokens from which nothing is predicted. `few_sizes`: micro-batches of a
     few sizes only, for a compiled model. `seen`: a prompt with an image for every micro-batch
-    without one, where processes must run the same modules. `layout` is set once, before the first
-    plan.
+    without one, where processes must run the same modules. `layout` and `images_once` are set once,
+    before the first plan.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Planner:
         self.budget, self.device, self.pad_token_id = budget, device, pad_token_id
         self.multiple_of, self.every_token = multiple_of or 1, every_token
         self.few_sizes, self.seen = few_sizes, seen
-        self.layout_name = ""
+        self.layout_name, self.images_once = "", False
 
     @property
     def layout(self) -> Layout:
@@ -86,6 +86,7 @@ class Planner:
             multiple_of=self.multiple_of,
             sizes=sizes,
             seen=self.seen,
+            images_once=self.images_once,
         )
 
     def lengths(self, batch: GenerationBatch) -> tuple[list[int], list[int]]:

@@ -31,7 +31,8 @@ def engine_name(
 ) -> str:
     """`rollout_engine`, or the name of what use_vllm and vllm_mode ask for.
 
-    `in_flight`: servers that go on sampling while their weights are replaced, or several of them.
+    `in_flight`: servers that go on sampling while their weights are replaced, or several of them,
+    or are sent images: by the endpoint that all of these need.
     """
     named = {same: name for name, same in SAME_AS.items()}
     name = rollout_engine or named[use_vllm, vllm_mode]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.vision import ImageReader
-from ..records import ImageInputs, Prompt
-from .images import row_images, with_images, without_images
+from ..records import ImageInputs, Prompt, RawPrompt
+from .images import row_images, shown_images, with_images, without_images
 from .messages import is_conversational, kind_error, shown, template_errors
 from .row_errors import UnusableRow
 from .row_functions import Row
@@ -35,6 +35,12 @@ def prompt_with_images(
         )
     with template_errors(without_images(messages)):
         return messages, *reader.chat(messages, kwargs)
+
+
+def raw_prompt(text: Any, row: Row, reader: ImageReader, kwargs: dict[str, Any]) -> RawPrompt:
+    """Of a prompt that `prompt_with_images` has made of the row."""
+    images = [reader.in_colour(image) for image in shown_images(text, row)]
+    return RawPrompt(reader.raw_ids(text, kwargs), images)
 
 
 def trial_prompt(reader: ImageReader, kwargs: dict[str, Any]) -> Prompt:

@@ -1,7 +1,8 @@
 """Images of a dataset row: opened, counted, and put where its messages have room for them.
 
 A row has them in a column `image` (one, or None) or `images` (a list, or None), each a PIL image,
-a path, the bytes of a file, or what the Image feature of `datasets` makes of these.
+a path, the bytes of a file, or what the Image feature of `datasets` makes of these. Of both
+columns a row fills one at most.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ def has_image_column(columns: Iterable[str]) -> bool:
 
 def row_images(row: Mapping[str, Any]) -> list[Image]:
     """The images of a row, opened; [] without any. Raises UnusableRow with what cannot be read."""
-    given = row.get("images") if "images" in row else row.get("image")
+    one, given = row.get("image"), row.get("images")
+    if one is not None and given:
+        raise UnusableRow(
+            "it fills both 'image' and 'images', of which a row uses one: leave one of them None."
+        )
+    if one is not None:
+        given = [one]
     if given is None:
         return []
-    if "images" not in row:
-        given = [given]
     if not isinstance(given, list | tuple):
         raise UnusableRow(
             f"column 'images' must hold a list of images, got {type(given).__name__}: name a "
@@ -42,7 +47,7 @@ def row_images(row: Mapping[str, Any]) -> list[Image]:
 
 
 def _opened(given: Any, number: int) -> Image:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(given, Image.Image):
         image = given
@@ -50,6 +55,8 @@ def _opened(given: Any, number: int) -> Image:
         image = _open(given, number)
     try:
         image.load()
+        if image is not given:
+            image = ImageOps.exif_transpose(image)  # turned as the file says, as in datasets
     except Exception as error:  # whatever a decoder runs into
         raise UnusableRow(
             f"its image {number} ({_shown(given)}) cannot be read ({type(error).__name__}: {error})"

@@ -12,7 +12,7 @@ from ..config.rloo_config import RLOOConfig, as_dict
 from ..models.chat_templates import apply_template
 from ..models.vision import ImageReader
 from ..records import Prompt
-from .image_prompts import prompt_with_images, trial_prompt
+from .image_prompts import prompt_with_images, raw_prompt, trial_prompt
 from .images import COLUMNS
 from .messages import is_conversational, kind_error, shown, template_errors
 from .row_errors import UnreadableRow, UnusableRow
@@ -32,10 +32,12 @@ def tokenize(
     length_option: str = "max_completion_length",
     engine_length: int | None = None,
     reader: ImageReader | None = None,
+    engine_reads_images: bool = False,
 ) -> list[Prompt]:
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
 
     `reader`: of a run with images, of which a row may have some; None: a text run.
+    `engine_reads_images`: prompts are also made as the rollout engine's own processor takes them.
 
     Raises UnusableRow (a ValueError) for a prompt that is missing, empty, of a wrong type, has
     token ids that are not < num_embeddings, or leaves no room for the completion in the model's
@@ -52,9 +54,11 @@ def tokenize(
     for row in rows:
         if "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
-        inputs, text = None, row["prompt"]
+        inputs, raw, text = None, None, row["prompt"]
         if reader is not None:
             text, ids, inputs = prompt_with_images(row, reader, chat_template_kwargs)
+            if engine_reads_images:
+                raw = raw_prompt(text, row, reader, chat_template_kwargs)
         elif any(row.get(name) is not None for name in COLUMNS):
             raise UnusableRow(
                 "a row has an image, and the run has no processor: pass the processor of "
@@ -86,7 +90,7 @@ def tokenize(
         columns = {
             k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")
         }
-        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}, inputs))
+        prompts.append(Prompt(text, list(ids), columns if keep_columns else {}, inputs, raw))
     return prompts
 
 
@@ -142,8 +146,10 @@ class RowTokenizer:
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
         reader: ImageReader | None = None,
+        engine_reads_images: bool = False,
     ):
         self.tokenizer, self.reader = tokenizer, reader
+        self.engine_reads_images = engine_reads_images
         # what a prompt is made of, and how many of them are held at a time
         self.columns = ("prompt",) if reader is None else ("prompt", *COLUMNS)
         self.at_a_time = 1000 if reader is None else 16
@@ -174,6 +180,7 @@ class RowTokenizer:
         num_embeddings: int | None = None,
         check_columns: Callable[[Iterable[str]], None] | None = None,
         reader: ImageReader | None = None,
+        engine_reads_images: bool = False,
     ) -> RowTokenizer:
         return cls(
             tokenizer,
@@ -184,7 +191,13 @@ class RowTokenizer:
             num_embeddings=num_embeddings,
             check_columns=check_columns,
             reader=reader,
+            engine_reads_images=engine_reads_images,
         )
+
+    @property
+    def processor(self) -> Any:
+        """Of a run with images; None: a text run."""
+        return None if self.reader is None else self.reader.processor
 
     def __call__(self, rows: Sequence[Row | UnreadableRow]) -> list[Prompt]:
         """Raises UnusableRow for a row that was not read, lacks a column that the reward functions
@@ -205,6 +218,7 @@ class RowTokenizer:
                 keep_columns=self.keep_columns,
                 engine_length=self.engine_length,
                 reader=self.reader,
+                engine_reads_images=self.engine_reads_images,
             )
 
     def _whole(self, row: Row | UnreadableRow) -> Row:

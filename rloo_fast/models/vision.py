@@ -103,6 +103,12 @@ def find_processor(given: Any, model: Any, **kwargs: Any) -> ProcessorMixin:
     return given
 
 
+def image_token_of(config: Any) -> int | None:
+    """The token in whose places a model puts what it makes of images."""
+    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
 class ImageReader:
     """Prompts with images -> token ids, and what else the model's forward takes of them.
 
@@ -113,9 +119,7 @@ class ImageReader:
         self.processor: Any = processor
         base = base_causal_lm(model)
         self.kind = type(base).__name__
-        config = base.config
-        ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
-        image_token_id = next((i for i in ids if isinstance(i, int)), None)
+        image_token_id = image_token_of(base.config)
         if image_token_id is None:
             raise ValueError(
                 f"the configuration of {self.kind} names no image_token_id, by which images find "
@@ -133,18 +137,24 @@ class ImageReader:
         self, messages: Sequence[Message], kwargs: dict[str, Any]
     ) -> tuple[list[int], ImageInputs]:
         """Messages whose parts of type "image" hold their image, through the chat template."""
+        kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt", **kwargs}
+        return self._split(self._applied(messages, kwargs))
+
+    def _applied(self, messages: Sequence[Message], kwargs: dict[str, Any]) -> Any:
         if not self.processor.chat_template:  # a processor does not look at its tokenizer's
             kwargs = {"chat_template": self.processor.tokenizer.chat_template, **kwargs}
-        encoded = apply_template(
-            self.processor,
-            [[{**message} for message in messages]],  # transformers writes into them
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **kwargs,
-        )
-        return self._split(encoded)
+        copied = [{**message} for message in messages]  # transformers writes into them
+        return apply_template(self.processor, [copied], add_generation_prompt=True, **kwargs)
+
+    def raw_ids(self, prompt: str | Sequence[Message], kwargs: dict[str, Any]) -> list[int]:
+        """Token ids of a text, or of messages through the chat template, before the processor puts
+        the tokens of images in their places."""
+        tokenizer = self.processor.tokenizer
+        if isinstance(prompt, str):
+            return tokenizer(prompt).input_ids
+        (text,) = self._applied(prompt, {"tokenize": False, **kwargs})
+        begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        return tokenizer(text, add_special_tokens=not begun).input_ids  # as in transformers
 
     def text(self, text: str, images: list[Image]) -> tuple[list[int], ImageInputs]:
         """A text in which the images have their tokens already. Raises ValueError for others."""
@@ -159,6 +169,13 @@ class ImageReader:
             text=[text], images=[images] if images else None, return_tensors="pt"
         )
         return self._split(encoded)
+
+    def in_colour(self, image: Image) -> Image:
+        """In red, green and blue, as the processor would make it of another mode."""
+        if image.mode == "RGB":
+            return image
+        convert = getattr(self.processor.image_processor, "convert_to_rgb", None)
+        return image.convert("RGB") if convert is None else convert(image)
 
     def trial(self, kwargs: dict[str, Any]) -> tuple[list[int], ImageInputs]:
         """The same prompt each time, with an image of noise."""

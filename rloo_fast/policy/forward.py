@@ -27,6 +27,7 @@ from ..records import LossInputs, MicroBatch
 from .attention.interface import keep_for_backward, segment_attention
 from .head import ModelHead, find_backbone, find_head
 from .head_probe import why_own_logits
+from .image_features import features_repeated
 from .router import load_balancing_loss
 
 
@@ -178,8 +179,10 @@ class Policy:
         if batch.segments is None:
             if batch.position_ids is not None:
                 kwargs["position_ids"] = batch.position_ids
-            return module(input_ids=batch.input_ids, use_cache=False, **kwargs)
-        with segment_attention(base_causal_lm(self.model)):
+            with features_repeated(base_causal_lm(self.model), batch.copies):
+                return module(input_ids=batch.input_ids, use_cache=False, **kwargs)
+        base = base_causal_lm(self.model)
+        with segment_attention(base), features_repeated(base, batch.copies):
             return module(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,

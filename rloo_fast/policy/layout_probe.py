@@ -72,25 +72,40 @@ def why_not(
     return reason or _trial(layout, policy, wrapped, accelerator, seen)
 
 
+def runs_images_once(
+    layout: str, policy: Policy, wrapped: nn.Module, accelerator: Accelerator, seen: Prompt | None
+) -> tuple[bool, str]:
+    """(whether images that several lines have are run once for all of them, what to say of it)."""
+    if seen is None or LAYOUTS[layout].shares_prompts:
+        return False, ""
+    reason = _trial(layout, policy, wrapped, accelerator, seen, images_once=True)
+    if reason is None:
+        return True, "; an image is run once for all completions of its prompt"
+    return False, f"; an image is run for every completion, as {reason}"
+
+
 def _trial(
     layout: str,
     policy: Policy,
     wrapped: nn.Module,
     accelerator: Accelerator,
     seen: Prompt | None,
+    *,
+    images_once: bool = False,
 ) -> str | None:
     model = base_causal_lm(policy.model)
     device, ids = accelerator.device, trial_ids(model, 17)[0].tolist()
     prompt = ids[:5] if seen is None else seen.ids
     first, second = ids[5:11], ids[11:]
 
-    def logps(completions: list[list[int]], layout: str) -> Tensor:
+    def logps(completions: list[list[int]], layout: str, *, once: bool = False) -> Tensor:
         batch = make_micro_batch(
             _one_group(prompt, completions, None if seen is None else seen.inputs),
             [list(range(len(completions)))],
             LAYOUTS[layout],
             device=device,
             pad_token_id=ids[0],
+            images_once=once,
         )
         with torch.no_grad(), accelerator.autocast():
             return policy.logps(batch, wrapped).logps[-len(second) :]
@@ -106,7 +121,7 @@ def _trial(
     try:
         right = logps([second], "padded")
         mixed = logps([first + second], "padded")
-        found = logps([first, second[:3] + first[:2], second], layout)
+        found = logps([first, second[:3] + first[:2], second], layout, once=images_once)
         if has_dropout_rates(model):  # may be in the attention, which no layout but padded has
             policy.model.train()
             # a resumed run tries it later than the run that it continues: no draw may be left

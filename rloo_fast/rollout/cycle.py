@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from ..offload.engine_room import EngineRoom
-from ..records import Bucket, ImageInputs, Rollout, Sampling
+from ..records import Bucket, ImageInputs, RawPrompt, Rollout, Sampling
 from .engine import EngineState, OnFinished, RolloutEngine
 
 OnSync = Callable[[str, float, int], None]  # (mode, seconds that a sync took, bytes sent)
@@ -45,11 +46,14 @@ class RolloutCycle:
         *,
         mode: str = "train",
         inputs: Sequence[ImageInputs] | None = None,
+        raw: Sequence[RawPrompt] | None = None,
     ) -> Rollout:
         """RolloutEngine.generate from the policy's weights as they are now."""
         version = self.version()
         self._make_ready(version, mode)
-        more = {} if inputs is None else {"inputs": inputs}  # engines may be anyone's
+        more: dict[str, Any] = {"inputs": inputs} if raw is None else {"raw": raw}
+        if inputs is None:
+            more = {}  # engines may be anyone's
         return self.engine.generate(
             prompt_ids, sampling, seeds, version=version, on_finished=on_finished, **more
         )

@@ -16,7 +16,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Self
 
-from ..records import Bucket, ImageInputs, Rollout, Sampling, SentParts
+from ..records import Bucket, ImageInputs, RawPrompt, Rollout, Sampling, SentParts
 from .settings import EngineSettings
 
 OnFinished = Callable[[int, list[int]], None]  # (index of the prompt, completion ids)
@@ -49,6 +49,7 @@ class RolloutEngine(ABC):
     sleeps_in_process = False  # its memory is on the training processes' own GPUs
     reads_vllm_settings = False  # use_vllm and vllm_* mean something to it
     takes_images = False  # it has a `_generate_with_images`
+    reads_images = False  # it has a `_generate_raw`, and a processor of its own
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -96,9 +97,10 @@ class RolloutEngine(ABC):
         version: int,
         on_finished: OnFinished | None = None,
         inputs: Sequence[ImageInputs] | None = None,
+        raw: Sequence[RawPrompt] | None = None,
     ) -> Rollout:
         """One completion per prompt, in order, sampled by policy `version`; `inputs`: what the
-        prompts bring beside their ids, in a run with images.
+        prompts bring beside their ids, in a run with images, `raw`: the same for `reads_images`.
 
         The completion of prompt i follows from its ids and seeds[i], whatever stands beside it (to
         rounding). `on_finished(i, ids)` is called for each as soon as the engine has it. The global
@@ -113,7 +115,9 @@ class RolloutEngine(ABC):
         if len(seeds) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts need as many seeds, got {len(seeds)}.")
         heard = on_finished or _ignore
-        if inputs is None:
+        if raw is not None:
+            rollout = self._generate_raw(prompt_ids, raw, sampling, seeds, heard)
+        elif inputs is None:
             rollout = self._generate(prompt_ids, sampling, seeds, heard)
         else:
             rollout = self._generate_with_images(prompt_ids, inputs, sampling, seeds, heard)
@@ -175,6 +179,17 @@ class RolloutEngine(ABC):
         on_finished: OnFinished,
     ) -> Rollout:
         raise EngineError(f"{type(self).__name__} takes no images.")
+
+    def _generate_raw(
+        self,
+        prompt_ids: list[list[int]],
+        raw: Sequence[RawPrompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        """The completions follow `prompt_ids`, which is what `raw` must become."""
+        raise EngineError(f"{type(self).__name__} reads no images.")
 
 
 def _check(rollout: Rollout, count: int, version: int) -> None:

@@ -60,6 +60,7 @@ class EngineSettings:
     model: nn.Module  # the policy, with its adapters
     tokenizer: Any
     dtype: torch.dtype  # of the policy's matrix products
+    processor: Any = None  # of a run with images
     seed: int = 0
     rows_per_call: int | None = None  # most prompts at a time; None: all
     pad_to_multiple_of: int | None = None
@@ -87,14 +88,16 @@ class EngineSettings:
         tokenizer: Any,
         parallel: TrainingEngine,
         longest: int | None = None,
+        processor: Any = None,
     ) -> EngineSettings:
         """The engine's part of a run's configuration; `longest`: tokens of prompt and completion
-        together, where the configuration does not say."""
+        together, where the configuration does not say; `processor`: of a run with images."""
         multiple, accelerator = args.pad_to_multiple_of, parallel.accelerator
         assert not isinstance(multiple, str), multiple  # read by now
         return cls(
             model=model,
             tokenizer=tokenizer,
+            processor=processor,
             dtype=compute_dtype(model, bf16=bool(args.bf16), fp16=args.fp16),
             # tensor-parallel engines must draw alike, and requests carry seeds of their own
             seed=args.seed,

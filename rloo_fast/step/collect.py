@@ -28,6 +28,7 @@ from ..records import (
     GenerationBatch,
     ImageInputs,
     Prompt,
+    RawPrompt,
     Rollout,
     RolloutRows,
     Sampling,
@@ -160,9 +161,7 @@ class Collector:
         with self.failing_together():
             groups = [prompt for prompt, _ in places]
             scoring = self.begin_rewards(rows, groups, kept.texts, state)
-            rollout, per_function = self._sample_and_score(
-                kept, seeds, scoring, given, mode, _inputs(rows)
-            )
+            rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode, rows)
         self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
         return Scored(rows, rollout, per_function, completions, given)
@@ -220,7 +219,7 @@ class Collector:
         scoring: Scoring,
         given: GivenByRewards,
         mode: str,
-        inputs: list[ImageInputs] | None,
+        rows: list[Prompt],
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
         def finished(row: int, ids: list[int]) -> None:
             show(len(ids))
@@ -235,7 +234,8 @@ class Collector:
                     seeds,
                     finished,
                     mode=mode,
-                    inputs=inputs,
+                    inputs=_inputs(rows),
+                    raw=_raw(rows),
                 )
                 rollout = kept.rollout(sampled)
             if self.rewards.offloaded:
@@ -340,6 +340,12 @@ def _inputs(rows: list[Prompt]) -> list[ImageInputs] | None:
     """What the rows' prompts bring beside their ids; None in a text run."""
     inputs = [row.inputs for row in rows if row.inputs is not None]
     return inputs if len(inputs) == len(rows) else None
+
+
+def _raw(rows: list[Prompt]) -> list[RawPrompt] | None:
+    """The rows' prompts for an engine that reads images itself."""
+    raw = [row.raw for row in rows if row.raw is not None]
+    return raw if rows and len(raw) == len(rows) else None
 
 
 def _versions(rollout: Rollout) -> list[list[int]] | None:

@@ -69,7 +69,7 @@ def load_run(
 ) -> Loaded:
     """Arguments as those of RLOOTrainer. Raises ValueError or TypeError with what to write."""
     check_output_dir(str(args.output_dir))
-    engine_class = _engine_class(args)
+    engine_class = _engine_class(args, images=False)
     if args.use_vllm and not engine_class.reads_vllm_settings:
         raise ValueError(
             f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
@@ -81,9 +81,8 @@ def load_run(
         "revision": as_dict(args.model_init_kwargs).get("revision"),
         "trust_remote_code": args.trust_remote_code,
     }
-    with_images = _sees_images(
-        model, processing_class, train_dataset, eval_dataset, args, engine_class, from_hub
-    )
+    with_images = _sees_images(model, processing_class, train_dataset, eval_dataset, args, from_hub)
+    engine_class = _engine_class(args, images=with_images)
     if isinstance(model, str):
         check_model_path(model)
     check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
@@ -109,7 +108,13 @@ def load_run(
         with_images=with_images,
     )
     saved, stop_ids, tokenize = _load_texts(
-        policy, processing_class, args, sources, from_hub, with_images=with_images
+        policy,
+        processing_class,
+        args,
+        sources,
+        from_hub,
+        with_images=with_images,
+        engine_class=engine_class,
     )
     train_dataset, eval_dataset = drop_long_prompts(
         train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
@@ -155,6 +160,7 @@ def _load_texts(
     from_hub: dict[str, Any],
     *,
     with_images: bool,
+    engine_class: type[RolloutEngine],
 ) -> tuple[Any, tuple[int, ...], RowTokenizer]:
     """(what is saved with the policy, token ids that end a completion, how rows are read)."""
     processor = find_processor(processing_class, policy, **from_hub) if with_images else None
@@ -177,6 +183,7 @@ def _load_texts(
         num_embeddings=size,
         check_columns=sources.check_columns,
         reader=reader,
+        engine_reads_images=engine_class.reads_images,
     )
     return processor or tokenizer, stop_ids, tokenize
 
@@ -187,14 +194,13 @@ def _sees_images(
     train: Any,
     evaluation: Any,
     args: RLOOConfig,
-    engine_class: type[RolloutEngine],
     from_hub: dict[str, Any],
 ) -> bool:
     """Whether it is a run with images, which then is checked and set up as one."""
     images = have_images(train, evaluation, look=not args.skip_unusable_rows)
     with_images = images or isinstance(processing_class, ProcessorMixin)
     if with_images:
-        check_images_are_offered(args, engine_class)
+        check_images_are_offered(args, _engine_class(args, images=True))
         check_takes_images(model, processing_class, images=images, **from_hub)
         if args.ddp_find_unused_parameters is None:
             # some towers have layers behind the one that is looked at
@@ -210,8 +216,8 @@ def check_router(policy: Any, coef: float | None) -> None:
         )
 
 
-def _engine_class(args: RLOOConfig) -> type[RolloutEngine]:
-    in_flight = args.max_staleness > 0 or len(args.server_urls) > 1
+def _engine_class(args: RLOOConfig, *, images: bool) -> type[RolloutEngine]:
+    in_flight = args.max_staleness > 0 or len(args.server_urls) > 1 or images
     name = engine_name(args.rollout_engine, args.use_vllm, args.vllm_mode, in_flight=in_flight)
     engine = find_engine(name)
     if args.max_staleness and (engine.shares_weights or engine.sleeps_in_process):

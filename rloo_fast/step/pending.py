@@ -37,7 +37,13 @@ class Pending:
         self.collector, self.num_generations, self.state = collector, k, state
         self.rows = [prompt for prompt in prompts for _ in range(k)]
         self.groups = [
-            Group(number, place, [*prompt.ids], [step_seed(seed, place, i) for i in range(k)])
+            Group(
+                number,
+                place,
+                [*prompt.ids],
+                [step_seed(seed, place, i) for i in range(k)],
+                prompt.raw,
+            )
             for place, prompt in enumerate(prompts)
         ]
         self._lock = threading.Lock()  # rewards hear of one completion at a time

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 from datasets import List as ListOf
+from PIL.Image import Transpose
 
 from rloo_fast.data.checks import check_prompts
 from rloo_fast.data.images import row_images, with_images, without_images
@@ -58,6 +60,53 @@ def test_an_image_is_read_from_whatever_holds_it(tmp_path):
     ]  # fmt: skip
     for none in ({"image": None}, {"images": None}, {"images": []}, {}):
         assert row_images(none) == []
+
+
+def test_of_two_columns_a_row_uses_the_one_that_it_fills():
+    one, other = picture(1), picture(2)
+    for row, expected in [
+        ({"image": one, "images": None}, [one]),
+        ({"image": one, "images": []}, [one]),
+        ({"image": None, "images": [one, other]}, [one, other]),
+        ({"image": None, "images": []}, []),
+    ]:
+        assert [i.tobytes() for i in row_images(row)] == [i.tobytes() for i in expected]
+    with pytest.raises(UnusableRow, match="both 'image' and 'images'"):
+        row_images({"image": one, "images": [other]})
+
+
+def test_a_file_is_turned_as_it_says():
+    image = picture(1, 16, 24)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    (found,) = row_images({"image": file.getvalue()})
+    assert found.tobytes() == image.transpose(Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_what_an_engine_reads_itself_is_what_is_trained_on(family):
+    """Ids before the images are in their places, and pixels as the processor sees them."""
+    rows = make_rows(family, engine_reads_images=True)
+    see_through = picture(1).convert("RGBA")
+    see_through.putalpha(100)
+    for row in (
+        {"prompt": "w1 <image> w2", "image": see_through},
+        {"prompt": CHAT, "images": [picture(1), see_through]},
+        {"prompt": CHAT, "images": []},
+    ):
+        (prompt,) = rows([row])
+        ids, images = prompt.raw
+        assert {image.mode for image in images} <= {"RGB"}
+        text = rows.reader.processor.tokenizer.decode(ids)
+        again = rows.reader.processor(
+            text=[text], images=[images] if images else None, return_tensors="pt"
+        )
+        assert again["input_ids"][0].tolist() == prompt.ids
+        if images:
+            assert torch.equal(again["pixel_values"], prompt.inputs["pixel_values"])
+            assert len(ids) < len(prompt.ids)
 
 
 @pytest.mark.parametrize("decode", [True, False])

@@ -12,9 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.reports import completions
+from tests.support.paths import SUPPORT
 from tests.support.vision import make_processor, make_vision_model, picture
 
 pytestmark = pytest.mark.slow
+CHAT = [{"role": "user", "content": "w1 w2"}]
 
 
 def rows(number: int = 8) -> Dataset:
@@ -112,6 +114,26 @@ def test_adapters_and_recomputed_layers(family, tmp_path):
         assert any(log["grad_norm"] > 0 for log in logs)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dynamic_sampling": True},
+        {"max_staleness": 2, "rollout_engine": f"{SUPPORT}/copied_engine.py:SeeingCopiedEngine"},
+        {"rollout_engine": f"{SUPPORT}/copied_engine.py:SeeingCopiedEngine"},
+    ],
+    ids=["dynamic", "ahead", "an engine with a processor"],
+)
+def test_completions_belong_to_the_images_they_were_sampled_for(settings, tmp_path):
+    """At a learning rate of 0 the sampler's log-probs are the policy's, however old they are."""
+    trainer = make_trainer(tmp_path, learning_rate=0.0, max_steps=4, **settings)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    found = [log["sampling/logp_diff_max"] for log in logs if "sampling/logp_diff_max" in log]
+    assert found  # steps whose tokens are all old have none
+    assert max(found) < 1e-4
+
+
 def test_recomputed_layers_have_the_same_gradients(tmp_path):
     runs = []
     for recompute in (False, True):
@@ -173,6 +195,12 @@ def test_text_alone(family, by_processor, tmp_path):
     assert log["sampling/logp_diff_max"] < 1e-4
 
 
+BOTH = Dataset.from_list(
+    [
+        {"prompt": CHAT, "image": picture(1), "images": []},
+        {"prompt": CHAT, "image": picture(1), "images": [picture(2)]},
+    ]
+)
 NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
 
 
@@ -181,10 +209,12 @@ NO_IMAGE = Dataset.from_dict({"prompt": ["w1"], "image": [3]})
     [
         ({"processing_class": make_processor("llava").tokenizer}, "is a tokenizer: pass"),
         ({"processing_class": make_processor("qwen2_5_vl")}, "makes image_grid_thw, which Llava"),
-        ({"use_vllm": True}, "are not offered with use_vllm=True yet"),
+        ({"use_vllm": True, "vllm_lora": "adapter"}, "not offered with vllm_lora='adapter' yet"),
+        ({"torch_compile": True}, "are not offered with torch_compile=True yet"),
+        ({"data": BOTH, "reward": lengths}, r"row 1 .counted.*both 'image' and 'images'"),
         ({"data": NO_IMAGE, "reward": lengths}, r"row 0 .counted from 0.: its image 0 must be a"),
     ],
-    ids=["tokenizer", "another processor", "vllm", "no image"],
+    ids=["tokenizer", "another processor", "lora apart", "compiled", "both", "no image"],
 )  # fmt: skip
 def test_what_is_refused(given, said, tmp_path):
     with pytest.raises(ValueError, match=said):

@@ -18,11 +18,13 @@ from statistics import mean
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rloo_fast import cli
 from rloo_fast.models.merge import merge_adapter
 from rloo_fast.reports.metrics_file import read_metrics
+from tests.support.recipe_images import make_clevr
 from tests.support.recipe_standins import make_mbpp, make_sentiment, make_tldr
 
 pytestmark = pytest.mark.slow
@@ -52,6 +54,13 @@ RUNS: dict[str, tuple[Callable[[Path], dict[str, str]], str, float]] = {
         "--max_completion_length 32 --per_device_train_batch_size 32 "
         "--gradient_accumulation_steps 1 --learning_rate 2e-3",
         0.1,
+    ),
+    "vision": (
+        make_clevr,
+        "--model_name_or_path {model} --dataset_name {data} --dataset_train_split train[:400] "
+        "--dtype float32 --max_completion_length 2 --per_device_train_batch_size 64 "
+        "--gradient_accumulation_steps 1 --max_steps 40 --learning_rate 5e-3 --warmup_steps 0",
+        0.2,
     ),
     "smoke_2024": (
         make_tldr,
@@ -135,6 +144,13 @@ def test_dropout_clips_no_ratio_and_makes_no_kl_before_the_first_update(run):
     rows = run("sentiment").rows
     assert rows[0]["kl"] == 0
     assert {row["clip_ratio/region_mean"] for row in rows} == {0}
+
+
+def test_the_adapter_of_the_vision_recipe_is_in_the_image_tower_too(run):
+    with safe_open(run("vision").out / "adapter_model.safetensors", "pt") as file:
+        trained = {name for name in file.keys() if file.get_tensor(name).any()}  # noqa: SIM118
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        assert any(part in name and "lora_B" in name for name in trained), part
 
 
 def main() -> None:

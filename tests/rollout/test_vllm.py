@@ -281,7 +281,7 @@ def test_the_same_model_finds_what_was_compiled_for_it_before(served, tmp_path):
     of_this_run = found.compute_hash()
     twin = AutoModelForCausalLM.from_config(model.config)
     twin.config._name_or_path = "elsewhere"
-    path = saved_configuration(twin, import_vllm().envs.VLLM_CACHE_ROOT, str(tmp_path))
+    path = saved_configuration(twin, None, import_vllm().envs.VLLM_CACHE_ROOT, str(tmp_path))
     assert found.model_config.model == str(path)
     found.model_config.model = str(tmp_path)  # a path of one run enters vLLM's key
     assert found.compute_hash() != of_this_run

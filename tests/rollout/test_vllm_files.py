@@ -11,7 +11,7 @@ from tests.support.tiny import make_model
 def saved(tmp_path: Path, cache: Path, **sizes) -> Path:
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    return saved_configuration(make_model(**sizes), str(cache), str(scratch))
+    return saved_configuration(make_model(**sizes), None, str(cache), str(scratch))
 
 
 def test_equal_configurations_have_one_directory(tmp_path):

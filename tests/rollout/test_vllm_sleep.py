@@ -160,7 +160,7 @@ def test_the_order_of_calls_in_a_run(trainer):
     # asleep from the start, so that the first step trains with all memory
     assert rest == [("apply_model", "reason"), ("apply_model", "save"), ("sleep", 2)]
     assert start[1] | {"model": None} == {
-        "model": None, "load_format": "dummy", "skip_tokenizer_init": True,
+        "model": None, "load_format": "rloo_fast", "skip_tokenizer_init": True,
         "generation_config": "vllm", "dtype": "float32", "max_model_len": 96,
         "tensor_parallel_size": 1, "gpu_memory_utilization": 0.4, "model_impl": "vllm",
         "enable_sleep_mode": True, "logprobs_mode": "processed_logprobs", "seed": 42,

@@ -16,10 +16,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from rloo_fast.records import Bucket, Rollout, Sampling
+from rloo_fast.records import Bucket, RawPrompt, Rollout, Sampling
 from rloo_fast.rollout.ahead import RequestEngine, Sampled
 from rloo_fast.rollout.engine import EngineError, OnFinished, RolloutEngine
 from rloo_fast.rollout.settings import EngineSettings
+from rloo_fast.weight_sync.buckets import checkpoint_name
 
 
 class CopiedEngine(RequestEngine):
@@ -27,6 +28,7 @@ class CopiedEngine(RequestEngine):
 
     stall_s = 0.0
     token_s = 0.0
+    processor: Any = None
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -38,6 +40,7 @@ class CopiedEngine(RequestEngine):
         with torch.no_grad():
             for parameter in self.model.parameters():  # nothing of it may be sampled from
                 parameter.fill_(float("nan"))
+        self.names: dict[str, str] = {}  # in a checkpoint -> in the model, where they differ
         self.loads: list[int] = []
         self.open = 0  # completions under way
         self.open_at_loads: list[int] = []
@@ -49,12 +52,17 @@ class CopiedEngine(RequestEngine):
             weights = self.model.state_dict()
             for bucket in buckets:
                 for name, tensor in bucket:
-                    weights[name].copy_(tensor)
+                    weights[self.names.get(name, name)].copy_(tensor)
             self._loaded = version
             self.loads.append(version)
             self.open_at_loads.append(self.open)
 
     def complete(self, prompt_ids: list[int], seed: int, prepared: Sampling) -> Sampled:
+        return self._complete(prompt_ids, {}, seed, prepared)
+
+    def _complete(
+        self, prompt_ids: list[int], inputs: dict[str, Any], seed: int, prepared: Sampling
+    ) -> Sampled:
         draw = torch.Generator().manual_seed(seed)
         ids, logps, versions = list(prompt_ids), list[float](), list[int]()
         self.open += 1
@@ -64,7 +72,7 @@ class CopiedEngine(RequestEngine):
                 if self.state.value == "closed":
                     raise EngineError("closed")
                 with self._held, torch.no_grad():
-                    logits = self.model(torch.tensor([ids])).logits[0, -1]
+                    logits = self.model(torch.tensor([ids]), **inputs).logits[0, -1]
                     versions.append(self._loaded)
                 logp = (logits.float() / prepared.temperature).log_softmax(-1)
                 token = int(torch.multinomial(logp.exp(), 1, generator=draw))
@@ -76,6 +84,31 @@ class CopiedEngine(RequestEngine):
             return Sampled(ids[len(prompt_ids) :], "length", logps, versions)
         finally:
             self.open -= 1
+
+
+class SeeingCopiedEngine(CopiedEngine):
+    """With a processor of its own, as a server has one."""
+
+    reads_images = True
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        engine = cls(settings.model)
+        engine.processor = settings.processor
+        engine.names = {checkpoint_name(engine.model, n): n for n in engine.model.state_dict()}
+        return engine
+
+    def complete_raw(
+        self, prompt_ids: list[int], raw: RawPrompt, seed: int, prepared: Sampling
+    ) -> Sampled:
+        text, images = (
+            self.processor.tokenizer.decode(raw.ids),
+            [raw.images] if raw.images else None,
+        )
+        read = self.processor(text=[text], images=images, return_tensors="pt")
+        assert read.pop("input_ids")[0].tolist() == prompt_ids
+        read.pop("attention_mask")
+        return self._complete(prompt_ids, read, seed, prepared)
 
 
 class SlowCopiedEngine(CopiedEngine):

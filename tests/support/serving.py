@@ -20,6 +20,7 @@ from rloo_fast.rollout.vllm.transport import Endpoint
 
 from .launch import free_port
 from .tiny import make_model, make_tokenizer, require_vllm
+from .vision import make_processor, make_vision_model
 
 MAX_MODEL_LEN = 128
 KEY = "key-of-the-server"
@@ -44,19 +45,35 @@ class Started:
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, dtype: str = "float32", executor: str = "uni"
+    folder: Path,
+    *options: str,
+    dtype: str = "float32",
+    executor: str = "uni",
+    family: str | None = None,
 ) -> Iterator[Started]:
     """A server with a key that has never seen a weight of the policy, and with LoRA; the key is in
-    the environment meanwhile. `executor`: "uni" is a process less to start."""
+    the environment meanwhile. `executor`: "uni" is a process less to start. `family`: of a model
+    with images, see vision.py."""
     require_vllm()
     port, log = free_port(), folder / "log"
     (folder / "key").write_text(KEY)
-    tiny(0).config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder / "tokenizer")
+    if family is None:
+        tiny(0).config.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder / "tokenizer")
+    else:
+        model = make_vision_model(family, wide=True)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        processor = make_processor(family)
+        processor.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder / "tokenizer")
+        options = (*options, "--limit-mm-per-prompt", '{"video": 0}')
+        options = (*options, "--mm-processor-kwargs", '{"backend": "pil"}')
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--tokenizer", str(folder / "tokenizer")]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
-    command += ["--weight-transfer-config", '{"backend": "rloo_fast"}', "--load-format", "dummy"]
+    command += ["--weight-transfer-config", '{"backend": "rloo_fast"}', "--load-format"]
+    command += ["rloo_fast"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     command += ["--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.smolvlm import processing_smolvlm as smolvlm
+from transformers.utils import is_torchvision_available
 
 from tests.support.tiny import WORDS
 
@@ -42,12 +45,12 @@ def square_tower(**others: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_qwen2_vl() -> hf.PreTrainedModel:
+def make_qwen2_vl(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "rope_parameters": ROPE, **sizes}
     vision = {
-        "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2,
-        "patch_size": 4, "initializer_range": 0.2,
+        "depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2,
+        "mlp_ratio": 2, "patch_size": 4, "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": ROPE}
     return hf.Qwen2VLForConditionalGeneration(
         hf.Qwen2VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -55,13 +58,14 @@ def make_qwen2_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_qwen2_5_vl() -> hf.PreTrainedModel:
+def make_qwen2_5_vl(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "rope_parameters": ROPE, **sizes}
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 2, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"],
+        "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "window_size": 16,
+        "fullatt_block_indexes": [1],
         "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": ROPE}
     return hf.Qwen2_5_VLForConditionalGeneration(
         hf.Qwen2_5_VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -69,13 +73,14 @@ def make_qwen2_5_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_qwen3_vl() -> hf.PreTrainedModel:
+def make_qwen3_vl(**sizes: Any) -> hf.PreTrainedModel:
+    rope = {**ROPE, "mrope_interleaved": True}
+    text = {**TEXT, "head_dim": 8, "rope_parameters": rope, **sizes}
     vision = {
-        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16,
+        "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"],
+        "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0], "initializer_range": 0.2,
     }  # fmt: skip
-    text = {**TEXT, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
     return hf.Qwen3VLForConditionalGeneration(
         hf.Qwen3VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
@@ -83,50 +88,75 @@ def make_qwen3_vl() -> hf.PreTrainedModel:
     )
 
 
-def make_idefics3() -> hf.PreTrainedModel:
+def make_idefics2(**sizes: Any) -> hf.PreTrainedModel:
+    resampler = {
+        "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 2,
+        "resampler_head_dim": 16, "num_key_value_heads": 1, "hidden_size": 32,
+    }  # fmt: skip
+    text = {**TEXT, "model_type": "mistral", "sliding_window": None, **sizes}
+    return hf.Idefics2ForConditionalGeneration(
+        hf.Idefics2Config(
+            text_config=text, vision_config=square_tower(), image_token_id=NUMBER["<image>"],
+            perceiver_config={**resampler, "hidden_size": text["hidden_size"]},
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def make_internvl(**sizes: Any) -> hf.PreTrainedModel:
+    tower = {**square_tower(), "image_size": [16, 16], "patch_size": [4, 4]}
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(
+            text_config={**TEXT, "model_type": "qwen2", **sizes}, vision_config=tower,
+            image_token_id=NUMBER["<image>"], image_seq_length=4, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def make_idefics3(**sizes: Any) -> hf.PreTrainedModel:
     return hf.Idefics3ForConditionalGeneration(
         hf.Idefics3Config(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=square_tower(),
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=square_tower(),
             image_token_id=NUMBER["<image>"], scale_factor=2, pad_token_id=0,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_smolvlm() -> hf.PreTrainedModel:
+def make_smolvlm(**sizes: Any) -> hf.PreTrainedModel:
     return hf.SmolVLMForConditionalGeneration(
         hf.SmolVLMConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=square_tower(),
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=square_tower(),
             image_token_id=NUMBER["<image>"], scale_factor=2, pad_token_id=0,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_llava() -> hf.PreTrainedModel:
+def make_llava(**sizes: Any) -> hf.PreTrainedModel:
     tower = square_tower(model_type="clip_vision_model", projection_dim=32)
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=tower,
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=tower,
             image_token_id=NUMBER["<image>"], vision_feature_layer=-1,
             tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_llava_next() -> hf.PreTrainedModel:
+def make_llava_next(**sizes: Any) -> hf.PreTrainedModel:
     tower = square_tower(model_type="clip_vision_model", projection_dim=32)
     return hf.LlavaNextForConditionalGeneration(
         hf.LlavaNextConfig(
-            text_config={**TEXT, "model_type": "llama"}, vision_config=tower,
+            text_config={**TEXT, "model_type": "llama", **sizes}, vision_config=tower,
             image_token_id=NUMBER["<image>"], vision_feature_layer=-1,
             image_grid_pinpoints=[[16, 32], [32, 16]], tie_word_embeddings=False,
         )
     )  # fmt: skip
 
 
-def make_gemma3() -> hf.PreTrainedModel:
-    text = {**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
+def make_gemma3(**sizes: Any) -> hf.PreTrainedModel:
+    text = {**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8, **sizes}
     return hf.Gemma3ForConditionalGeneration(
         hf.Gemma3Config(
             text_config=text, vision_config=square_tower(), mm_tokens_per_image=4,
@@ -136,22 +166,29 @@ def make_gemma3() -> hf.PreTrainedModel:
     )  # fmt: skip
 
 
-MODELS: dict[str, Callable[[], Any]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "qwen2_vl": make_qwen2_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
     "qwen3_vl": make_qwen3_vl,
+    "idefics2": make_idefics2,
     "idefics3": make_idefics3,
     "smolvlm": make_smolvlm,
     "llava": make_llava,
     "llava_next": make_llava_next,
+    "internvl": make_internvl,
     "gemma3": make_gemma3,
 }
 
 
-def make_vision_model(family: str, seed: int = 0) -> Any:
-    """A random model of a family over VOCABULARY, in float32."""
+def make_vision_model(family: str, seed: int = 0, *, wide: bool = False) -> Any:
+    """A random model of a family over VOCABULARY, in float32; `wide`: with heads of 32 numbers,
+    which vLLM's attention on a CPU asks for."""
     torch.manual_seed(seed)
-    model = MODELS[family]()
+    sizes: dict[str, Any] = {"hidden_size": 128, "head_dim": 32} if wide else {}
+    if wide and family.startswith("qwen"):
+        rope = {**ROPE, "mrope_section": [4, 4, 8]}
+        sizes["rope_parameters"] = rope | ({"mrope_interleaved": True} if "3" in family else {})
+    model = MODELS[family](**sizes)
     with torch.no_grad():  # towers that start at 0.02 would hardly be seen in the logits
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.std() < 0.1 and "lm_head" not in name:
@@ -177,7 +214,9 @@ def make_vision_tokenizer() -> Any:
         tokenizer_object=core, padding_side="left", pad_token="<pad>", eos_token="<eos>",
         unk_token="<unk>", additional_special_tokens=MARKS,
         extra_special_tokens={"image_token": "<image>", "boi_token": "<vs>", "eoi_token": "<ve>",
-                              "video_token": "<video>"},
+                              "video_token": "<video>", "context_image_token": "<image>",
+                              "start_image_token": "<vs>", "end_image_token": "<ve>",
+                              "image_boundary_token": "<fake_token_around_image>"},
     )  # fmt: skip
 
 
@@ -203,9 +242,37 @@ def make_processor(family: str) -> Any:
             size={"shortest_edge": 64, "longest_edge": 1024},
         )  # fmt: skip
         name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
-        processor = _without_videos(getattr(hf, f"{name}Processor"))
-        return processor(images, tokenizer, chat_template=template)
-    if kind in ("idefics3", "smolvlm"):
+        processor = getattr(hf, f"{name}Processor")
+        if is_torchvision_available():
+            video = hf.Qwen3VLVideoProcessor if "3" in name else hf.Qwen2VLVideoProcessor
+            return processor(images, tokenizer, video(), chat_template=template)
+        return _without_videos(processor)(images, tokenizer, chat_template=template)
+    if kind == "idefics2":
+        images = hf.Idefics2ImageProcessorPil(
+            size={"shortest_edge": 16, "longest_edge": 32}, do_image_splitting=False
+        )
+        return hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    if kind == "internvl":
+        images = hf.GotOcr2ImageProcessorPil(size=square, min_patches=1, max_patches=2)
+        options = {"image_seq_length": 4, "chat_template": template}
+        if is_torchvision_available():
+            return hf.InternVLProcessor(images, tokenizer, hf.InternVLVideoProcessor(), **options)
+        return _without_videos(hf.InternVLProcessor)(images, tokenizer, **options)
+    if kind == "smolvlm":
+        smolvlm.num2words = smolvlm.num2words or str  # it writes the numbers of videos alone
+        images = hf.SmolVLMImageProcessorPil(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+        )
+        if is_torchvision_available():
+            video = hf.SmolVLMVideoProcessor()
+            return hf.SmolVLMProcessor(
+                images, tokenizer, video, image_seq_len=4, chat_template=template
+            )
+        processor = _without_videos(hf.SmolVLMProcessor)
+        made = processor(images, tokenizer, None, image_seq_len=4, chat_template=template)
+        made.video_processor = SimpleNamespace(num_frames=1, fps=1)  # are asked for
+        return made
+    if kind == "idefics3":
         images = hf.Idefics3ImageProcessorPil(
             size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
         )

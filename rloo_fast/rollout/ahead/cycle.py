@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ...records import Rollout, Sampling
+from ...records import RawPrompt, Rollout, Sampling
 from ..cycle import RolloutCycle
 
 
@@ -30,13 +30,20 @@ class SharedCycle(RolloutCycle):
             return super().generate(*args, **options)
 
     def generate_as_loaded(
-        self, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        raw: Sequence[RawPrompt | None],
     ) -> Rollout:
-        """From the weights that the engine holds, whatever the policy's are by now."""
+        """From the weights that the engine holds, whatever the policy's are by now. `raw`: all of
+        them in a run with images."""
+        given = [one for one in raw if one is not None]
+        more: dict[str, Any] = {"raw": given} if given else {}  # engines may be anyone's
         with self._turn:
             version = self.engine.version
             assert version is not None, "it was asked before the first weights"
-            return self.engine.generate(prompt_ids, sampling, seeds, version=version)
+            return self.engine.generate(prompt_ids, sampling, seeds, version=version, **more)
 
     def sleep(self, *, give_back: bool = True) -> None:
         return

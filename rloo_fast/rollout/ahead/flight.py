@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...records import RawPrompt
+
 
 class Sampled(NamedTuple):
     """One completion as an engine sampled it."""
@@ -37,6 +39,7 @@ class Group(NamedTuple):
     place: int  # of the prompt in the batch
     prompt_ids: list[int]
     seeds: list[int]  # one per completion
+    raw: RawPrompt | None = None  # of a run with images
 
 
 class Row(NamedTuple):

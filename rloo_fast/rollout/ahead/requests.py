@@ -6,12 +6,13 @@ A subclass writes `_complete`, and `_load`, which may run while completions are 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
-from ...records import Rollout, Sampling
-from ..engine import OnFinished, RolloutEngine
+from ...records import RawPrompt, Rollout, Sampling
+from ..engine import EngineError, OnFinished, RolloutEngine
 from .flight import Sampled
 
 
@@ -37,6 +38,12 @@ class RequestEngine(RolloutEngine):
         """One completion, with the version of the weights that sampled each of its tokens. Raises
         EngineError once no completion can be had any more."""
 
+    def complete_raw(
+        self, prompt_ids: list[int], raw: RawPrompt, seed: int, prepared: Any
+    ) -> Sampled:
+        """The same of a prompt with images, where it `reads_images`."""
+        raise EngineError(f"{type(self).__name__} reads no images.")
+
     def hang_up(self) -> None:
         """Abort every open request: its caller gets an EngineError."""
         return
@@ -49,13 +56,30 @@ class RequestEngine(RolloutEngine):
         on_finished: OnFinished,
     ) -> Rollout:
         prepared = self.prepare(sampling, max(map(len, prompt_ids), default=0))
+        rows = list(zip(prompt_ids, seeds, strict=True))
+        return self._asked(
+            [partial(self.complete, ids, seed, prepared) for ids, seed in rows], on_finished
+        )
+
+    def _generate_raw(
+        self,
+        prompt_ids: list[list[int]],
+        raw: Sequence[RawPrompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        prepared = self.prepare(sampling, max(map(len, prompt_ids), default=0))
+        rows = list(zip(prompt_ids, raw, seeds, strict=True))
+        return self._asked(
+            [partial(self.complete_raw, *row, prepared) for row in rows], on_finished
+        )
+
+    def _asked(self, requests: list[Callable[[], Sampled]], on_finished: OnFinished) -> Rollout:
         done: dict[int, Sampled] = {}
         pool = ThreadPoolExecutor(self.most_requests)
         try:
-            asked = {
-                pool.submit(self.complete, ids, seed, prepared): index
-                for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
-            }
+            asked = {pool.submit(request): index for index, request in enumerate(requests)}
             for future in as_completed(asked):
                 index = asked[future]
                 done[index] = future.result()
@@ -66,7 +90,7 @@ class RequestEngine(RolloutEngine):
             raise
         finally:
             pool.shutdown(wait=False)
-        rows = [done[index] for index in range(len(prompt_ids))]
+        rows = [done[index] for index in range(len(requests))]
         logps = [row.logps for row in rows]
         return Rollout(
             [row.ids for row in rows],

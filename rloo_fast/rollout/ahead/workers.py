@@ -44,7 +44,11 @@ class RequestWorkers(Workers):
             while (row := flight.next_row()) is not None:
                 prompt_ids, seed = row.group.prompt_ids, row.group.seeds[row.sample]
                 prepared = self.engine.prepare(sampling, len(prompt_ids))
-                flight.put(row, self.engine.complete(prompt_ids, seed, prepared))
+                if (raw := row.group.raw) is None:
+                    sampled = self.engine.complete(prompt_ids, seed, prepared)
+                else:
+                    sampled = self.engine.complete_raw(prompt_ids, raw, seed, prepared)
+                flight.put(row, sampled)
         except BaseException as error:  # the trainer's thread is waiting for it
             flight.fail(error)
 
@@ -75,6 +79,7 @@ class CallWorker(Workers):
             [list(row.group.prompt_ids) for row in rows],
             sampling,
             [row.group.seeds[row.sample] for row in rows],
+            [row.group.raw for row in rows],
         )
         version = rollout.weights_version
         assert version is not None

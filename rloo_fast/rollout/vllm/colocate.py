@@ -19,15 +19,15 @@ import torch.distributed as dist
 
 from ...models.adapters import base_causal_lm
 from ...offload.memory_plan import LEAST_SHARE, MOST_SHARE
-from ...records import Bucket, Rollout, Sampling, SentParts
+from ...records import Bucket, RawPrompt, Rollout, Sampling, SentParts
 from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import AdapterShape, Parted, adapter_shape
 from ..engine import EngineError, OnFinished, RolloutEngine
 from ..settings import EngineSettings
-from . import lora
+from . import images, loader, lora
 from .files import saved_configuration
 from .host import host_unchanged
-from .model import LooseTensors, kept_in_another_form
+from .model import LooseTensors, as_read, kept_in_another_form
 from .package import import_vllm, runs_on_cpu
 from .placement import check_all_reduce, launched_as_here, placement
 from .ranks import tensor_parallel_group, together, unlink_shared_memory
@@ -71,13 +71,15 @@ class VLLMEngine(RolloutEngine):
 
     `model`: the policy without adapters; its configuration and class are taken, not its weights.
     `dtype`: what it computes in. `tokenizer`: None where nothing asks for the text of tokens, such
-    as a `regex` or stop strings. `sleeps`: free GPU memory at `sleep` (nothing on a CPU).
+    as a `regex` or stop strings. `processor`: of a run with images. `sleeps`: free GPU memory at
+    `sleep` (nothing on a CPU).
     `adapter`: it is sent apart from the weights. `engine_kwargs`: further arguments of vllm.LLM,
     which win.
     """
 
     sleeps_in_process = True
     reads_vllm_settings = True
+    reads_images = True
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -94,6 +96,7 @@ class VLLMEngine(RolloutEngine):
             model_impl=own.model_impl,
             regex=own.regex,
             tokenizer=settings.tokenizer if own.regex or settings.stop_strings else None,
+            processor=settings.processor,
             seed=settings.seed,
             adapter=adapter_shape(settings.model) if settings.sends_adapter else None,
             engine_kwargs=own.engine_kwargs,
@@ -112,12 +115,15 @@ class VLLMEngine(RolloutEngine):
         model_impl: str = "vllm",
         regex: str | None = None,
         tokenizer: Any = None,
+        processor: Any = None,
         seed: int = 0,
         adapter: AdapterShape | None = None,
         engine_kwargs: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self._vllm = import_vllm()
+        if processor is not None:
+            tokenizer = tokenizer or processor.tokenizer
         on_cpu = runs_on_cpu()
         if on_cpu and sleeps:
             logger.info("On a CPU vLLM frees no memory when it sleeps.")
@@ -127,14 +133,17 @@ class VLLMEngine(RolloutEngine):
         self._files = tempfile.TemporaryDirectory(prefix="rloo_fast-vllm-")
         self._loose = LooseTensors()
         self._adapter = None if adapter is None else lora.request()
+        self._has_images = processor is not None
         self._has_base = False  # the weights that the adapter belongs to are there
         self._found_group = dist.is_initialized()  # else vLLM makes one, of this process alone
         settings: dict[str, Any] = {
             "model": str(
-                saved_configuration(model, self._vllm.envs.VLLM_CACHE_ROOT, self._files.name)
+                saved_configuration(
+                    model, processor, self._vllm.envs.VLLM_CACHE_ROOT, self._files.name
+                )
             ),
-            "language_model_only": True,  # prompts are token ids alone
-            "load_format": "dummy",
+            "language_model_only": processor is None,  # prompts are token ids alone
+            "load_format": loader.register(),
             "skip_tokenizer_init": tokenizer is None,
             "generation_config": "vllm",
             "dtype": str(dtype).removeprefix("torch."),
@@ -147,6 +156,8 @@ class VLLMEngine(RolloutEngine):
             "logprobs_mode": "processed_logprobs",
             "seed": seed,
         }
+        if processor is not None:
+            settings |= images.settings(processor)
         if tokenizer is not None:
             # in a folder of its own: beside a configuration, the class that usually belongs to the
             # model would be loaded in place of this one
@@ -223,12 +234,14 @@ class VLLMEngine(RolloutEngine):
                 f"vLLM kept its prefix cache when policy version {version} was loaded, so that it "
                 "would sample from older weights: blocks of it are still in use."
             )
+        if self._has_images:  # what the former image tower has made of some is kept as well
+            self.llm.llm_engine.reset_encoder_cache()
 
     def _load_base(self, version: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         def load(model: Any) -> list[str]:
             with lora.without_adapters(model):
                 poison(model)
-                model.load_weights(weights)
+                model.load_weights(as_read(model, weights))
                 return uncovered(model)
 
         with torch.no_grad(), _explained("loading weights into vLLM"):
@@ -253,35 +266,60 @@ class VLLMEngine(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
+        return self._generate_requests(
+            prompt_ids, [None] * len(prompt_ids), sampling, seeds, on_finished
+        )
+
+    def _generate_raw(
+        self,
+        prompt_ids: list[list[int]],
+        raw: Sequence[RawPrompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
+        return self._generate_requests(prompt_ids, raw, sampling, seeds, on_finished)
+
+    def _generate_requests(
+        self,
+        prompt_ids: list[list[int]],
+        raw: Sequence[RawPrompt | None],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_finished: OnFinished,
+    ) -> Rollout:
         first, own = 0, len(prompt_ids)
+        rows = list(zip(prompt_ids, raw, seeds, strict=True))
         if self._group is not None:  # the engines of a group must see the same requests
-            prompt_ids, seeds, first = together(prompt_ids, seeds, self._group)
-        outputs: list[Any] = [None] * len(prompt_ids)
-        for index, output in self._run(prompt_ids, sampling, seeds):
+            rows, first = together(rows, self._group)
+        outputs: list[Any] = [None] * len(rows)
+        for index, output in self._run(rows, sampling):
             outputs[index] = output
             if first <= index < first + own:
                 on_finished(index - first, list(output.token_ids))
         return _as_rollout(outputs[first : first + own])
 
     def _run(
-        self, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
+        self, rows: Sequence[tuple[list[int], RawPrompt | None, int]], sampling: Sampling
     ) -> Iterator[tuple[int, Any]]:
         """(index, vLLM's completion) as they are finished."""
         engine, waiting = self.llm.llm_engine, {}
         named = {} if self._adapter is None else {"lora_request": self._adapter}
         try:
             with _explained("generating with vLLM"):
-                for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
+                for index, (ids, raw, seed) in enumerate(rows):
                     request = f"rloo-{self._count}"
                     self._count += 1
-                    engine.add_request(
-                        request, {"prompt_token_ids": ids}, self._params(sampling, seed), **named
-                    )
+                    asked = images.request_of(ids, raw)
+                    engine.add_request(request, asked, self._params(sampling, seed), **named)
                     waiting[request] = index
             while waiting:
                 with _explained("generating with vLLM"):
                     finished = engine.step()
                 for output in finished:
+                    ids, raw, _ = rows[waiting[output.request_id]]
+                    if raw is not None:
+                        images.check_prompt(output.prompt_token_ids, ids)
                     yield waiting.pop(output.request_id), output.outputs[0]
         finally:
             if waiting:  # an error, here or in what is done with a completion

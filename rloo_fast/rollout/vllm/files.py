@@ -1,4 +1,4 @@
-"""The directory that vLLM starts a model from: its configuration alone."""
+"""The directory that vLLM starts a model from: its configuration, and its processor's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
-def saved_configuration(model: Any, cache: str, scratch: str) -> Path:
-    """A directory with the model's configuration, the same one for equal configurations.
+def saved_configuration(model: Any, processor: Any, cache: str, scratch: str) -> Path:
+    """A directory with the configurations of a model and, in a run with images, of its processor,
+    the same one for equal configurations.
 
     Its path enters the key of vLLM's cache of compiled models, so it lies in `cache`, beside those,
     and stays; where nothing can be written there, it is in `scratch`.
@@ -22,6 +23,8 @@ def saved_configuration(model: Any, cache: str, scratch: str) -> Path:
         config.architectures = [type(model).__name__]
     made = Path(tempfile.mkdtemp(dir=scratch))
     config.save_pretrained(made)
+    if processor is not None:
+        processor.save_pretrained(made)
     kept = Path(cache, "rloo_fast", _digest(made))
     try:
         if not kept.exists():

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...records import Sampling
+from ...records import RawPrompt, Sampling
 from ..ahead.flight import Sampled
 from .answers import OddAnswer, read_ids, read_logps, read_reason, shown
 from .colocate import sampling_fields
+from .images import as_parts
 
 GENERATE = "/inference/v1/generate"
 
@@ -41,10 +42,18 @@ def request_fields(sampling: Sampling) -> dict[str, Any]:
 
 
 def request_of(
-    fields: dict[str, Any], prompt_ids: list[int], seed: int, request_id: str
+    fields: dict[str, Any],
+    prompt_ids: list[int],
+    seed: int,
+    request_id: str,
+    raw: RawPrompt | None = None,
 ) -> dict[str, Any]:
+    """`raw`: of a run with images, which the server puts in their places itself."""
+    own: dict[str, Any] = {"token_ids": prompt_ids}
+    if raw is not None and raw.images:
+        own = {"token_ids": raw.ids, "content_parts": as_parts(raw.images)}
     params = {**fields["sampling_params"], "seed": seed}
-    return {**fields, "sampling_params": params, "token_ids": prompt_ids, "request_id": request_id}
+    return {**fields, "sampling_params": params, "request_id": request_id, **own}
 
 
 def read_sampled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +39,23 @@ def kept_in_another_form(model: nn.Module, quantization: str | None) -> str | No
                 "the environment it is an ordinary attention, which does not)"
             )
     return None
+
+
+def as_read(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights under the names that vLLM's class of the model reads.
+
+    Transformers 5 has taken `vision_model` out of the names of CLIP's and SigLIP's towers, as in
+    LLaVA and Gemma 3; vLLM's towers still have it.
+    """
+    tower, whole = "vision_tower.", "vision_tower.vision_model."
+    is_nested = any(whole in name for name, _ in model.named_parameters())
+    for name, tensor in weights:
+        before, found, rest = name.partition(tower)
+        if is_nested and found and not rest.startswith("vision_model."):
+            name = f"{before}{whole}{rest}"
+        yield name, tensor
 
 
 class LooseTensors:

@@ -23,9 +23,10 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from ...records import SentParts
 from ...weight_sync.coverage import poison, uncovered
 from ...weight_sync.unmerged import Parted
-from . import executor, guard, lora
+from . import executor, guard, loader, lora
 from .fetch import most_bytes
 from .http import BACKEND, PROTOCOL, WIDER
+from .model import as_read
 from .package import runs_on_cpu
 from .receiver import Arrival, Receiver, shared
 
@@ -37,6 +38,7 @@ def register() -> None:
     with suppress(ImportError):  # a vLLM without servers as we know them may still run in process
         guard.install()
         executor.install()
+        loader.register()
     runs_on_cpu()
 
 
@@ -152,7 +154,7 @@ class PulledWeights(WeightTransferEngine[InitInfo, UpdateInfo]):
         model: Any = self.model  # vLLM's models have load_weights, which nn.Module has not
         if self._parts != "adapter":
             with lora.without_adapters(model):
-                model.load_weights(iter(parted))
+                model.load_weights(as_read(model, parted))
         if unexpected := [name for name, _ in parted]:
             raise ValueError(f"{unexpected[0]} was sent in an update of the adapter alone.")
         if parted.adapter and self._parts == "merged":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+Row = TypeVar("Row")
 
 
 def tensor_parallel_group(size: int) -> Any:
@@ -33,15 +34,9 @@ def unlink_shared_memory(group: Any) -> None:
         path.unlink(missing_ok=True)
 
 
-def together(
-    prompt_ids: list[list[int]], seeds: Sequence[int], group: Any
-) -> tuple[list[list[int]], list[int], int]:
-    """Prompts and seeds of all processes of the group, and the index of this one's first."""
+def together(rows: list[Row], group: Any) -> tuple[list[Row], int]:
+    """The requests of all processes of the group, and the index of this one's first."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (prompt_ids, list(seeds)), group=group)
+    dist.all_gather_object(everyone, rows, group=group)
     before = everyone[: dist.get_rank(group)]
-    return (
-        [ids for prompts, _ in everyone for ids in prompts],
-        [seed for _, some in everyone for seed in some],
-        sum(len(prompts) for prompts, _ in before),
-    )
+    return [row for some in everyone for row in some], sum(map(len, before))

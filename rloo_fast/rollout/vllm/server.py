@@ -46,8 +46,9 @@ class VLLMServer(RolloutEngine):
     this machine's on the network that leads to the server. `sleeps`: the server runs on the
     trainer's GPUs with --enable-sleep-mode. `num_requests`: most open requests of a process.
     `vocab_size`: tokens that the policy knows; None: not checked. `adapter`: it is sent apart from
-    the weights. `weight_transfer`, `device`: see `WeightSender`. The key of the server is read
-    from the environment (`api_key`), never from a configuration, which is written to files.
+    the weights. `weight_transfer`, `device`: see `WeightSender`. `has_images`: prompts may have.
+    The key of the server is read from the environment (`api_key`), never from a configuration,
+    which is written to files.
     """
 
     reads_vllm_settings = True
@@ -80,6 +81,7 @@ class VLLMServer(RolloutEngine):
         adapter: AdapterShape | None = None,
         weight_transfer: str = "auto",
         device: torch.device | None = None,
+        has_images: bool = False,
     ):
         super().__init__()
         self._server = Endpoint(base_url, CONNECT_S, api_key())
@@ -87,6 +89,7 @@ class VLLMServer(RolloutEngine):
         self._sleeps = sleeps
         self._sends_adapter, self._has_base = adapter is not None, False
         self._num_requests, self._vocab_size = num_requests, vocab_size
+        self._has_images = has_images
         self._run = secrets.token_hex(8)  # tells the weights of this run from those of others
         self._label = ""  # of the weights that the server holds for this run
         self._sender: WeightSender | None = None
@@ -172,7 +175,11 @@ class VLLMServer(RolloutEngine):
             raise StaleWeights(self._changed(label))
 
     def _reset_prefix_cache(self) -> None:
-        """Drop the keys and values that were computed with the former weights."""
+        """Drop the keys and values that were computed with the former weights, and what the former
+        image tower made of images."""
+        if self._has_images:
+            self._server.post("/reset_mm_cache")
+            self._server.post("/reset_encoder_cache")
         deadline = time.monotonic() + RESET_S
         path = "/reset_prefix_cache"
         while not self._server.field(self._server.post(path), path, "success", bool):

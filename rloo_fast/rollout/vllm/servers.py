@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 from ...models.adapters import base_causal_lm
-from ...records import Bucket, Sampling
+from ...records import Bucket, RawPrompt, Sampling
 from ..ahead.flight import Sampled
 from ..ahead.requests import RequestEngine
 from ..engine import EngineError, StaleWeights
@@ -67,12 +67,18 @@ class InflightServer(VLLMServer):
                 f"{GENERATE}; leave it out."
             )
 
-    def sample(self, prompt_ids: list[int], seed: int, fields: dict[str, Any]) -> Sampled:
+    def sample(
+        self,
+        prompt_ids: list[int],
+        seed: int,
+        fields: dict[str, Any],
+        raw: RawPrompt | None = None,
+    ) -> Sampled:
         request_id = secrets.token_hex(16)
         max_tokens = fields["sampling_params"]["max_tokens"]
         answer = self._server.ask(
             GENERATE,
-            request_of(fields, prompt_ids, seed, request_id),
+            request_of(fields, prompt_ids, seed, request_id, raw),
             most_bytes=most_bytes(len(prompt_ids), max_tokens),
         )
         try:
@@ -128,6 +134,7 @@ class VLLMServers(RequestEngine):
     has called it: all take part in gathering weights, the main one loads them."""
 
     reads_vllm_settings = True
+    reads_images = True
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:
@@ -139,6 +146,7 @@ class VLLMServers(RequestEngine):
             vocab_size=base_causal_lm(settings.model).config.get_text_config().vocab_size,
             weight_transfer=settings.server.weight_transfer,
             device=settings.device,
+            has_images=settings.processor is not None,
         )
 
     def __init__(
@@ -175,11 +183,21 @@ class VLLMServers(RequestEngine):
         return known[1]
 
     def complete(self, prompt_ids: list[int], seed: int, prepared: Prepared) -> Sampled:
+        return self._complete(prompt_ids, None, seed, prepared)
+
+    def complete_raw(
+        self, prompt_ids: list[int], raw: RawPrompt, seed: int, prepared: Prepared
+    ) -> Sampled:
+        return self._complete(prompt_ids, raw, seed, prepared)
+
+    def _complete(
+        self, prompt_ids: list[int], raw: RawPrompt | None, seed: int, prepared: Prepared
+    ) -> Sampled:
         num_lost = 0  # answers, by servers that are there
         while True:
             server = self._take_least_loaded()
             try:
-                return server.sample(prompt_ids, seed, prepared.fields)
+                return server.sample(prompt_ids, seed, prepared.fields, raw)
             except StaleWeights as error:
                 self._take_out(server, error)
             except (ServerGone, Refused) as error:
