@@ -67,9 +67,8 @@ class Scored(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and completions."""
-        completions = self.rollout.completion_ids
-        return sum(len(row.ids) for row in self.rows) + sum(len(ids) for ids in completions)
+        """Of prompts, and as many as were sampled."""
+        return sum(len(row.ids) for row in self.rows) + sum(self.rollout.num_sampled)
 
 
 class PeerFailed(RuntimeError):
@@ -292,11 +291,12 @@ class Collector:
         """This process' rows; `scores` are the rewards as they are."""
         rows, rollout = scored.rows, scored.rollout
         truncated = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
-        lengths = torch.tensor([len(ids) for ids in rollout.completion_ids])
+        lengths = torch.tensor(rollout.num_sampled)
         counted = torch.where(truncated & self.mask_truncated, 0, lengths).tolist()
         reward = self.rewards.combine(scored.rewards)
         start = self.accelerator.process_index * len(rows)
         numbers = torch.arange(start, start + len(rows))
+        strand_ids, places = _strands(rollout, counted)
         return GenerationBatch(
             prompt_ids=[row.ids for row in rows],
             completion_ids=rollout.completion_ids,
@@ -315,6 +315,8 @@ class Collector:
             sampler_logps=_packed(rollout.logps, counted, torch.float32),
             token_versions=_packed(_versions(rollout), counted, torch.int32),
             inputs=_inputs(rows),
+            strand_ids=strand_ids,
+            counted=places,
             weights_version=self.rollouts.version(),
         )
 
@@ -346,7 +348,22 @@ def _versions(rollout: Rollout) -> list[list[int]] | None:
     """Per token; None: the engine does not say."""
     if rollout.token_versions is not None or rollout.weights_version is None:
         return rollout.token_versions
-    return [[rollout.weights_version] * len(ids) for ids in rollout.completion_ids]
+    return [[rollout.weights_version] * count for count in rollout.num_sampled]
+
+
+def _strands(
+    rollout: Rollout, num_counted: list[int]
+) -> tuple[list[list[list[int]]] | None, list[list[list[int]]] | None]:
+    """(ids, places that count) of each trajectory's strands; no place counts in a row of which no
+    token does. None: completions."""
+    if rollout.trajectories is None:
+        return None, None
+    strands = [one.strands for one in rollout.trajectories]
+    places = [
+        [[*strand.counted] if count else [] for strand in row]
+        for row, count in zip(strands, num_counted, strict=True)
+    ]
+    return [[strand.ids for strand in row] for row in strands], places
 
 
 def _packed(
