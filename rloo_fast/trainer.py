@@ -111,7 +111,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             reward_processing_classes=reward_processing_classes,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            trajectories=ToolArguments(tools, environment_factory, rollout_func),
+            trajectories=ToolArguments.of(self, tools, environment_factory, rollout_func),
         )
         self.rewards, self.skipping = loaded.rewards, loaded.skipping
         super().__init__(

@@ -30,7 +30,21 @@ class ToolArguments(NamedTuple):
 
     tools: Any = None
     environment_factory: Any = None
-    rollout_func: Callable[..., Any] | None = None
+    rollout_func: Callable[[list[Any]], Any] | None = None  # prompts -> see `rollout_func.py`
+
+    @classmethod
+    def of(
+        cls, trainer: Any, tools: Any, environment_factory: Any, rollout_func: Any
+    ) -> ToolArguments:
+        """With a rollout_func that knows its trainer. Raises TypeError for one that is none."""
+        if rollout_func is None:
+            return cls(tools, environment_factory)
+        if not callable(rollout_func):
+            raise TypeError(
+                "rollout_func must be callable, as rollout_func(prompts, trainer), got "
+                f"{type(rollout_func).__name__}."
+            )
+        return cls(tools, environment_factory, lambda prompts: rollout_func(prompts, trainer))
 
 
 def load_tools(given: ToolArguments, args: RLOOConfig) -> RunTools | None:
@@ -40,7 +54,7 @@ def load_tools(given: ToolArguments, args: RLOOConfig) -> RunTools | None:
     """
     has_tools = bool(given.tools) or given.environment_factory is not None
     if given.rollout_func is not None:
-        _check_rollout_func(given.rollout_func, args, has_tools=has_tools)
+        _check_rollout_func(args, has_tools=has_tools)
     if not has_tools:
         _refuse_settings_without_tools(args)
         return None
@@ -66,12 +80,7 @@ def load_tools(given: ToolArguments, args: RLOOConfig) -> RunTools | None:
     return tools
 
 
-def _check_rollout_func(function: Any, args: RLOOConfig, *, has_tools: bool) -> None:
-    if not callable(function):
-        raise TypeError(
-            f"rollout_func must be callable, as rollout_func(prompts, trainer), got "
-            f"{type(function).__name__}."
-        )
+def _check_rollout_func(args: RLOOConfig, *, has_tools: bool) -> None:
     if has_tools:
         raise ValueError(
             "rollout_func makes the whole of every completion, so that tools and "
