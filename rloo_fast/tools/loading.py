@@ -8,9 +8,10 @@ from typing import Any
 from ..config.code_files import load_function
 from ..sandbox import SandboxError
 from ..sandbox.client import unsuited
+from .calculator import calculator
 from .python_tool import python
 
-BUILTINS: dict[str, Callable[..., Any]] = {"python": python}
+BUILTINS: dict[str, Callable[..., Any]] = {"calculator": calculator, "python": python}
 MODEL_CODE = (
     "The tool {0!r} runs programs that the model wrote, on this machine: in processes of their "
     "own, with little room and no network, but no such wall is perfect. If you want that, write "
@@ -21,7 +22,7 @@ MODEL_CODE = (
 def find_tools(tools: Any, *, execute_model_code: bool) -> list[Any]:
     """The functions of a list of functions and names, or of one of these.
 
-    A name is "python", "package.module:function" or "path/to/file.py:function". What runs programs
+    A name is "calculator", "python", "package.module:function" or "path/to/file.py:function". What runs programs
     of the model needs execute_model_code where it is named; a function that is passed has been
     allowed by whoever passed it. Raises ValueError for a name that stands for nothing, SandboxError
     where programs cannot be shut in.
