@@ -123,16 +123,18 @@ def with_environment_rewards(
     """The rewards that were given, and those of environments that have `get_reward`."""
     more = tools.rewards() if tools is not None else []
     sources = reward_funcs
-    if sources in (None, []) and not more:
+    if not isinstance(sources, RewardSources):
+        may_be_none = bool(more) or not args.reward_weights
+        sources = RewardSources.from_config(
+            sources, processing_classes, args, may_be_none=may_be_none
+        )
+    sources = sources.with_functions(more)
+    if not sources.sources:
         raise ValueError(
             "At least one reward function is needed, got none: pass reward_funcs, or an "
             "environment_factory whose environments have get_reward(self)."
         )
-    if not isinstance(sources, RewardSources):
-        sources = RewardSources.from_config(
-            sources, processing_classes, args, may_be_none=bool(more)
-        )
-    return sources.with_functions(more)
+    return sources
 
 
 def check_rows(
