@@ -57,9 +57,9 @@ def _value(node: ast.expr) -> int | float:
 
 def _power(base: int | float, exponent: int | float) -> int | float:
     """Checked before it is computed: it may have any number of digits."""
-    if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
-        if base.bit_length() * exponent > MAX_DIGITS * 4:
-            raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    whole = isinstance(base, int) and isinstance(exponent, int) and exponent > 0
+    if whole and int(base).bit_length() * exponent > MAX_DIGITS * 4:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
     value = base**exponent
     if isinstance(value, complex):
         raise ValueError("the root of a negative number")

@@ -22,10 +22,10 @@ MODEL_CODE = (
 def find_tools(tools: Any, *, execute_model_code: bool) -> list[Any]:
     """The functions of a list of functions and names, or of one of these.
 
-    A name is "calculator", "python", "package.module:function" or "path/to/file.py:function". What runs programs
-    of the model needs execute_model_code where it is named; a function that is passed has been
-    allowed by whoever passed it. Raises ValueError for a name that stands for nothing, SandboxError
-    where programs cannot be shut in.
+    A name is "calculator", "python", "package.module:function" or "path/to/file.py:function". What
+    runs programs of the model needs execute_model_code where it is named; a function that is passed
+    has been allowed by whoever passed it. Raises ValueError for a name that stands for nothing,
+    SandboxError where programs cannot be shut in.
     """
     if tools is None:
         return []
