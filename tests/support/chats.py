@@ -12,9 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from rloo_fast.records import Prompt, Rollout
-from rloo_fast.rollout.trajectories.answers import Answers
-from rloo_fast.rollout.trajectories.conversation import Language
-from rloo_fast.rollout.trajectories.template import TurnTemplate
+from rloo_fast.rollout.trajectories import Language
 from tests.support.tiny import InjectedEngine
 
 
@@ -145,8 +143,7 @@ def chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def language_of(tokenizer: Any) -> Language:
-    template = TurnTemplate(tokenizer)
-    return Language(template, Answers(template, [tokenizer.eos_token_id]))
+    return Language.of(tokenizer, {}, [tokenizer.eos_token_id])
 
 
 ADD = {
@@ -262,3 +259,43 @@ def generate_by(engine: ScriptedEngine):
         return engine.generate(prompt_ids, sampling, seeds, version=0)
 
     return generate
+
+
+# A random model that calls a tool in many of its turns: any of some letters begins a call
+
+NOISE_RESPONSE = {
+    **RESPONSE_SMOLLM2,
+    "fields": {
+        "tool_calls": {
+            "open_pattern": "[a-m]",
+            "close_pattern": r"$|(?=<\|im_end\|>)",
+            "content": "text",
+            "transform": [
+                {
+                    "type": "function",
+                    "function": {"name": "echo", "arguments": {"word": "{content}"}},
+                }
+            ],
+        },
+        "content": {"close": "<|im_end|>", "content": "text"},
+    },
+}
+
+
+def noise_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = chat_tokenizer("SmolLM2")
+    tokenizer.response_template = NOISE_RESPONSE
+    return tokenizer
+
+
+def echo(word: str) -> str:
+    """
+    Say how long a word is.
+
+    Args:
+        word: any
+
+    Returns:
+        a text
+    """
+    return f"{len(word)} of"

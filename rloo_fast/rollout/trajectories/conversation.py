@@ -60,6 +60,13 @@ class Language(NamedTuple):
     template: TurnTemplate
     answers: Answers
 
+    @classmethod
+    def of(cls, tokenizer: Any, options: dict[str, Any], stop_ids: Sequence[int]) -> Language:
+        """`options`: of apply_chat_template. Raises ValueError for a tokenizer without a form for
+        tools."""
+        template = TurnTemplate(tokenizer, options)
+        return cls(template, Answers(template, stop_ids))
+
 
 class Conversation:
     """A trajectory from its prompt, which is a list of messages and their ids, to its end.

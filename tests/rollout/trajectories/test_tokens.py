@@ -1,7 +1,7 @@
 """Every trained token is the one that was sampled, with the log-prob that it was sampled with.
 
-`python -m tests.rollout.trajectories.test_tokens` prints the table: per chat template and
-layout, turns, strands and trained tokens, how many of these are not the sampled ids, and the largest
+`python -m tests.rollout.trajectories.test_tokens` prints the table: per chat template and layout,
+turns, strands and trained tokens, how many of these are not the sampled ids, and the largest
 difference between the trainer's log-prob and the sampler's.
 """
 
