@@ -113,7 +113,7 @@ class Rollout:
 
 
 class Strand(NamedTuple):
-    """Tokens behind a row's prompt, and which of them count in the loss.
+    """Tokens of a row, behind its prompt or with it, and which of them count in the loss.
 
     A trajectory whose history was rewritten has several: a token counts where it was sampled.
     Strand([7, 8, 9, 4, 1], [0, 1, 4]): the tokens 9 and 4 came from a tool.
@@ -125,14 +125,14 @@ class Strand(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A conversation with tools behind its prompt, as a rollout leaves it.
+    """A conversation with tools, as a rollout leaves it.
 
     Every sampled token is counted in one strand, that in which it was drawn. `seconds` are those
     spent waiting for tools.
     """
 
-    strands: list[Strand]
-    messages: list[Message]  # what reward functions get as the completion
+    strands: list[Strand]  # with their prompts
+    messages: list[Message]  # behind the prompt: what reward functions get as the completion
     num_calls: int = 0
     num_failures: int = 0  # calls whose tool raised, hung, was not there or was called wrongly
     num_turns: int = 1

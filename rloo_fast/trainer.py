@@ -381,6 +381,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             args,
             self.accelerator,
             self.clock,
+            loaded.tools,
         )
         self.source = loaders.build_source(
             self.collector, self.train_dataset, args, loaded.skipping

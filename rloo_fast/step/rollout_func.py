@@ -73,7 +73,10 @@ def call_rollout_func(
         return Made(made, Rollout(completions, reasons, logps))
     places = [[i for i, sampled in enumerate(row) if sampled] for row in mask]
     trajectories = [
-        Trajectory([Strand(ids, counted)], _messages(row, decode(ids)))
+        Trajectory(
+            [Strand([*row.ids, *ids], [len(row.ids) + place for place in counted])],
+            _messages(row, decode(ids)),
+        )
         for row, ids, counted in zip(made, completions, places, strict=True)
     ]
     if logps is not None:

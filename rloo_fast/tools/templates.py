@@ -22,7 +22,8 @@ OTHER_TEMPLATE = (
 def check_shows_tools(
     tokenizer: Any, schemas: Sequence[dict[str, Any]], options: dict[str, Any]
 ) -> None:
-    """Raise ValueError unless the template renders a call with its arguments, and the answer.
+    """Raise ValueError unless the template renders a call with its arguments, which may be left out
+    where the tokenizer's response_template says how calls are written, and the answer.
 
     One that does not show `schemas` is logged: a prompt may describe the tools by itself.
     `options`: chat_template_kwargs.
@@ -32,6 +33,9 @@ def check_shows_tools(
         raise ValueError("with tools, the tokenizer needs a chat template." + OTHER_TEMPLATE)
     text = _rendered(tokenizer, {KEY: VALUE}, options)
     shows = {"name of a call": NAME, "arguments": KEY, "argument's value": VALUE, "answer": ANSWER}
+    if getattr(tokenizer, "response_template", None) is not None:
+        # a turn whose calls the template leaves out is given to it as the text that was sampled
+        shows = {"answer": ANSWER}
     if missing := [what for what, word in shows.items() if word not in text]:
         raise ValueError(
             f"the chat template does not show the {', '.join(missing)}, so that a model would not "

@@ -5,3 +5,9 @@ them what its tools answered.
 prompt is the token ids so far and those of what is new, so that a token that was sampled is trained
 on as it was: see `template.py`.
 """
+
+from .conversation import Language, Limits
+from .rows import trajectory_rows
+from .sampler import TrajectorySampler
+
+__all__ = ["Language", "Limits", "TrajectorySampler", "trajectory_rows"]

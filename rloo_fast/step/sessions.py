@@ -1,0 +1,139 @@
+"""How the completions of a process' rows are made: by the engine alone, or with tools.
+
+A session is opened for the rows of a rollout, and closed once they are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from ..data.tokenize import RowTokenizer
+from ..distributed.collectives import gather_objects
+from ..records import ImageInputs, Message, Prompt, Rollout, Sampling, Trajectory
+from ..rollout.cycle import RolloutCycle
+from ..rollout.stops import KeptRows, Stops
+from ..rollout.trajectories import Language, Limits, TrajectorySampler
+from ..tools import Opened, RunTools
+
+Finished = Callable[[int, list[int], int], None]  # row, its completion's ids, tokens sampled
+
+
+class Session(Protocol):
+    """The rows of a rollout. `texts`: of rows whose completion is not what their tokens say, as
+    these are finished. `environments`: of the rows; None: they have none."""
+
+    rows: list[Prompt]
+    texts: Mapping[int, str | list[Message]]
+    environments: list[Any] | None
+
+    def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout: ...
+
+
+Open = Callable[[list[Prompt]], AbstractContextManager[Session]]
+
+
+class EngineSession:
+    """A completion of each row, as the engine samples it and `stops` keep it."""
+
+    environments: list[Any] | None = None
+
+    def __init__(
+        self, rows: list[Prompt], rollouts: RolloutCycle, sampling: Sampling, stops: Stops
+    ):
+        self.rows, self.rollouts, self.sampling = rows, rollouts, sampling
+        self.kept = KeptRows(stops, [[*row.ids] for row in rows])
+        self.texts: Mapping[int, str | list[Message]] = self.kept.texts
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, rows: list[Prompt], rollouts: RolloutCycle, sampling: Sampling, stops: Stops
+    ) -> Iterator[EngineSession]:
+        yield cls(rows, rollouts, sampling, stops)
+
+    def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout:
+        def heard(row: int, ids: list[int]) -> None:
+            finished(row, ids[: self.kept.row(row, ids).num_tokens], len(ids))
+
+        sampled = self.rollouts.generate(
+            [[*ids] for ids in self.kept.prompt_ids],  # an engine may be anyone's
+            self.sampling,
+            seeds,
+            heard,
+            mode=mode,
+            inputs=inputs_of(self.rows),
+        )
+        return self.kept.rollout(sampled)
+
+
+class ToolSession:
+    """A conversation of each row with its tools."""
+
+    def __init__(
+        self,
+        rows: list[Prompt],
+        opened: Sequence[Opened],
+        rollouts: RolloutCycle,
+        sampling: Sampling,
+        sampler: TrajectorySampler,
+    ):
+        self.rows, self.tool_sets = rows, [one.tool_set for one in opened]
+        self.rollouts, self.sampling, self.sampler = rollouts, sampling, sampler
+        self.texts: dict[int, list[Message]] = {}
+        environments = [tools.environment for tools in self.tool_sets]
+        has_any = any(environment is not None for environment in environments)
+        self.environments = environments if has_any else None
+
+    def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout:
+        def heard(row: int, ids: list[int], trajectory: Trajectory) -> None:
+            self.texts[row] = trajectory.messages
+            finished(row, ids, trajectory.num_sampled)
+
+        generate = partial(self.rollouts.generate, mode=mode)
+        return self.sampler(generate, self.rows, self.tool_sets, self.sampling, seeds, heard)
+
+
+class ToolSessions:
+    """Opens sessions with the tools of a run."""
+
+    def __init__(
+        self,
+        tools: RunTools,
+        tokenize: RowTokenizer,
+        rollouts: RolloutCycle,
+        sampling: Sampling,
+        stops: Stops,
+        limits: Limits,
+        accelerator: Accelerator,
+    ):
+        self.tools, self.tokenize = tools, tokenize
+        self.rollouts, self.sampling = rollouts, sampling
+        language = Language.of(
+            tokenize.tokenizer, tokenize.chat_template_kwargs, sampling.stop_token_ids
+        )
+        self.sampler = TrajectorySampler(
+            language, limits, stops, partial(gather_objects, accelerator)
+        )
+
+    @contextmanager
+    def __call__(self, rows: list[Prompt]) -> Iterator[ToolSession]:
+        opened = self.tools.open([{**row.columns, "prompt": row.text} for row in rows])
+        try:
+            rows = [
+                row if one.text == row.text else self.tokenize.with_text(row, one.text)
+                for row, one in zip(rows, opened, strict=True)
+            ]
+            yield ToolSession(rows, opened, self.rollouts, self.sampling, self.sampler)
+        finally:
+            self.tools.close(one.tool_set for one in opened)
+
+
+def inputs_of(rows: Sequence[Prompt]) -> list[ImageInputs] | None:
+    """What the rows' prompts bring beside their ids; None in a text run."""
+    inputs = [row.inputs for row in rows if row.inputs is not None]
+    return inputs if len(inputs) == len(rows) else None
