@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 TASK = "product"
 TOOL = "calculator"
-NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 200, 1000, 6000  # products, none in two of them
-WARM_START_STEPS = 500
+NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 200, 1000, 5000  # products, none in two of them
+WARM_START_STEPS = 300
 LONGEST = 64  # tokens of the model's context
 # a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen writes it
 CHAT_TEMPLATE = (
@@ -130,11 +130,9 @@ def _row(
         text: Any = tokenizer.apply_chat_template(messages[:number], tools=schemas, tokenize=False)
         own = message["role"] == "assistant"
         new = tokenizer(text).input_ids[len(ids) :]
-        is_learned = [bool(opened) and i > 0 for i in range(len(new))]  # not what opens the turn
         ids += new
-        labels += [
-            i if learned else NOT_LEARNED for i, learned in zip(new, is_learned, strict=True)
-        ]
+        # what the model writes: not the first token, which opens its turn
+        labels += [NOT_LEARNED, *new[1:]] if own else [NOT_LEARNED] * len(new)
     return {"input_ids": ids, "labels": labels}
 
 
