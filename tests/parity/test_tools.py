@@ -42,7 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "at most one round of calls": {"beta": 0.0, "max_tool_calling_iterations": 1},
     "no room for a second answer": {"beta": 0.0, "max_completion_length": 130},
     # by a last turn that was cut; where a tool's answer had no room, TRL does not count it as such
-    "truncated trajectories masked": {"beta": 0.0, "mask_truncated_completions": True},
+    "truncated trajectories masked": {
+        "beta": 0.0, "max_tool_calling_iterations": 1, "mask_truncated_completions": True,
+    },
     "an environment with a reward": {"beta": 0.0, "environment": Counter},
     "environments by row": {"beta": 0.0, "environment": {"one": Counter, "two": Counter}},
 }  # fmt: skip
@@ -106,9 +108,8 @@ class Seen:
     def __call__(self, prompts, completions, completion_ids, environments=None, **kwargs):
         counts = None if environments is None else [e.count for e in environments]
         self.calls.append((prompts, completions, completion_ids, counts))
-        return [
-            len(str(c)) % 23 / 10 - sum(ids) % 7 / 5 for c, ids in zip(completions, completion_ids)
-        ]
+        both = zip(completions, completion_ids, strict=True)
+        return [len(str(messages)) % 23 / 10 - sum(ids) % 7 / 5 for messages, ids in both]
 
 
 def run(trainer_class: Any, config_class: Any, model_dir: Path, out: Path, case: dict[str, Any]):
