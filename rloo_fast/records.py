@@ -80,6 +80,14 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict[str, Any])  # generation_kwargs, these win
     stop_strings: tuple[str, ...] = ()  # text that ends a completion, see `rollout.stops`
     include_stop_strings: bool = True  # whether they are part of it, and trained on
+    # of prompt and completion together: max_new_tokens may be more than a prompt leaves room for
+    max_length: int | None = None
+
+    def num_new(self, num_prompt: int) -> int:
+        """Most tokens behind a prompt of so many."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.max_length - num_prompt)
 
 
 @dataclass(frozen=True)

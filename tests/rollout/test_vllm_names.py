@@ -177,7 +177,7 @@ def test_arguments_of_llm(on_cpu, monkeypatch, tmp_path):
 def test_sampling_params_take_what_is_asked_for():
     engine: Any = object.__new__(rollout_vllm.VLLMEngine)
     engine._vllm, engine.regex = resolve("vllm"), "a+"
-    made = engine._params(SAMPLING, 3)
+    made = engine._params(SAMPLING, 3, 1)
     expected = {**rollout_vllm.sampling_fields(SAMPLING), "seed": 3}
     assert {name: getattr(made, name) for name in expected} == expected
     assert made.structured_outputs.regex == "a+"
