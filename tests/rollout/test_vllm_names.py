@@ -249,7 +249,7 @@ def test_fields_of_requests_and_answers():
 
     engine: Any = object.__new__(vllm_server.VLLMServer)
     engine._fields, engine._sends_adapter = set(), False
-    sent = engine._request_fields(SAMPLING).keys() | vllm_server.RESERVED
+    sent = engine._request_fields(SAMPLING, 1).keys() | vllm_server.RESERVED
     assert sorted(sent - CompletionRequest.model_fields.keys()) == []
     assert "choices" in CompletionResponse.model_fields
     choice = {"token_ids", "finish_reason", "logprobs"}
