@@ -382,6 +382,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             self.accelerator,
             self.clock,
             loaded.tools,
+            loaded.rollout_func,
         )
         self.source = loaders.build_source(
             self.collector, self.train_dataset, args, loaded.skipping

@@ -50,7 +50,7 @@ from .collect import Collector
 from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
-from .sessions import ToolSessions
+from .sessions import FunctionSession, Open, ToolSessions
 from .update import Updater
 
 logger = logging.getLogger(__name__)
@@ -189,8 +189,14 @@ def build_collector(
     accelerator: Accelerator,
     clock: StepClock,
     tools: RunTools | None = None,
+    rollout_func: Callable[[list[Any]], Any] | None = None,
 ) -> Collector:
-    open_session = None
+    open_session: Open | None = None
+    if rollout_func is not None:
+        ends = {*sampling.stop_token_ids, tokenize.tokenizer.pad_token_id}
+        open_session = partial(
+            FunctionSession.open, function=rollout_func, tokenizer=tokenize.tokenizer, ends=ends
+        )
     if tools is not None:
         open_session = ToolSessions(
             tools,
@@ -231,6 +237,7 @@ def build_collector(
         shows_images=not {"wandb", "trackio"}.isdisjoint(args.report_to or ()),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         open_session=open_session,
+        tools=tools,
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
         progress=partial(rollout_bar, is_shown=args.should_log and not args.disable_tqdm),

@@ -39,8 +39,10 @@ from ..rewards.shaping import ScoreSettings
 from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import Stops
 from ..rollout.trajectories import trajectory_rows
+from ..tools import RunTools
 from .sessions import EngineSession, Open, Session, inputs_of
 from .texts import gather_texts, mean_logged
+from .tool_metrics import tool_metrics
 
 
 class Collected(NamedTuple):
@@ -86,7 +88,8 @@ class Collector:
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
     of all processes are gathered for whoever looks at them; `with_images`: images too, where a
     tracker `shows_images`. `progress(completions)`: a context that is told the tokens of each that
-    is finished. `open_session`: how completions are made; None: by the engine alone.
+    is finished. `open_session`: how completions are made; None: by the engine alone. `tools`:
+    of a run with some, whose calls are counted.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Collector:
         shows_images: bool,
         tokens_per_pair: float,
         open_session: Open | None = None,
+        tools: RunTools | None = None,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
         progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
@@ -118,7 +122,7 @@ class Collector:
         self.with_texts, self.with_images = with_texts, with_images
         self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
-        self.progress = progress
+        self.progress, self.tools = progress, tools
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.open_session = open_session or partial(
             EngineSession.open, rollouts=rollouts, sampling=sampling, stops=self.stops
@@ -195,10 +199,14 @@ class Collector:
                 layout=self.planner.layout,
                 tokens_per_pair=self.tokens_per_pair,
             )
+        logged = mean_logged(self.accelerator, [one.given.logged for one in scored])
+        if self.tools is not None:
+            every = chain.from_iterable(one.rollout.trajectories or () for one in scored)
+            logged |= tool_metrics(self.accelerator, [*every], self.tools.num_left_behind)
         return Collected(
             batch=with_sizes(batch, self.planner, self.accelerator),
             num_tokens=total(self.accelerator, sum(one.num_tokens for one in scored)),
-            logged=mean_logged(self.accelerator, [one.given.logged for one in scored]),
+            logged=logged,
             texts=texts,
         )
 

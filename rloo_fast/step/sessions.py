@@ -19,6 +19,8 @@ from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import KeptRows, Stops
 from ..rollout.trajectories import Language, Limits, TrajectorySampler
 from ..tools import Opened, RunTools
+from ..tools.run_tools import EMPTY_PROMPT
+from .rollout_func import Made, call_rollout_func
 
 Finished = Callable[[int, list[int], int], None]  # row, its completion's ids, tokens sampled
 
@@ -122,7 +124,7 @@ class ToolSessions:
 
     @contextmanager
     def __call__(self, rows: list[Prompt]) -> Iterator[ToolSession]:
-        opened = self.tools.open([{**row.columns, "prompt": row.text} for row in rows])
+        opened = self.tools.open([dataset_row(row) for row in rows])
         try:
             rows = [
                 row if one.text == row.text else self.tokenize.with_text(row, one.text)
@@ -131,6 +133,43 @@ class ToolSessions:
             yield ToolSession(rows, opened, self.rollouts, self.sampling, self.sampler)
         finally:
             self.tools.close(one.tool_set for one in opened)
+
+
+class FunctionSession:
+    """Completions that a rollout_func of the user's has made; there is nothing left to sample."""
+
+    environments: list[Any] | None = None
+
+    def __init__(self, made: Made):
+        self.rows, self.rollout = made
+        trajectories = self.rollout.trajectories or []
+        self.texts = {row: one.messages for row, one in enumerate(trajectories)}
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        rows: list[Prompt],
+        *,
+        function: Callable[[list[Any]], Any],
+        tokenizer: Any,
+        ends: set[int],
+    ) -> Iterator[FunctionSession]:
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        yield cls(call_rollout_func(function, rows, decode=decode, ends=ends))
+
+    def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout:
+        ids, sampled = self.rollout.completion_ids, self.rollout.num_sampled
+        for row, (completion, count) in enumerate(zip(ids, sampled, strict=True)):
+            finished(row, completion, count)
+        return self.rollout
+
+
+def dataset_row(prompt: Prompt) -> dict[str, Any]:
+    """Its columns, `prompt` among them where the dataset has it."""
+    if prompt.text is EMPTY_PROMPT:
+        return prompt.columns
+    return {**prompt.columns, "prompt": prompt.text}
 
 
 def inputs_of(rows: Sequence[Prompt]) -> list[ImageInputs] | None:
