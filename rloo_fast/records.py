@@ -31,8 +31,8 @@ from rloo_kernels.loss.packed import segment_sum
 from torch import Tensor
 
 from .record_rows import newest, per_row, per_token
+from .record_trajectories import Message, Strand, Trajectory
 
-Message = dict[str, Any]
 PromptText = str | list[Message]
 Unit = list[int]  # rows of one group that run together, ascending
 Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor), at least one
@@ -80,6 +80,14 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict[str, Any])  # generation_kwargs, these win
     stop_strings: tuple[str, ...] = ()  # text that ends a completion, see `rollout.stops`
     include_stop_strings: bool = True  # whether they are part of it, and trained on
+    # of prompt and completion together: max_new_tokens may be more than a prompt leaves room for
+    max_length: int | None = None
+
+    def num_new(self, num_prompt: int) -> int:
+        """Most tokens behind a prompt of so many."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.max_length - num_prompt)
 
 
 @dataclass(frozen=True)
@@ -110,40 +118,6 @@ class Rollout:
         if self.trajectories is not None:
             return [one.num_sampled for one in self.trajectories]
         return [len(ids) for ids in self.completion_ids]
-
-
-class Strand(NamedTuple):
-    """Tokens of a row, behind its prompt or with it, and which of them count in the loss.
-
-    A trajectory whose history was rewritten has several: a token counts where it was sampled.
-    Strand([7, 8, 9, 4, 1], [0, 1, 4]): the tokens 9 and 4 came from a tool.
-    """
-
-    ids: list[int]
-    counted: Sequence[int]  # places in ids, ascending
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A conversation with tools, as a rollout leaves it.
-
-    Every sampled token is counted in one strand, that in which it was drawn. `seconds` are those
-    spent waiting for tools.
-    """
-
-    strands: list[Strand]  # with their prompts
-    messages: list[Message]  # behind the prompt: what reward functions get as the completion
-    num_calls: int = 0
-    num_failures: int = 0  # calls whose tool raised, hung, was not there or was called wrongly
-    num_turns: int = 1
-    seconds: float = 0.0
-    # "answer": the last turn calls no tool; "calls": max_tool_calling_iterations; "length": no room
-    # for the turn or for what a tool said; "time": the trajectory's limit; "failure": of a tool
-    ended: str = "answer"
-
-    @property
-    def num_sampled(self) -> int:
-        return sum(len(strand.counted) for strand in self.strands)
 
 
 class CompletionTexts(NamedTuple):

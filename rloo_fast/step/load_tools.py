@@ -19,6 +19,7 @@ from ..data.tokenize import is_conversational
 from ..masking import shown
 from ..rewards import RewardSources
 from ..rewards.functions import ENVIRONMENTS
+from ..rollout.trajectories import Language
 from ..tools import RunTools
 from ..tools.environments import NAME_COLUMN
 from ..tools.run_tools import EMPTY_PROMPT
@@ -196,4 +197,5 @@ def check_template(
     all_tools = [*tools.tools, *(tool for kind in tools.kinds.values() for tool in kind.tools)]
     schemas = [tool.schema for tool in all_tools]
     check_shows_tools(tokenizer, schemas, as_dict(args.chat_template_kwargs))
+    Language.of(tokenizer, as_dict(args.chat_template_kwargs), ())
     return tokenizer

@@ -158,7 +158,10 @@ def test_the_prompt_shows_the_tools_and_a_template_that_hides_them_is_logged(tmp
     assert trainer.rewards.names == ["score", "Counter"]
     assert trainer.rewards.weights.tolist() == [1.0, 1.0]
     assert "does not show the tools" not in caplog.text
-    call = "{% for c in m['tool_calls'] or [] %}{{ c }}{% endfor %}"
+    call = (
+        "{% for c in m['tool_calls'] or [] %}"
+        "<tool_call>{{ c['function'] | tojson }}</tool_call>{% endfor %}"
+    )
     make(tmp_path, model=model, tools=[add], template=NO_CALLS.replace("\n", call))
     assert "does not show the tools add" in caplog.text
 

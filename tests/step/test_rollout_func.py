@@ -37,7 +37,7 @@ def test_completions_of_sampled_tokens_alone():
 def test_with_a_mask_only_what_was_sampled_counts():
     _, rollout = made(env_mask=[[1, 0, 1], [1]])
     first, second = rollout.trajectories
-    assert first.strands[0].counted == [0, 2]
+    assert first.strands[0] == ([1, 2, 4, 5, 9], [2, 4])
     assert first.messages == "4 5 9"
     assert second.messages == [{"role": "assistant", "content": "6"}]
     assert rollout.logps == [[-0.1, -0.3], [-0.4]]

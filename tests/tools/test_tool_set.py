@@ -186,7 +186,7 @@ def test_calls_of_one_trajectory_run_in_their_order_those_of_several_at_a_time()
 
 
 def test_without_threads_tools_run_where_they_are_started():
-    caller = Caller(timeout_s=0.1, threads=0)
+    caller = Caller(timeout_s=0.02, threads=0)
     tools = tool_set(caller)
     assert result(tools, "thread_name").content == threading.current_thread().name
     assert result(tools, "wait", seconds=0.3).content == "waited"  # nobody could end it

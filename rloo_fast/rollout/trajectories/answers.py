@@ -12,7 +12,7 @@ from typing import Any
 
 from ...records import Message
 from .known_calls import response_template
-from .template import USER, TurnTemplate
+from .template import TurnTemplate
 
 
 class Answers:
@@ -21,8 +21,7 @@ class Answers:
     def __init__(self, template: TurnTemplate, stop_ids: Sequence[int]):
         self.template, self.tokenizer = template, template.tokenizer
         self.stop_ids = set(stop_ids)
-        # without the start of its reasoning, that some templates write for the policy
-        self.header = template.opening([USER], None).split("<think>")[0]
+        self.header = template.header
         known = getattr(self.tokenizer, "response_template", None)
         if known is None and self.header:
             known = response_template(template.called, header=self.header, end=template.end)

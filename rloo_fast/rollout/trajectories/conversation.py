@@ -83,6 +83,7 @@ class Conversation:
         self.tools, self.limits = tools, limits
         self.template, self.answers = language
         self.prompt, self.schemas = prompt, tools.schemas
+        self._question: list[Message] = prompt.text
         self.messages: list[Message] = []  # behind the prompt
         self.ended: str | None = None
         self.num_calls = self.num_failures = self.num_turns = self.num_rounds = 0
@@ -194,7 +195,7 @@ class Conversation:
     def _add(self, said: list[Message]) -> None:
         """Messages of tools behind the newest turn, unless there is no room for them and for a
         token of the next turn."""
-        messages: list[Message] = [*self.prompt.text, *self._written, *said]  # pyright: ignore
+        messages = [*self._question, *self._written, *said]
         written = self.template.render(messages, self.schemas, opens_turn=True)
         parts, new, text, rewritten = write_anew(self._parts, written, self.template, self.answers)
         ids = [token for part in parts for token in part.ids]

@@ -32,10 +32,12 @@ class Generate(Protocol):
 
 
 class _Round(NamedTuple):
-    """What a process says at the end of a round."""
+    """What a process says before a round."""
 
     failure: str | None
     goes_on: bool
+    room: int = 0  # most tokens of a turn
+    length: int = 0  # and of a turn with what comes before it
 
 
 class RoundFailed(RuntimeError):
@@ -76,21 +78,21 @@ class TrajectorySampler:
         "length" where it was cut: by its length, by what a tool said that did not fit, by time.
         """
         batch = _Batch(self, prompts, tool_sets, sampling, seeds, on_finished)
+        failure: Exception | None = None
         while True:
-            failure = None
-            try:
-                batch.round(generate)
-            except Exception as error:
-                failure = error
-            said = _Round(failure and f"{type(failure).__name__}: {failure}", batch.goes_on)
-            rounds: list[_Round] = self.everyone(said)
+            rounds = self.everyone(batch.next_round(failure))
             if failure is not None:
                 raise failure
-            for rank, (other, _) in enumerate(rounds):
-                if other is not None:
-                    raise RoundFailed(f"process {rank} failed: {other}")
-            if not any(goes_on for _, goes_on in rounds):
+            for rank, one in enumerate(rounds):
+                if one.failure is not None:
+                    raise RoundFailed(f"process {rank} failed: {one.failure}")
+            if not any(one.goes_on for one in rounds):
                 return batch.rollout()
+            room, length = (max(one[i] for one in rounds) for i in (2, 3))
+            try:
+                batch.round(generate, room, length)
+            except Exception as error:
+                failure = error
 
 
 class _Batch:
@@ -115,30 +117,37 @@ class _Batch:
         self.waiting: list[int] = []
         self.version: int | None = None
 
-    @property
-    def goes_on(self) -> bool:
-        return bool(self.ready or self.waiting)
+    def next_round(self, failure: Exception | None) -> _Round:
+        if failure is not None:
+            return _Round(f"{type(failure).__name__}: {failure}", goes_on=False)
+        ready = [self.all[row] for row in self.ready]
+        return _Round(
+            None,
+            bool(self.ready or self.waiting),
+            max((one.room for one in ready), default=0),
+            max((one.room + len(one.prompt_ids) for one in ready), default=0),
+        )
 
-    def round(self, generate: Generate) -> None:
-        """A turn of every conversation that is ready, and of others until one more is."""
+    def round(self, generate: Generate, room: int, length: int) -> None:
+        """A turn of every conversation that is ready, and then wait until one is."""
         ready, self.ready = self.ready, []
-        self._sample(ready, generate)
+        if room:  # of some process: all of them call the engine
+            self._sample(ready, generate, room, length)
         self._wait_for_more([*ready, *self.waiting])
         for row in ready:
             self._sort(row)
         self._wait()
 
-    def _sample(self, rows: list[int], generate: Generate) -> None:
+    def _sample(self, rows: list[int], generate: Generate, room: int, length: int) -> None:
         some = [self.all[row] for row in rows]
         prompts = [one.prompt_ids for one in some]
         seeds = [
             step_seed(self.seeds[row], one.num_turns) if one.num_turns else self.seeds[row]
             for row, one in zip(rows, some, strict=True)
         ]
-        most = max((one.room for one in some), default=1)
         sampled = generate(
             [[*ids] for ids in prompts],  # an engine may be anyone's
-            replace(self.sampling, max_new_tokens=most),
+            replace(self.sampling, max_new_tokens=room, max_length=length),
             seeds,
         )
         if sampled.weights_version is not None:

@@ -24,7 +24,8 @@ USER: Message = {"role": "user", "content": "hi"}
 class TurnTemplate:
     """A tokenizer's chat template, with the options of a run, for conversations with tools.
 
-    end: the special token that ends a turn, "" where there is none. called: how it writes a call.
+    header: what stands before the text of a turn. end: the special token behind it, "" where there
+    is none. called: how it writes a call.
     Raises ValueError for a template without a place for what tools say.
     """
 
@@ -35,7 +36,10 @@ class TurnTemplate:
         # some have no place for calls: then a turn that calls is its text, as it was written
         self.writes_calls = all(word in self.called for word in (NAME, KEY, VALUE))
         alone = self.render([USER, {"role": "assistant", "content": TEXT}])
-        self.end = self._special_start(alone[alone.rindex(TEXT) + len(TEXT) :])
+        before, _, behind = alone.rpartition(TEXT)
+        self.end = self._special_start(behind)
+        # without the reasoning that some templates begin for the policy, or leave out
+        self.header = before.removeprefix(self.render([USER])).split("<think>")[0]
         thought: Message = {"role": "assistant", "content": TEXT, "reasoning_content": THOUGHT}
         # others look for reasoning in the text, or leave it to the policy
         self.writes_reasoning = THOUGHT in self.render([USER, thought])

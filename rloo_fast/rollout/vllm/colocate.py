@@ -274,9 +274,8 @@ class VLLMEngine(RolloutEngine):
                 for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True)):
                     request = f"rloo-{self._count}"
                     self._count += 1
-                    engine.add_request(
-                        request, {"prompt_token_ids": ids}, self._params(sampling, seed), **named
-                    )
+                    params = self._params(sampling, seed, len(ids))
+                    engine.add_request(request, {"prompt_token_ids": ids}, params, **named)
                     waiting[request] = index
             while waiting:
                 with _explained("generating with vLLM"):
@@ -287,8 +286,9 @@ class VLLMEngine(RolloutEngine):
             if waiting:  # an error, here or in what is done with a completion
                 engine.abort_request(list(waiting))
 
-    def _params(self, sampling: Sampling, seed: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int, num_prompt: int) -> Any:
         settings = {**sampling_fields(sampling), "seed": seed}
+        settings["max_tokens"] = sampling.num_new(num_prompt)
         settings["detokenize"] = bool(sampling.stop_strings)
         module = self._vllm.sampling_params
         if self.regex is not None:
