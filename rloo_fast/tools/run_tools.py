@@ -128,12 +128,12 @@ class RunTools:
         return opened
 
     def close(self, tool_sets: Iterable[ToolSet]) -> None:
-        """Give the environments of these to whoever opens the next; one that a call still works on,
-        as it was given up, is left to it."""
+        """Give the environments of these to whoever opens the next; one that a call still works on
+        is left to it."""
         for tool_set in tool_sets:
             with self._lock:
                 kind, _ = self._open.pop(id(tool_set), (None, None))
-            if kind is not None and not tool_set.num_timeouts:
+            if kind is not None and tool_set.is_free:
                 kind.give_back(tool_set.environment)
 
     def end(self) -> None:

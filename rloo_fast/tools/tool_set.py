@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .calls import Caller, ToolTimeout
+from .calls import Caller
 from .functions import Tool
 
 
@@ -46,10 +46,15 @@ class ToolSet:
         on_failure: Callable[[str, BaseException], None] | None = None,
     ):
         self.environment = environment
-        self.num_timeouts = 0
+        self._num_unfinished = 0  # calls that run, also those that were given up
         self._tools = {tool.name: tool for tool in tools}
         self._caller, self._failure_ends, self._on_failure = caller, failure_ends, on_failure
         self._lock = threading.Lock()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing works on the environment any more."""
+        return not self._num_unfinished
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -78,14 +83,39 @@ class ToolSet:
             future: Future[Any] = Future()
             future.set_exception(ValueError(wrong))
             return future
+        function = self._counted_async(tool) if tool.is_async else self._counted(tool)
+        with self._lock:
+            self._num_unfinished += 1
         return self._caller.start(
-            tool.function,
+            function,
             arguments,
             name=name,
             is_async=tool.is_async,
             is_limited=not tool.has_own_limit,
             lane=id(self),
         )
+
+    def _counted(self, tool: Tool) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            try:
+                return tool.function(**arguments)
+            finally:
+                self._one_less()
+
+        return call
+
+    def _counted_async(self, tool: Tool) -> Callable[..., Any]:
+        async def call(**arguments: Any) -> Any:
+            try:
+                return await tool.function(**arguments)
+            finally:
+                self._one_less()
+
+        return call
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._num_unfinished -= 1
 
     def _result(self, name: str, call: Future[Any], seconds: float) -> ToolResult:
         error = call.exception()
@@ -94,9 +124,6 @@ class ToolSet:
                 return ToolResult(_content(call.result()), False, seconds)
             except Exception as problem:  # what is returned may have any __str__
                 error = problem
-        if isinstance(error, ToolTimeout):
-            with self._lock:
-                self.num_timeouts += 1
         if self._on_failure is not None:
             self._on_failure(name, error)
         # the same text as TRL's

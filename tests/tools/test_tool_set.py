@@ -129,7 +129,7 @@ def test_a_call_that_hangs_fails_in_time_and_others_go_on(caller, name):
     assert time.monotonic() - start < 1.5
     assert found.failed
     assert found.content == f"{{'error': '{name} did not return within 0.3 s'}}"
-    assert tools.num_timeouts == 1
+    assert not tools.is_free  # something still works on it
     assert result(tool_set(caller), "add", a=1, b=1).content == "2"
     time.sleep(1)  # a blocked loop is given up, and replaced
     assert result(tool_set(caller), "slow_add", a=1, b=1).content == "2"
