@@ -225,7 +225,7 @@ def together(parts):
 
 
 def test_processes_ask_their_engines_equally_often():
-    """As sharded weights and tensor-parallel engines need it; without prompts, where one is done."""
+    """As sharded weights and tensor-parallel engines need it; one that is done gives no prompts."""
     long, short = Turns({0: [ids_of(CALL)] * 3 + [ids_of("Done.")]}), Turns({1: [ids_of("Hm.")]})
     together([lambda each: run(long, everyone=each), lambda each: run(short, everyone=each)])
     assert long.sizes == [1, 1, 1, 1]
