@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TASK = "product"
 TOOL = "calculator"
 NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 200, 1000, 5000  # products, none in two of them
-WARM_START_STEPS = 300
+WARM_START_STEPS, BATCH_SIZE = 600, 32
 LONGEST = 64  # tokens of the model's context
 # a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen writes it
 CHAT_TEMPLATE = (
@@ -134,6 +134,20 @@ def _row(
         # what the model writes: not the first token, which opens its turn
         labels += [NOT_LEARNED, *new[1:]] if own else [NOT_LEARNED] * len(new)
     return {"input_ids": ids, "labels": labels}
+
+
+def show(found: dict[str, float], num_heldout: int) -> None:
+    """Print what `measured` has found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"On {num_heldout} held-out products", min_width=36)
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    for what, name in (("right answers", "accuracy"), ("calls of the calculator", "calls")):
+        before, after = found[f"{name}_before"], found[f"{name}_after"]
+        table.add_row(what, f"{before:.3f}", f"{after:.3f}")
+    Console().print(table)
 
 
 def measured(run_dir: Path) -> dict[str, float]:

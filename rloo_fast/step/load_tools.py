@@ -67,6 +67,11 @@ def load_tools(given: ToolArguments, args: RLOOConfig) -> RunTools | None:
         failure_ends=args.tool_failure == "end",
         execute_model_code=args.execute_model_code,
     )
+    if args.max_staleness:
+        raise ValueError(
+            f"max_staleness={args.max_staleness} with tools is not in this version: leave one of "
+            "them out."
+        )
     if tools.has_environments and args.remove_unused_columns:
         raise ValueError(
             "remove_unused_columns=True leaves nothing for environments, whose reset is called "
