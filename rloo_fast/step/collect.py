@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
@@ -167,12 +167,15 @@ class Collector:
         places = [divmod(rank * size + i, num_generations) for i in range(size)]
         seeds = [step_seed(seed, *place) for place in places]
         given = GivenByRewards()
-        with self.failing_together(), self.open_session(rows) as session:
-            groups = [prompt for prompt, _ in places]
-            scoring = self.begin_rewards(
-                session.rows, groups, session.texts, state, session.environments
-            )
-            rollout, per_function = self._sample_and_score(session, seeds, scoring, given, mode)
+        groups = [prompt for prompt, _ in places]
+        with ExitStack() as sessions:
+            with self.failing_together():  # a session's processes wait for each other
+                session = sessions.enter_context(self.open_session(rows))
+            with self.failing_together():
+                scoring = self.begin_rewards(
+                    session.rows, groups, session.texts, state, session.environments
+                )
+                rollout, per_function = self._sample_and_score(session, seeds, scoring, given, mode)
         self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
         return Scored(session.rows, rollout, per_function, completions, given)

@@ -77,8 +77,11 @@ class TrajectorySampler:
         that and the tokens before it, whatever stands beside it (to rounding). Its finish_reason is
         "length" where it was cut: by its length, by what a tool said that did not fit, by time.
         """
-        batch = _Batch(self, prompts, tool_sets, sampling, seeds, on_finished)
-        failure: Exception | None = None
+        batch, failure = _Batch(self.stops, sampling, seeds, on_finished), None
+        try:
+            batch.begin(prompts, tool_sets, self.language, self.limits)
+        except Exception as error:
+            failure = error
         while True:
             rounds = self.everyone(batch.next_round(failure))
             if failure is not None:
@@ -100,22 +103,28 @@ class _Batch:
 
     def __init__(
         self,
-        sampler: TrajectorySampler,
-        prompts: Sequence[Prompt],
-        tool_sets: Sequence[ToolSet],
+        stops: Stops,
         sampling: Sampling,
         seeds: Sequence[int],
         on_finished: OnTrajectory,
     ):
-        self.stops, self.sampling, self.seeds = sampler.stops, sampling, seeds
+        self.stops, self.sampling, self.seeds = stops, sampling, seeds
         self.on_finished = on_finished
-        pairs = zip(prompts, tool_sets, strict=True)
-        self.all = [
-            Conversation(prompt, tools, sampler.language, sampler.limits) for prompt, tools in pairs
-        ]
-        self.ready = [*range(len(self.all))]
+        self.all: list[Conversation] = []
+        self.ready: list[int] = []
         self.waiting: list[int] = []
         self.version: int | None = None
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        tool_sets: Sequence[ToolSet],
+        language: Language,
+        limits: Limits,
+    ) -> None:
+        pairs = zip(prompts, tool_sets, strict=True)
+        self.all = [Conversation(prompt, tools, language, limits) for prompt, tools in pairs]
+        self.ready = [*range(len(self.all))]
 
     def next_round(self, failure: Exception | None) -> _Round:
         if failure is not None:
