@@ -180,6 +180,11 @@ class Collector:
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
         return Scored(session.rows, rollout, per_function, completions, given)
 
+    def close(self) -> None:
+        """End the threads of the tools. A later rollout starts new ones."""
+        if self.tools is not None:
+            self.tools.end()
+
     def collected(self, scored: Scored, num_generations: int, mode: str) -> Collected:
         """Of completions that this process is the one to train, scored."""
         batch = self.without_scores(scored, num_generations)

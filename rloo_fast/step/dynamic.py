@@ -182,4 +182,4 @@ class StreamSource:
         return sizes_of(self.prompts_per_batch, self.num_generations)
 
     def close(self) -> None:
-        return
+        self.collector.close()
