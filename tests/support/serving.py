@@ -44,15 +44,21 @@ class Started:
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, dtype: str = "float32", executor: str = "uni"
+    folder: Path,
+    *options: str,
+    dtype: str = "float32",
+    executor: str = "uni",
+    model: Any = None,
+    tokenizer: Any = None,
 ) -> Iterator[Started]:
     """A server with a key that has never seen a weight of the policy, and with LoRA; the key is in
-    the environment meanwhile. `executor`: "uni" is a process less to start."""
+    the environment meanwhile. `executor`: "uni" is a process less to start. `model`, `tokenizer`:
+    in place of the tiny ones."""
     require_vllm()
     port, log = free_port(), folder / "log"
     (folder / "key").write_text(KEY)
-    tiny(0).config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder / "tokenizer")
+    (model or tiny(0)).config.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder / "tokenizer")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--tokenizer", str(folder / "tokenizer")]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]

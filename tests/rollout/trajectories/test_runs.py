@@ -18,10 +18,13 @@ QUESTIONS = Dataset.from_dict(
 )
 
 
-def noise_model(tokenizer):
+def noise_model(tokenizer, **sizes):
     """Random bytes, of which one in four or so ends a turn."""
     model = make_model(
-        vocab_size=VOCAB, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id
+        vocab_size=VOCAB,
+        max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
     )
     ends = [tokenizer.convert_tokens_to_ids(letter) for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
@@ -32,7 +35,7 @@ def even(completion_ids, **kwargs):
     return [float(sum(ids) % 5) for ids in completion_ids]
 
 
-def make_trainer(directory, *, template=None, tools=(echo,), reward=even, **fields):
+def make_trainer(directory, *, template=None, tools=(echo,), reward=even, sizes=None, **fields):
     tokenizer = noise_tokenizer()
     if template is not None:
         tokenizer.chat_template = TEMPLATES[template]
@@ -44,7 +47,7 @@ def make_trainer(directory, *, template=None, tools=(echo,), reward=even, **fiel
         "logp_diff_stop": 1e-3, "shuffle_dataset": False, **fields,
     }  # fmt: skip
     return RLOOTrainer(
-        noise_model(tokenizer),
+        noise_model(tokenizer, **(sizes or {})),
         reward,
         RLOOConfig(str(directory), **settings),
         QUESTIONS,
