@@ -1,6 +1,6 @@
 """The quickstart's variant `tools`: a model of a million parameters learns to use a calculator.
 
-It is asked for a product such as 374*8251, which it cannot compute. Its warm start shows it each
+It is asked for a product such as 37*84, which it cannot compute. Its warm start shows it each
 product twice: with a call of the tool `calculator`, whose answer it repeats, and, as often, with a
 number of the right length that it makes up. RLOO then has to find out from the reward alone (is the
 answer right?) that calling pays.
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 TASK = "product"
 TOOL = "calculator"
-NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 200, 1000, 5000  # products, none in two of them
-WARM_START_STEPS, BATCH_SIZE = 600, 32
+NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED = 300, 1000, 4000  # products, none in two of them
+WARM_START_STEPS, BATCH_SIZE = 450, 32
 LONGEST = 64  # tokens of the model's context
 # a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>, as Qwen writes it
 CHAT_TEMPLATE = (
@@ -51,7 +51,7 @@ def make_problems(seed: int) -> tuple[Dataset, Dataset, Dataset]:
     pairs: dict[tuple[int, int], None] = {}
     sizes = (NUM_HELDOUT, NUM_RLOO, NUM_DEMONSTRATED)
     while len(pairs) < sum(sizes):
-        pairs[draw.randint(11, 999), draw.randint(11, 999)] = None
+        pairs[draw.randint(11, 99), draw.randint(11, 99)] = None
     rows = [
         {"prompt": [{"role": "user", "content": f"{a}*{b}"}], "answer": str(a * b)}
         for a, b in pairs
