@@ -24,6 +24,7 @@ from ..models.adapters import base_causal_lm
 from ..records import PER_TOKEN_INPUTS, Bucket, ImageInputs, Rollout, Sampling
 from .engine import EngineError, OnFinished, RolloutEngine
 from .hf_padding import padding_changes_logits
+from .hf_prefix import Prefilled, prefill_levels, prefix_levels
 from .hf_sampling import TransformersSampling
 from .hf_states import changed_states, kept_states, select_rows, states_put_back
 from .settings import EngineSettings
@@ -45,11 +46,11 @@ PREFILL = GenerationConfig(
 class HFEngine(RolloutEngine):
     """Left-pads the prompts, samples with a KV cache, cuts every completion where it ends.
 
-    A prompt that several rows of a call share runs through the model once: the rows start from
-    copies of its KV cache. `rows_per_call`: prompts per generate call, of like length; None: all.
-    Where padding changes what a model computes, the prompts of a call are of equal length.
-    For the call the model is in eval mode (no dropout, no gradient checkpointing) and inside
-    `whole_weights(model)`.
+    A prompt that several rows of a call share runs through the model once, and so does what prompts
+    begin with alike: the rows start from copies of its KV cache. `rows_per_call`: prompts per
+    generate call, of like length; None: all. Where padding changes what a model computes, the
+    prompts of a call are of equal length. For the call the model is in eval mode (no dropout, no
+    gradient checkpointing) and inside `whole_weights(model)`.
     """
 
     shares_weights = True
@@ -84,7 +85,7 @@ class HFEngine(RolloutEngine):
         self.rows_per_call, self.pad_to_multiple_of = rows_per_call, pad_to_multiple_of
         self.autocast, self.whole_weights = autocast, whole_weights
         self.tokenizer = tokenizer  # for stop strings only
-        self.cache_can_be_copied = True  # until seen otherwise
+        self.cache_can_be_copied = self.prefixes_can_be_shared = True  # until seen otherwise
         self.may_pad: bool | None = None  # None: not tried yet
         self.said: set[str] = set()
 
@@ -186,15 +187,22 @@ class HFEngine(RolloutEngine):
         index = [numbers.setdefault(key, len(numbers)) for key in keys]
         device = self._device()
         rows = torch.tensor(index, device=device)
-        own = [ids for ids, _ in numbers]
-        ids, mask = (part.to(device) for part in self._left_padded(own, settings))
+        own = [list(ids) for ids, _ in numbers]
+        tree = None if any(others) else self._prefilled_tree(own, settings)
+        if tree is None:
+            ids, mask = (part.to(device) for part in self._left_padded(own, settings))
+        else:
+            ids, mask = tree.ids, tree.mask
         inputs: dict[str, Any] = {"input_ids": ids[rows], "attention_mask": mask[rows]}
         width = ids.shape[1]
         if stops.strings:
             inputs["stopping_criteria"] = [
                 StopStringCriterion(stops, prompts, width, reorders=not settings.seeded)
             ]
-        if len(numbers) < len(prompts) and width > 1 and self._may_share_prompts(settings):
+        if tree is not None:
+            tree.cache.batch_select_indices(rows)
+            inputs[CACHE] = tree.cache
+        elif len(numbers) < len(prompts) and width > 1 and self._may_share_prompts(settings):
             firsts = [others[index.index(number)] for number in range(len(numbers))]
             inputs[CACHE] = self._prefilled(
                 ids[:, :-1], mask[:, :-1], rows, self._beside(firsts, width, last=False)
@@ -278,6 +286,34 @@ class HFEngine(RolloutEngine):
             "each sample."
         )
         return None
+
+    def _prefilled_tree(
+        self, prompts: list[list[int]], settings: TransformersSampling
+    ) -> Prefilled | None:
+        """The prompts' keys and values, of what several begin with alike computed once; None: they
+        share too little, or the model keeps more than keys and values of every token."""
+        may = self.may_pad and self.prefixes_can_be_shared
+        if not may or settings.config.no_repeat_ngram_size or not self._may_share_prompts(settings):
+            return None
+        levels, before = prefix_levels(prompts), kept_states(self.model)
+        if levels is None:
+            return None
+
+        def prefill(ids: Tensor, mask: Tensor, cache: Any) -> Any:
+            more = {} if cache is None else {CACHE: cache}
+            made = self._run(PREFILL, input_ids=ids, attention_mask=mask, **more)
+            cache = getattr(made, CACHE)
+            plain = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+            plain = plain and cache.get_seq_length() == ids.shape[1]
+            return cache if plain and not changed_states(self.model, before) else None
+
+        found = prefill_levels(levels, prefill, self._device())
+        if found is None:
+            self.prefixes_can_be_shared = False
+            self._say(
+                "what prompts begin with alike runs for each: the model's cache is no plain one."
+            )
+        return found
 
     def _say(self, reason: str) -> None:
         if reason not in self.said:
