@@ -59,7 +59,10 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
         check_trackers(config.report_to or [])
         config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
         rewards = RewardSources.from_config(
-            script.reward_funcs, None, config, may_be_none=script.environment_factory is not None
+            [*(script.reward_funcs or ())],
+            None,
+            config,
+            may_be_none=script.environment_factory is not None,
         )
         environments = named(script.environment_factory, "environment_factory")
         rollout_func = named(script.rollout_func, "rollout_func")

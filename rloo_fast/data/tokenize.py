@@ -56,7 +56,8 @@ def tokenize(
         )
     prompts = []
     for row in rows:
-        inputs, text = None, row.get("prompt", default)
+        text: Any = row.get("prompt", default)
+        inputs = None
         if text is None and "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
         if reader is not None:

@@ -40,8 +40,10 @@ def calculator(expression: str) -> str:
 
 
 def _value(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(node.value)
+    if isinstance(node, ast.Constant):
+        number: Any = node.value
+        if type(number) in (int, float):
+            return _bounded(number)
     if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
         return SIGNS[type(node.op)](_value(node.operand))
     if isinstance(node, ast.BinOp):

@@ -97,15 +97,14 @@ def environment_rewards(kinds: Iterable[EnvironmentKind]) -> list[Callable[..., 
 
 
 def _reward_of(kind: type) -> Callable[..., Any]:
-    if inspect.iscoroutinefunction(kind.get_reward):
+    async def of_async(environments: list[Any], **kwargs: Any) -> list[Any]:
+        return [await e.get_reward() if type(e) is kind else None for e in environments]
 
-        async def reward(environments: list[Any], **kwargs: Any) -> list[Any]:
-            return [await e.get_reward() if type(e) is kind else None for e in environments]
-    else:
+    def of_each(environments: list[Any], **kwargs: Any) -> list[Any]:
+        return [e.get_reward() if type(e) is kind else None for e in environments]
 
-        def reward(environments: list[Any], **kwargs: Any) -> list[Any]:
-            return [e.get_reward() if type(e) is kind else None for e in environments]
-
+    is_async = inspect.iscoroutinefunction(getattr(kind, "get_reward", None))
+    reward = of_async if is_async else of_each
     reward.__name__ = kind.__name__
     return reward
 
@@ -154,7 +153,7 @@ def with_observation(messages: list[dict[str, Any]], observation: Any) -> list[d
             "reset must return None or a text, which is put behind the last message of the prompt, "
             f"got {type(observation).__name__}: {observation!r:.80}."
         )
-    content = messages[-1]["content"]
+    content: Any = messages[-1]["content"]
     if isinstance(content, list) != isinstance(observation, list):
         content, observation = _blocks(content), _blocks(observation)
     return [*messages[:-1], {**messages[-1], "content": content + observation}]
