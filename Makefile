@@ -63,7 +63,8 @@ $(BIN)/.peers: $(BIN)/.dev
 	$(BIN)/pip install -qq --editable ".[peers]"
 	@touch $@
 
-# ENGINE=vllm samples with vLLM, ENGINE=hf with transformers' generate; VARIANT=grpo trains with GRPO.
+# ENGINE=vllm samples with vLLM, ENGINE=hf with transformers' generate; VARIANT=grpo trains with GRPO,
+# VARIANT=tools another task, to call a calculator.
 quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
 	$(BIN)/rloo-fast quickstart --engine $(ENGINE) --seed $(SEED) $(if $(VARIANT),--variant $(VARIANT)) --output_dir runs/quickstart
 

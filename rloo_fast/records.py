@@ -31,8 +31,8 @@ from rloo_kernels.loss.packed import segment_sum
 from torch import Tensor
 
 from .record_rows import newest, per_row, per_token
+from .record_trajectories import Message, Strand, Trajectory
 
-Message = dict[str, Any]
 PromptText = str | list[Message]
 Unit = list[int]  # rows of one group that run together, ascending
 Bucket = list[tuple[str, Tensor]]  # (name as in a checkpoint, full tensor), at least one
@@ -90,6 +90,14 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict[str, Any])  # generation_kwargs, these win
     stop_strings: tuple[str, ...] = ()  # text that ends a completion, see `rollout.stops`
     include_stop_strings: bool = True  # whether they are part of it, and trained on
+    # of prompt and completion together: max_new_tokens may be more than a prompt leaves room for
+    max_length: int | None = None
+
+    def num_new(self, num_prompt: int) -> int:
+        """Most tokens behind a prompt of so many."""
+        if self.max_length is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.max_length - num_prompt)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,9 @@ class Rollout:
     """What an engine returns: one entry per prompt given, in order.
 
     Rollout([[4, 1]], ["stop"], [[-0.3, -0.1]], weights_version=7)
+
+    Of trajectories, made of several answers of an engine, completion_ids are those of the last
+    strand, and what is per token is of every sampled one, strand after strand.
     """
 
     completion_ids: list[list[int]]  # up to and including what ended it, no padding
@@ -109,6 +120,14 @@ class Rollout:
     weights_version: int | None = None  # of the newest policy that sampled of them
     # per token, of the policy that drew it; None: all by weights_version
     token_versions: list[list[int]] | None = None
+    trajectories: list[Trajectory] | None = None  # None: completions, all of whose tokens count
+
+    @property
+    def num_sampled(self) -> list[int]:
+        """Tokens of each that the policy drew."""
+        if self.trajectories is not None:
+            return [one.num_sampled for one in self.trajectories]
+        return [len(ids) for ids in self.completion_ids]
 
 
 class CompletionTexts(NamedTuple):
@@ -143,7 +162,7 @@ class RolloutRows:
     """What a rollout and its rewards say of each row, for metrics."""
 
     row: Tensor = per_row()  # (R,) its number in the generation batch as sampled
-    length: Tensor = per_row()  # (R,) tokens of the completion, counted in the loss or not
+    length: Tensor = per_row()  # (R,) tokens that were sampled, counted in the loss or not
     truncated: Tensor = per_row()  # (R,) bool: cut before it ended, by Rollout.finish_reasons
     rewards: Tensor = per_row()  # (R, F) of each function; NaN: not applicable
     reward: Tensor = per_row()  # (R,) their weighted sum; NaN: unscorable
@@ -163,10 +182,13 @@ class GenerationBatch:
 
     A masked row (truncated, under mask_truncated_completions) has no counted token. Rows may have
     been sampled by several policies, a row by more than one: `token_versions` says by which.
+
+    A row is one trajectory, whose counted tokens are those that were sampled, strand after strand:
+    what is per row (score, advantage, a ratio of sequences) is of the whole of it.
     """
 
     prompt_ids: list[list[int]] = per_row()
-    completion_ids: list[list[int]] = per_row()
+    completion_ids: list[list[int]] = per_row()  # of a trajectory, the ids of its last strand
     num_tokens: list[int] = per_row()  # completion tokens that count in the loss
     groups: list[int] = per_row()  # number of the row's prompt in the generation batch; ascending
     scores: Tensor = per_row()  # (R,) reward after penalty, normalisation, clip; NaN: unscorable
@@ -177,6 +199,9 @@ class GenerationBatch:
     # (N,) int32, of the policy that drew each; None: all by weights_version
     token_versions: Tensor | None = per_token(default=None)
     inputs: list[ImageInputs] | None = per_row(default=None)  # of its prompt; None: a text run
+    # of each strand of a trajectory, see `strands`; None: the first num_tokens of completion_ids
+    strand_ids: list[list[list[int]]] | None = per_row(default=None)
+    counted: list[list[list[int]]] | None = per_row(default=None)
     # of the policy when the batch was collected: its first update starts from these weights
     weights_version: int | None = newest(default=None)
     sizes: BatchSizes = BatchSizes()
@@ -184,6 +209,13 @@ class GenerationBatch:
     @property
     def num_rows(self) -> int:
         return len(self.completion_ids)
+
+    def strands(self, row: int) -> list[Strand]:
+        """What the row is made of: its completion, or the strands of its trajectory."""
+        if self.strand_ids is None or self.counted is None:
+            return [Strand(self.completion_ids[row], range(self.num_tokens[row]))]
+        pairs = zip(self.strand_ids[row], self.counted[row], strict=True)
+        return [Strand(ids, counted) for ids, counted in pairs]
 
     @cached_property
     def staleness(self) -> Tensor:

@@ -42,12 +42,13 @@ from .step.callbacks import StepCallback, SyncReference
 from .step.clock import StepClock
 from .step.evaluation import Evaluator
 from .step.failures import SaveOnFailure
-from .step.load import Loaded, load_run
+from .step.load import Loaded, ToolArguments, load_run
 from .step.nonfinite import NonfiniteSteps
 from .step.policy_version import PolicyVersion
 from .step.retries import update_with_retries
 from .step.rows import rollout_rows
 from .step.termination import Termination
+from .tools import EnvironmentFactory
 from .transformers_hooks import LossSinceLog, TransformersHooks
 from .trl_names import TRLNames
 
@@ -62,7 +63,7 @@ EvalDataset = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 class RLOOTrainer(TransformersHooks, TRLNames):
     """REINFORCE Leave-One-Out (arXiv:2402.14740) for causal language models.
 
-    Arguments are those of TRL 1.16's RLOOTrainer:
+    Arguments are those of TRL 1.16's RLOOTrainer, and of its GRPOTrainer those for tools:
     model: a directory or hub id, a PreTrainedModel, or a PeftModel.
     reward_funcs: one or several of: a function f(prompts, completions, completion_ids, **columns)
         that returns a float or None per completion (async too), a builtin name, "module:function",
@@ -84,7 +85,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: RewardFunc | list[RewardFunc] | RewardSources,
+        reward_funcs: RewardFunc | list[RewardFunc] | RewardSources | None = None,
         args: RLOOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: EvalDataset | None = None,
@@ -94,6 +95,9 @@ class RLOOTrainer(TransformersHooks, TRLNames):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Any] | str | None = None,
+        rollout_func: Any = None,
+        environment_factory: EnvironmentFactory | None = None,
     ):
         args = trainer_args(args, model)
         check_launch(args)
@@ -107,6 +111,7 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             reward_processing_classes=reward_processing_classes,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            trajectories=ToolArguments.of(self, tools, environment_factory, rollout_func),
         )
         self.rewards, self.skipping = loaded.rewards, loaded.skipping
         super().__init__(
@@ -382,6 +387,8 @@ class RLOOTrainer(TransformersHooks, TRLNames):
             args,
             self.accelerator,
             self.clock,
+            loaded.tools,
+            loaded.rollout_func,
         )
         self.source = loaders.build_source(
             self.collector, self.train_dataset, args, loaded.skipping

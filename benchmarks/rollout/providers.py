@@ -160,7 +160,7 @@ def cache_bytes(config: Any, shape: Shape) -> int:
 def _hf(engines: Engines, share_prompts: bool = True, share_beginnings: bool = True) -> Provider:
     engine = HFEngine(engines.model, PAD, autocast=nullcontext)
     engine.cache_can_be_copied = share_prompts
-    engine.may_share_beginnings = None if share_beginnings else False
+    engine.prefixes_can_be_shared = share_beginnings
     engine.wake(("weights",))
     engine.load_weights(0, ())
     engine.wake(("kv_cache",))

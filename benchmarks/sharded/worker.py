@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.common import memory
 from benchmarks.common import models as step_models
-from benchmarks.step.providers import LADDER, Settings, _head_as_on_a_gpu
+from benchmarks.step.providers import LADDER, Settings, head_as_on_a_gpu
 from rloo_fast.cli.recipe_files import path_of
 from rloo_fast.records import Rollout
 from tests.support.cpu_engines import engine_fields  # pyright: ignore[reportMissingImports]  # of tests/
@@ -132,7 +132,7 @@ def main(told: dict[str, Any]) -> None:
     turns = Turns(replies, before)
     settings = Settings(**told["settings"])
     trainer = make_trainer(provider.library, told["engine"], settings, turns)
-    with _head_as_on_a_gpu() if provider.gpu_head else nullcontext():
+    with head_as_on_a_gpu() if provider.gpu_head else nullcontext():
         trainer.train()
 
 

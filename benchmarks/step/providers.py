@@ -241,7 +241,7 @@ class Steps:
         gc.collect()  # not within the step
         self.policy_passes.reset()
         self.reference_passes.reset()
-        around = _head_as_on_a_gpu() if self.provider.gpu_head else nullcontext()
+        around = head_as_on_a_gpu() if self.provider.gpu_head else nullcontext()
         with around, _groups_alone() if self.provider.alone else nullcontext():
             self.trainer.train()
         return self.watch.seconds
@@ -274,7 +274,7 @@ def _make_trainer(provider: Provider, settings: Settings, watch: Watch) -> Any:
 
 
 @contextmanager
-def _head_as_on_a_gpu() -> Iterator[None]:
+def head_as_on_a_gpu() -> Iterator[None]:
     """While open, TRL's fused head scores only the positions with a label on any device.
 
     `_use_triton` of trl.trainer.utils decides that and nothing else; the kernels ask their own.

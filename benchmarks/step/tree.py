@@ -32,7 +32,9 @@ def make_units(num_groups: int, k: int) -> list[UnitIds]:
     system = ids(SYSTEM)
     return [
         UnitIds(
-            system + ids(PROMPT - SYSTEM), [ids(COMPLETION) for _ in range(k)], [COMPLETION + 1] * k
+            system + ids(PROMPT - SYSTEM),
+            [ids(COMPLETION) for _ in range(k)],
+            [range(COMPLETION + 1)] * k,
         )
         for _ in range(num_groups)
     ]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,10 @@ from ..distributed.collectives import gather_objects, gather_tensor
 from ..record_rows import concatenate, take_rows
 from ..records import BatchSizes, GenerationBatch
 from .layouts import Layout
-from .packing import balance
+from .packing import balance, completions_of
 from .planner import Planner
 from .prefix_tree import branches
+from .strands import row_tokens, sharing_of
 from .tree_balance import balance_tree
 
 
@@ -41,16 +43,15 @@ def _spread(
     k = batch.num_generations
     starts = range(0, batch.num_rows, k)
     prompts = [batch.prompt_ids[start] for start in starts]
-    counted = [batch.num_tokens[start : start + k] for start in starts]
+    tokens = row_tokens(batch, layout)
+    counted = [
+        [*chain.from_iterable(map(completions_of, tokens[start : start + k]))] for start in starts
+    ]
     costs = [
         layout.cost(len(prompt), lengths, tokens_per_pair=tokens_per_pair)
         for prompt, lengths in zip(prompts, counted, strict=True)
     ]
-    completions = [
-        [ids[:n] for ids, n in zip(batch.completion_ids[start : start + k], lengths, strict=True)]
-        for start, lengths in zip(starts, counted, strict=True)
-    ]
-    sharing = None if batch.inputs is not None else layout.sharing(prompts, completions)
+    sharing = sharing_of(batch, [[*range(start, start + k)] for start in starts], layout)
     if sharing is None:
         return balance(costs, num_ranks)
 

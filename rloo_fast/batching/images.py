@@ -68,7 +68,7 @@ def inputs_of_lines(
     def lay(of_prompts: list[list[int]], of_completions: list[list[list[int]]]) -> Tensor:
         """Numbers of tokens, laid out as the ids of these tokens are."""
         numbers = [
-            UnitIds(prompt, completions, unit.num_targets, unit.alone)
+            UnitIds(prompt, completions, unit.targets, unit.alone)
             for prompt, completions, unit in zip(of_prompts, of_completions, units, strict=True)
         ]
         lines = layout.lines(numbers, pad_token_id=0, multiple_of=multiple_of, sizes=sizes)

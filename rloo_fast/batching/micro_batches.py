@@ -11,21 +11,12 @@ from collections.abc import Sequence
 import torch
 from rloo_kernels.transfer import to_device
 
-from ..records import GenerationBatch, ImageInputs, MicroBatch, Prompt, Unit
+from ..records import GenerationBatch, ImageInputs, MicroBatch, Prompt, Strand, Unit
 from .compiled_sizes import CompiledSizes
 from .images import inputs_of_lines, lines_of
 from .layouts import Layout, UnitIds
 from .segments import make_segments
-
-
-def run_lengths(batch: GenerationBatch, every_token: bool) -> list[int]:
-    """Completion tokens of each row that are put through the model.
-
-    `every_token`: also those from which nothing is predicted, as a load-balancing loss wants.
-    """
-    if every_token:
-        return [len(ids) for ids in batch.completion_ids]
-    return [max(n - 1, 0) for n in batch.num_tokens]
+from .strands import run_strands
 
 
 def make_micro_batch(
@@ -48,23 +39,23 @@ def make_micro_batch(
     `images_once`: also where several lines have an image; `copies` then says which.
     Lines are lengthened to a multiple of `multiple_of` tokens, or to one of `sizes`.
     """
-    counted, run = batch.num_tokens, run_lengths(batch, every_token)
     targets: list[int] = []
     parts: list[UnitIds] = []
     prompts: list[ImageInputs] = []
     for unit in units:
-        rows = [r for r in unit if counted[r] or every_token]
-        for r in rows:
-            targets += batch.completion_ids[r][: counted[r]]
-        if rows:
-            completions = [batch.completion_ids[r][: run[r]] for r in rows]
-            num_targets = [counted[r] for r in rows]
+        strands: list[Strand] = []
+        for row in unit:
+            strands += run_strands(batch, row, every_token)
+            for ids, counted in batch.strands(row):
+                targets += [ids[place] for place in counted]
+        if strands:
+            completions, places = [ids for ids, _ in strands], [counted for _, counted in strands]
             alone = batch.inputs is not None
-            parts.append(UnitIds(batch.prompt_ids[rows[0]], completions, num_targets, alone))
+            parts.append(UnitIds(batch.prompt_ids[unit[0]], completions, places, alone))
             if batch.inputs is not None:
-                prompts.append(batch.inputs[rows[0]])
+                prompts.append(batch.inputs[unit[0]])
     if seen is not None and not any("pixel_values" in inputs for inputs in prompts):
-        parts.append(UnitIds(seen.ids, [[]], [0], alone=True))
+        parts.append(UnitIds(seen.ids, [[]], [()], alone=True))
         prompts.append(seen.inputs or {})
     lines = layout.lines(parts, pad_token_id=pad_token_id, multiple_of=multiple_of, sizes=sizes)
     segments = None
@@ -73,7 +64,7 @@ def make_micro_batch(
             lines.segment_lengths, lines.parents or [], device, **(lines.padded_segments or {})
         )
     rows = [r for unit in units for r in unit]
-    lengths = torch.tensor([counted[r] for r in rows], dtype=torch.long)
+    lengths = torch.tensor([batch.num_tokens[r] for r in rows], dtype=torch.long)
     positions = None if lines.positions is None else torch.tensor([lines.positions])
     inputs, copies = None, None
     if batch.inputs is not None:

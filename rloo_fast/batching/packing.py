@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, TypeVar
 
 from ..records import Unit
-from .layouts.base import Demand, Layout, Sharing, UnitLengths
+from .layouts.base import Demand, Layout, RowTokens, Sharing, UnitLengths
 from .prefix_tree import Branch, branches
 
 Item = TypeVar("Item")
@@ -22,7 +23,7 @@ Item = TypeVar("Item")
 def batch_tokens(
     batch: Sequence[Unit],
     prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[int],
+    completion_lengths: Sequence[RowTokens],
     layout: Layout,
 ) -> int:
     """Tokens the model runs for a micro-batch; 0 for a filler."""
@@ -34,7 +35,7 @@ def batch_tokens(
 def largest_group_tokens(
     groups: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[int],
+    completion_lengths: Sequence[RowTokens],
     layout: Layout,
     sharing: Sharing | None = None,
 ) -> int:
@@ -53,7 +54,7 @@ def largest_group_tokens(
 def pack(
     groups: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[int],
+    completion_lengths: Sequence[RowTokens],
     *,
     layout: Layout,
     budget: int,
@@ -79,8 +80,9 @@ def pack(
     atoms: dict[int, list[_Atom]] = {}
     for number, rows in enumerate(groups):
         if rows:
-            lengths = _lengths(rows, prompt_lengths, completion_lengths)
-            atoms[number] = _units_of_group(number, rows, lengths, layout, budget, split, sharing)
+            prompt = prompt_lengths[rows[0]]
+            lengths = {row: completions_of(completion_lengths[row]) for row in rows}
+            atoms[number] = _units_of_group(number, prompt, lengths, layout, budget, split, sharing)
     if not atoms:
         return []
     tree = [Branch(0, 0, [*atoms])] if sharing is None else branches(sharing.groups)
@@ -105,25 +107,26 @@ class _Atom(NamedTuple):
 
 def _units_of_group(
     number: int,
-    rows: Sequence[int],
-    lengths: UnitLengths,
+    prompt: int,
+    lengths: Mapping[int, Sequence[int]],
     layout: Layout,
     budget: int,
     split: bool,
     sharing: Sharing | None,
 ) -> list[_Atom]:
-    """The group whole, or its parts that fit the budget, each row over it alone."""
-    prompt, completions = lengths
-    tokens = layout.tokens(*lengths)
-    demand = layout.demand(*lengths, budget)
+    """The group whole, or its parts that fit the budget, each row over it alone; `lengths`: row ->
+    tokens of what it counts as."""
+    rows, completions = [*lengths], [*chain(*lengths.values())]
+    tokens = layout.tokens(prompt, completions)
+    demand = layout.demand(prompt, completions, budget)
     if sharing is not None:
-        tokens = sharing.group_tokens(number, *lengths)
+        tokens = sharing.group_tokens(number, prompt, completions)
         demand = Demand(tokens, tokens, budget)
     if not split or tokens <= budget:
         return [_Atom([sorted(rows)], min(rows), demand)]
     if sharing is None:
         tree = [Branch(0, 0, [*range(len(rows))])]
-        demands = layout.row_demands(*lengths, budget)
+        demands = layout.row_demands(prompt, [*lengths.values()], budget)
     else:
         tree = branches(sharing.rows[number], root=prompt)
         demands = [Demand(prompt + n, prompt + n, budget) for n in completions]
@@ -132,12 +135,12 @@ def _units_of_group(
         for i, (row, demand) in enumerate(zip(rows, demands, strict=True))
     }
     parts: list[_Atom] = []
-    length_of = dict(zip(rows, completions, strict=True))
     for part in _pack_tree(tree, single, budget):
         unit = sorted(row for (row,) in part.units)
         demand = part.demand
         if sharing is None:
-            demand = layout.demand(prompt, [length_of[row] for row in unit], budget)
+            some = [*chain.from_iterable(lengths[row] for row in unit)]
+            demand = layout.demand(prompt, some, budget)
         parts.append(_Atom([unit], min(rows), demand))
     return parts
 
@@ -171,13 +174,18 @@ def _together(packed: list[_Atom], depth: int, budget: int) -> _Atom:
 
 
 def _lengths(
-    rows: Sequence[int], prompt_lengths: Sequence[int], completion_lengths: Sequence[int]
+    rows: Sequence[int], prompt_lengths: Sequence[int], completion_lengths: Sequence[RowTokens]
 ) -> UnitLengths:
-    """(P, [L of each row]) of rows of one group."""
+    """(P, [L of each completion]) of rows of one group."""
     prompt = prompt_lengths[rows[0]]
     assert prompt > 0, (rows[0], prompt)
     assert all(prompt_lengths[row] == prompt for row in rows), ("prompts of a group differ", rows)
-    return prompt, [completion_lengths[row] for row in rows]
+    return prompt, [n for row in rows for n in completions_of(completion_lengths[row])]
+
+
+def completions_of(tokens: RowTokens) -> tuple[int, ...]:
+    """L of each completion that a row counts as."""
+    return (tokens,) if isinstance(tokens, int) else tokens
 
 
 def _first_fit(units: Sequence[Item], demands: Sequence[Demand]) -> list[list[Item]]:

@@ -9,9 +9,10 @@ import torch
 from ..records import GenerationBatch, MicroBatch, MicroBatchPlan, Prompt, Unit
 from .budget import TokenBudget
 from .compiled_sizes import CompiledSizes
-from .layouts import LAYOUTS, Layout, Sharing
-from .micro_batches import make_micro_batch, run_lengths
-from .packing import largest_group_tokens, pack
+from .layouts import LAYOUTS, Layout, RowTokens
+from .micro_batches import make_micro_batch
+from .packing import completions_of, largest_group_tokens, pack
+from .strands import row_tokens, sharing_of
 
 
 class Planner:
@@ -65,7 +66,7 @@ class Planner:
             layout=self.layout,
             budget=budget,
             split=split,
-            sharing=self._sharing(batch, groups),
+            sharing=sharing_of(batch, groups, self.layout, self.every_token),
         )
         return [MicroBatchPlan(units, budget, piece) for units in plans]
 
@@ -89,25 +90,18 @@ class Planner:
             images_once=self.images_once,
         )
 
-    def lengths(self, batch: GenerationBatch) -> tuple[list[int], list[int]]:
+    def lengths(self, batch: GenerationBatch) -> tuple[list[int], list[RowTokens]]:
         """(prompt tokens, completion tokens that are run) of every row."""
-        return [len(ids) for ids in batch.prompt_ids], run_lengths(batch, self.every_token)
-
-    def _sharing(self, batch: GenerationBatch, groups: Sequence[Unit]) -> Sharing | None:
-        if batch.inputs is not None:  # its units are alone, see UnitIds
-            return None
-        run = run_lengths(batch, self.every_token)
-        return self.layout.sharing(
-            [batch.prompt_ids[rows[0]] for rows in groups],
-            [[batch.completion_ids[row][: run[row]] for row in rows] for rows in groups],
-        )
+        tokens = row_tokens(batch, self.layout, self.every_token)
+        return [len(ids) for ids in batch.prompt_ids], tokens
 
     def sizes_here(self, batch: GenerationBatch) -> tuple[int, int]:
         """Tokens of (the longest row, the largest whole group) of this process' rows."""
         prompts, run = self.lengths(batch)
-        longest = max(p + n for p, n in zip(prompts, run, strict=True))
+        pairs = zip(prompts, run, strict=True)
+        longest = max(self.layout.tokens(p, completions_of(n)) for p, n in pairs)
         groups = units_of(batch, range(batch.num_rows)) if batch.whole_groups else []
-        sharing = self._sharing(batch, groups)
+        sharing = sharing_of(batch, groups, self.layout, self.every_token)
         return longest, largest_group_tokens(groups, prompts, run, self.layout, sharing)
 
     def why_groups_are_split(self, batch: GenerationBatch) -> str | None:

@@ -68,6 +68,24 @@ class TrainArguments:
         default=None,
         metadata=_help("module:function, file.py:function, builtin, reward model; several."),
     )
+    tools: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Functions that the policy may call: calculator, python, module:function, "
+            "file.py:function; several."
+        ),
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Class of environments, or a dict of them by the rows' column environment: "
+            "module:name, file.py:name."
+        ),
+    )
+    rollout_func: str | None = field(
+        default=None,
+        metadata=_help("Function that makes the completions: module:function, file.py:function."),
+    )
     config: str | None = field(
         default=None, metadata=_help("YAML file of options, or the name of a built-in recipe.")
     )
@@ -258,7 +276,10 @@ def check_given(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under the names of today. Raises UsageError for what is missing, and for options
     of adapters without them: all that can be said without torch."""
     values = _paths_of_2024(values)
-    missing = [f"--{name} {how}" for name, how in REQUIRED.items() if not values.get(name)]
+    needed = {**REQUIRED}
+    if values.get("environment_factory"):
+        del needed["reward_funcs"]  # an environment may have a reward of its own
+    missing = [f"--{name} {how}" for name, how in needed.items() if not values.get(name)]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}. The same names go into a recipe.")
     stray = [k for k in values if k.startswith("lora_")]

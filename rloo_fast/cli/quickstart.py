@@ -4,7 +4,8 @@ A one-million-parameter Qwen2 learns to spell five-letter words backward (reason
 `spell_backward`, scored by the library's verifier). Its warm start shows it each word spelled
 backward and, as often, just copied (`warm_start.py`); `rloo-fast train` then has to find out from
 the reward alone which of the two is asked for. Accuracy is measured on held-out words before and
-after, sampled at the training temperature and greedily.
+after, sampled at the training temperature and greedily. The variant `tools` has another task, see
+`quickstart_tools.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..reports.machine import cpu_cores, cpu_model, load_average
 from .parser import Parser
@@ -40,13 +42,58 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is loaded: its threads sleep while they wait for one another. By default they
     # spin, which costs 4x the time on cores that other programs use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    out, seed = options.output_dir, options.seed
+    out = options.output_dir
     out.mkdir(parents=True, exist_ok=True)
     start, load_before = time.perf_counter(), load_average()
     if not sys.stderr.isatty():
         _no_progress_bars()
 
     from ..reports.metrics_file import read_metrics
+    from .warm_start import WRONG_SHARE
+
+    task = _tools_task(options) if options.variant == "tools" else _words_task(options)
+    train_s = _train(out, options, task.card_prompt)
+    accuracies = task.finish()
+    result = {
+        "task": task.name,
+        "engine": options.engine,
+        "method": options.variant or "rloo",
+        "seed": options.seed,
+        **accuracies,
+        "num_heldout": task.num_heldout,
+        "temperature": TEMPERATURE,
+        "wrong_demonstrations": WRONG_SHARE,
+        "num_parameters": task.num_parameters,
+        "steps": read_metrics(out / "rloo")[-1]["step"],
+        "train_s": round(train_s, 1),
+        "total_s": round(time.perf_counter() - start, 1),
+        "completion_tokens_per_s": _tokens_per_s(out / "rloo"),
+        "machine": {
+            "cpu": cpu_model(),
+            "cpu_cores": cpu_cores(),
+            "load_average_before": load_before,
+            "load_average_after": load_average(),
+        },
+        "versions": _versions(),
+    }
+    _say_result(out, result)
+    return 0
+
+
+class Task(NamedTuple):
+    """What is learned, with its data and its warm start in place.
+
+    `finish()`: after training, shows what has become of it, and returns the accuracies.
+    """
+
+    name: str
+    num_heldout: int
+    num_parameters: int
+    card_prompt: str | None  # of the model card; None: a general one
+    finish: Callable[[], dict[str, float]]
+
+
+def _words_task(options: argparse.Namespace) -> Task:
     from .warm_start import (
         WRONG_SHARE,
         build_model,
@@ -55,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         warm_start,
     )
 
+    out, seed = options.output_dir, options.seed
     heldout, train, demonstrated = make_problems(seed)
     for name, problems in (("heldout", heldout), ("train", train)):
         problems.to_json(out / f"{name}.jsonl")
@@ -71,33 +119,46 @@ def main(argv: list[str] | None = None) -> int:
     before = measure(out / "warm_start", heldout, seed)
     _say(f"Before RLOO: {before['sampled']:.3f} sampled, {before['greedy']:.3f} greedy")
 
-    train_s = _train(out, options, heldout["prompt"][0])
+    def finish() -> dict[str, float]:
+        after = measure(out / "rloo", heldout, seed)
+        _show(heldout, before, after)
+        return _accuracies(before, after)
 
-    after = measure(out / "rloo", heldout, seed)
-    result = {
-        "task": f"reasoning_gym:{TASK}",
-        "engine": options.engine,
-        "method": options.variant or "rloo",
-        "seed": seed,
-        **_accuracies(before, after),
-        "num_heldout": len(heldout),
-        "temperature": TEMPERATURE,
-        "wrong_demonstrations": WRONG_SHARE,
-        "num_parameters": model.num_parameters(),
-        "steps": read_metrics(out / "rloo")[-1]["step"],
-        "train_s": round(train_s, 1),
-        "total_s": round(time.perf_counter() - start, 1),
-        "completion_tokens_per_s": _tokens_per_s(out / "rloo"),
-        "machine": {
-            "cpu": cpu_model(),
-            "cpu_cores": cpu_cores(),
-            "load_average_before": load_before,
-            "load_average_after": load_average(),
-        },
-        "versions": _versions(),
-    }
-    _report(out, heldout, before, after, result)
-    return 0
+    name = f"reasoning_gym:{TASK}"
+    return Task(name, len(heldout), model.num_parameters(), heldout["prompt"][0], finish)
+
+
+def _tools_task(options: argparse.Namespace) -> Task:
+    from . import quickstart_tools as products
+    from .warm_start import WRONG_SHARE, build_model, teach
+
+    out, seed = options.output_dir, options.seed
+    heldout, train, demonstrated = products.make_problems(seed)
+    for name, problems in (("heldout", heldout), ("train", train)):
+        problems.to_json(out / f"{name}.jsonl")
+    tokenizer = products.build_tokenizer()
+    model = build_model(tokenizer, seed)
+    _say(
+        f"Warm start: {model.num_parameters() / 1e6:.2f}M parameters, {2 * len(demonstrated)} "
+        f"demonstrations, of which {WRONG_SHARE:.0%} are wrong (a number made up, no call)"
+    )
+    rows = products.make_demonstrations(demonstrated, tokenizer, seed)
+    teach(
+        model,
+        tokenizer,
+        rows,
+        out / "warm_start",
+        max_steps=products.WARM_START_STEPS,
+        batch_size=products.BATCH_SIZE,
+        seed=seed,
+    )
+
+    def finish() -> dict[str, float]:
+        found = products.measured(out / "rloo")
+        products.show(found, len(heldout))
+        return found
+
+    return Task(products.TASK, len(heldout), model.num_parameters(), None, finish)
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +169,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--engine", choices=("hf", "vllm"), default="hf", help="that samples completions [hf]"
     )
     parser.add_argument(
-        "--variant", choices=("grpo",), help="train with GRPO's advantages and loss in RLOO's place"
+        "--variant",
+        choices=("grpo", "tools"),
+        help="grpo: train with GRPO's advantages and loss in RLOO's place; tools: another task, to "
+        "use a calculator",
     )
     parser.add_argument("--max_steps", type=int, help="training steps, if not the recipe's")
     options = parser.parse_args(argv)
@@ -160,7 +224,7 @@ def measure(model_dir: Path, problems: Dataset, seed: int) -> dict[str, Any]:
     return out
 
 
-def _train(out: Path, options: argparse.Namespace, prompt: str) -> float:
+def _train(out: Path, options: argparse.Namespace, prompt: str | None) -> float:
     """`rloo-fast train` on the warm start; returns its seconds. `prompt`: the model card's."""
     from .train_command import main as train
 
@@ -169,7 +233,8 @@ def _train(out: Path, options: argparse.Namespace, prompt: str) -> float:
     command += ["--dataset_name", str(out / "train.jsonl")]
     command += ["--eval_dataset_name", str(out / "heldout.jsonl")]
     command += ["--output_dir", str(out / "rloo"), "--seed", str(options.seed)]
-    command += ["--model_card_prompt", prompt]
+    if prompt is not None:
+        command += ["--model_card_prompt", prompt]
     if options.variant is not None:
         command += ["--variant", options.variant]
     if options.engine == "vllm":
@@ -206,9 +271,7 @@ def _tokens_per_s(run_dir: Path) -> float:
     return round(median(row[key] for row in read_metrics(run_dir) if key in row), 1)
 
 
-def _report(
-    out: Path, problems: Dataset, before: dict[str, Any], after: dict[str, Any], result: dict
-) -> None:
+def _show(problems: Dataset, before: dict[str, Any], after: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -231,6 +294,9 @@ def _report(
     console = Console()
     console.print(samples)
     console.print(table)
+
+
+def _say_result(out: Path, result: dict[str, Any]) -> None:
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     machine = result["machine"]
     _say(

@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.utils.logging import disable_progress_bar
 
 from ..checkpoint.files import checkpoints, find_checkpoint, put_back
+from ..config.code_files import load_module
 from ..config.paths import user_path
 from ..config.rloo_config import RLOOConfig
 from ..data.row_functions import load_row_function
@@ -53,12 +54,18 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
     rewards, prompts and adapters are the trainer's to check, before it loads a model.
     """
     assert script.model_name_or_path
-    assert script.reward_funcs
     _show_log_lines(config)
     with as_usage_errors(ValueError, OSError):
         check_trackers(config.report_to or [])
         config.resume_from_checkpoint = checkpoint_of(config, script.use_peft)
-        rewards = RewardSources.from_config([*script.reward_funcs], None, config)
+        rewards = RewardSources.from_config(
+            [*(script.reward_funcs or ())],
+            None,
+            config,
+            may_be_none=script.environment_factory is not None,
+        )
+        environments = named(script.environment_factory, "environment_factory")
+        rollout_func = named(script.rollout_func, "rollout_func")
         train_set, eval_set = load_datasets(script, config)
         peft_config = lora_config(script)
         quantization = quantization_config(script, config)
@@ -77,10 +84,26 @@ def prepare(script: TrainArguments, config: RLOOConfig) -> Any:
                 processing_class=load_named_tokenizer(script, config),
                 peft_config=peft_config,
                 quantization_config=quantization,
+                tools=script.tools,
+                rollout_func=rollout_func,
+                environment_factory=environments,
             )
         except OSError as error:  # from_pretrained's, which may not say what it was loading
             raise ValueError(f"model {script.model_name_or_path!r}: {error}") from error
     return trainer
+
+
+def named(text: str | None, option: str) -> Any:
+    """What module:name or file.py:name stands for, None without. Raises ValueError."""
+    if text is None:
+        return None
+    where, colon, name = text.rpartition(":")
+    if not colon:
+        raise ValueError(f"{option} must be module:name or file.py:name, got {text!r}.")
+    module = load_module(where, f"{option}={text!r}")
+    if not hasattr(module, name):
+        raise ValueError(f"{option}={text!r}: {where} has no {name!r}.")
+    return getattr(module, name)
 
 
 def check_trackers(names: Sequence[str]) -> None:

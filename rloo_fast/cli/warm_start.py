@@ -98,13 +98,24 @@ def warm_start(
     tokenizer: PreTrainedTokenizerFast,
     demonstrations: Sequence[tuple[str, str]],
     output_dir: Path,
+    **options: Any,
+) -> float:
+    """`teach` these (prompt, completion)."""
+    return teach(model, tokenizer, encode(demonstrations, tokenizer), output_dir, **options)
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, list[int]]],
+    output_dir: Path,
     *,
     max_steps: int,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> float:
-    """-mean over completion tokens (EOS included) of log p, minimised by transformers' Trainer.
+    """-mean over the tokens with labels of log p, minimised by transformers' Trainer.
 
     Trains `model` in place, saves it with its tokenizer to `output_dir`; returns the mean loss.
     """
@@ -128,11 +139,11 @@ def warm_start(
         dataloader_pin_memory=False,
         seed=seed,
     )
-    rows: Any = encode(demonstrations, tokenizer)  # a list is all that a Trainer needs
+    dataset: Any = rows  # a list is all that a Trainer needs
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=dataset,
         data_collator=default_data_collator,
     )
     show_lines(trainer)

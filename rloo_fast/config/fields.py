@@ -22,11 +22,12 @@ from .names_2024 import Names2024
 from .sampling_ahead import SamplingAhead
 from .server_address import server_urls
 from .shares import DefaultShare
+from .tool_use import ToolUse
 from .which_prompts import WhichPrompts
 
 
 @dataclass
-class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
+class RLOOFields(Names2024, WhichPrompts, SamplingAhead, ToolUse, TrainingArguments):
     """Everything a run can be told, before it is checked."""
 
     _VALID_DICT_FIELDS: ClassVar = [
@@ -421,4 +422,4 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, TrainingArguments):
 
 
 # the classes whose fields are ours, beside Names2024; the others are transformers'
-OWN_PARTS = (RLOOFields, WhichPrompts, SamplingAhead)
+OWN_PARTS = (RLOOFields, WhichPrompts, SamplingAhead, ToolUse)

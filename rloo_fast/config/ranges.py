@@ -55,6 +55,7 @@ OPTIONAL_COUNTS = (
     "num_generations_eval", "steps_per_generation", "generation_batch_size",
     "rollout_forward_batch_size", "num_completions_to_print", "max_tokens_per_micro_batch",
     "vllm_max_model_length", "max_prompt_length", "soft_punish_cache",
+    "max_tool_calling_iterations",
 )  # fmt: skip
 # field: (what its value must satisfy, the same in words)
 Ranges = dict[str, tuple[Test, str | Callable[[], str]]]
@@ -121,10 +122,15 @@ RANGES: Ranges = {
     "curriculum": (_optional(lambda c: 0 < c <= 1), "in (0, 1], or left out"),
     "missing_eos_penalty": (_optional(math.isfinite), "a finite number, or left out"),
     "reward_over_limit": (_is_over_limit, "'error', 'none' or a finite number"),
-    "reward_timeout_s": (
-        _optional(lambda s: 0 < s <= MAX_SECONDS),
-        f"> 0 seconds (at most {MAX_SECONDS:.0g}), or left out",
+    **dict.fromkeys(
+        ("reward_timeout_s", "tool_timeout_s", "trajectory_timeout_s"),
+        (
+            _optional(lambda s: 0 < s <= MAX_SECONDS),
+            f"> 0 seconds (at most {MAX_SECONDS:.0g}), or left out",
+        ),
     ),
+    "tool_failure": (lambda what: what in ("answer", "end"), "'answer' or 'end'"),
+    "tool_threads": (_from(0, MAX_PROCESSES), f"an integer from 0 to {MAX_PROCESSES}"),
     "num_sample_generations": (_optional(_from(0, TOO_MANY)), ">= 0, or left out"),
     "stop_token_id": (_optional(_from(0, TOO_MANY)), "an integer >= 0, or left out"),
     "reward_model_label": (

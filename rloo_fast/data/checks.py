@@ -23,16 +23,18 @@ NUM_CHECKED = 10_000  # prompts that are tokenised when the trainer is made, to 
 NUM_CHECKED_IMAGES = 256  # rows with images, of which each takes milliseconds
 
 
-def check_datasets(train: Any, evaluation: Any, args: RLOOConfig) -> None:
+def check_datasets(
+    train: Any, evaluation: Any, args: RLOOConfig, *, need_prompt: bool = True
+) -> None:
     """Types, columns and sizes, which need no model.
 
     Raises TypeError or ValueError unless both are a datasets.Dataset or IterableDataset (or, for
-    evaluation, a dict of them, or None) that has rows and a column `prompt`.
+    evaluation, a dict of them, or None) that has rows and, with `need_prompt`, a column `prompt`.
     """
     if train is None:
         raise ValueError("`train_dataset` is required: pass a dataset with a 'prompt' column.")
     look = not args.skip_unusable_rows
-    check_dataset(train, "train_dataset", look=look)
+    check_dataset(train, "train_dataset", look=look, need_prompt=need_prompt)
     if isinstance(train, IterableDataset):
         if args.curriculum is not None:
             raise ValueError(
@@ -53,7 +55,7 @@ def check_datasets(train: Any, evaluation: Any, args: RLOOConfig) -> None:
     else:
         check_fills_a_batch(len(train), args.prompts_per_generation)
     for name, dataset in evaluation_sets(evaluation):
-        check_dataset(dataset, name, look=look)
+        check_dataset(dataset, name, look=look, need_prompt=need_prompt)
     every = [train, *(dataset for _, dataset in evaluation_sets(evaluation))]
     is_streamed = any(isinstance(dataset, IterableDataset) for dataset in every)
     if is_streamed and cast(Any, args).accelerator_config.dispatch_batches:
@@ -127,9 +129,9 @@ def evaluation_sets(evaluation: Any) -> list[tuple[str, Any]]:
     return [("eval_dataset", evaluation)]
 
 
-def check_dataset(dataset: Any, name: str, *, look: bool = True) -> None:
+def check_dataset(dataset: Any, name: str, *, look: bool = True, need_prompt: bool = True) -> None:
     """Raise TypeError or ValueError unless `dataset` is a datasets.Dataset or IterableDataset that
-    has rows and a column `prompt`. `look`: see `columns_of`."""
+    has rows and, with `need_prompt`, a column `prompt`. `look`: see `columns_of`."""
     if not isinstance(dataset, Dataset | IterableDataset):
         hint = " Pass one of its splits." if isinstance(dataset, dict) else ""
         if isinstance(dataset, list):
@@ -143,7 +145,7 @@ def check_dataset(dataset: Any, name: str, *, look: bool = True) -> None:
     columns = columns_of(dataset, name, look=look)
     if columns is None:
         return
-    if "prompt" not in columns:
+    if need_prompt and "prompt" not in columns:
         hint = " Rename it, as in dataset.rename_column('question', 'prompt')."
         if "input_ids" in columns:
             hint = " Tokenised datasets of the 2024 trainer are not taken: give the text."

@@ -50,7 +50,8 @@ def only_columns(dataset: Dataset, columns: Sequence[str]) -> Dataset:
     """The dataset, of whose other columns nothing is read where that can be."""
     if is_transformed(dataset):
         return dataset
-    return dataset.select_columns([name for name in columns if name in dataset.column_names])
+    wanted = [name for name in columns if name in dataset.column_names]
+    return dataset.select_columns(wanted or dataset.column_names[:1])
 
 
 def rows_of(dataset: Dataset, start: int, stop: int, columns: Sequence[str]) -> list[Row]:

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from ..config.rloo_config import RLOOConfig, as_dict
 from ..models.chat_templates import apply_template
 from ..models.vision import ImageReader
-from ..records import Prompt
+from ..records import Prompt, PromptText
 from .image_prompts import prompt_with_images, raw_prompt, trial_prompt
 from .images import COLUMNS
 from .messages import is_conversational, kind_error, shown, template_errors
 from .row_errors import UnreadableRow, UnusableRow
 from .row_functions import Row
+
+Schemas = Callable[[Row], list[dict[str, Any]]]  # a dataset row -> those of its tools
 
 OPTION = " skip_unusable_rows=True leaves such rows out and counts them."
 
@@ -33,11 +35,15 @@ def tokenize(
     engine_length: int | None = None,
     reader: ImageReader | None = None,
     engine_reads_images: bool = False,
+    schemas: Schemas | None = None,
+    default: PromptText | None = None,
 ) -> list[Prompt]:
     """Dataset rows -> prompts with token ids; conversational ones go through the chat template.
 
     `reader`: of a run with images, of which a row may have some; None: a text run.
     `engine_reads_images`: prompts are also made as the rollout engine's own processor takes them.
+    `schemas`: of a run with tools, whose prompts must be conversations. `default`: the prompt of a
+    row that has none.
 
     Raises UnusableRow (a ValueError) for a prompt that is missing, empty, of a wrong type, has
     token ids that are not < num_embeddings, or leaves no room for the completion in the model's
@@ -45,16 +51,18 @@ def tokenize(
     of the longest completion, as the caller's user knows it. `engine_length`: the longest prompt
     that the rollout engine's memory was laid out for, where the user did not say.
     """
-    if len({is_conversational(row.get("prompt")) for row in rows}) > 1:
+    if len({is_conversational(row.get("prompt", default)) for row in rows}) > 1:
         raise ValueError(
             "some prompts are conversations and some are not: make all of them strings, or all "
             "of them lists of messages."
         )
     prompts = []
     for row in rows:
-        if "prompt" not in row:
+        text: Any = row.get("prompt", default)
+        inputs = None
+        if text is None and "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
-        inputs, raw, text = None, None, row["prompt"]
+        raw = None
         if reader is not None:
             text, ids, inputs = prompt_with_images(row, reader, chat_template_kwargs)
             if engine_reads_images:
@@ -65,7 +73,7 @@ def tokenize(
                 f"a vision-language model as processing_class. Its prompt begins {shown(text)}."
             )
         else:
-            ids = _encode(text, tokenizer, chat_template_kwargs)
+            ids = _encode(text, tokenizer, _options(row, text, chat_template_kwargs, schemas))
         if not ids or text == "":
             raise UnusableRow(
                 f"a prompt {'is empty' if text in ('', []) else 'has no tokens'} "
@@ -104,6 +112,21 @@ def _beyond(token_id: int, num_embeddings: int, tokenizer: Any, text: Any) -> st
     )
 
 
+def _options(
+    row: Row, text: Any, chat_template_kwargs: dict[str, Any], schemas: Schemas | None
+) -> dict[str, Any]:
+    """Those of apply_chat_template, with the row's tools."""
+    if schemas is None:
+        return chat_template_kwargs
+    if not is_conversational(text):
+        raise UnusableRow(
+            "with tools, a prompt is a conversation: make it a list of {'role': ..., 'content': "
+            f"...}} messages, got {shown(text)}."
+        )
+    # None: a template may announce tools where the list is empty
+    return {**chat_template_kwargs, "tools": schemas(row) or None}
+
+
 def _encode(text: Any, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> list[int]:
     if is_conversational(text):
         return _apply_template(text, tokenizer, kwargs)
@@ -132,7 +155,8 @@ class RowTokenizer:
     """`tokenize` with a run's settings: dataset rows -> prompts.
 
     num_embeddings: rows of the model's embedding matrix, None: not known. check_columns: raises
-    ValueError for names of dataset columns that do not suit the reward functions.
+    ValueError for names of dataset columns that do not suit the reward functions. schemas, default:
+    see `tokenize`.
     """
 
     def __init__(
@@ -147,11 +171,16 @@ class RowTokenizer:
         check_columns: Callable[[Iterable[str]], None] | None = None,
         reader: ImageReader | None = None,
         engine_reads_images: bool = False,
+        schemas: Schemas | None = None,
+        default: PromptText | None = None,
     ):
         self.tokenizer, self.reader = tokenizer, reader
         self.engine_reads_images = engine_reads_images
+        self.schemas, self.default = schemas, default
         # what a prompt is made of, and how many of them are held at a time
         self.columns = ("prompt",) if reader is None else ("prompt", *COLUMNS)
+        if schemas is not None:
+            self.columns = ("prompt", "environment")  # which says what the tools are
         self.at_a_time = 1000 if reader is None else 16
         # a prompt with an image, to try out what a model can do with it
         self.seen: Prompt | None = None
@@ -181,6 +210,8 @@ class RowTokenizer:
         check_columns: Callable[[Iterable[str]], None] | None = None,
         reader: ImageReader | None = None,
         engine_reads_images: bool = False,
+        schemas: Schemas | None = None,
+        default: PromptText | None = None,
     ) -> RowTokenizer:
         return cls(
             tokenizer,
@@ -192,6 +223,8 @@ class RowTokenizer:
             check_columns=check_columns,
             reader=reader,
             engine_reads_images=engine_reads_images,
+            schemas=schemas,
+            default=default,
         )
 
     @property
@@ -219,7 +252,14 @@ class RowTokenizer:
                 engine_length=self.engine_length,
                 reader=self.reader,
                 engine_reads_images=self.engine_reads_images,
+                schemas=self.schemas,
+                default=self.default,
             )
+
+    def with_text(self, prompt: Prompt, text: PromptText) -> Prompt:
+        """The same row with another text, such as with what its environment says."""
+        (changed,) = self.prompts([{**prompt.columns, "prompt": text}])
+        return changed
 
     def _whole(self, row: Row | UnreadableRow) -> Row:
         """The row, which was read and has every column that the reward functions need."""
@@ -242,8 +282,12 @@ class RowTokenizer:
     def num_tokens(self, rows: Sequence[Row]) -> list[int]:
         """Tokens of each row's prompt, chat template and images included; 0 for one that cannot be
         tokenised."""
-        texts: list[Any] = [row.get("prompt") for row in rows]
-        if self.reader is None and all(isinstance(text, str) for text in texts):
+        texts: list[Any] = [row.get("prompt", self.default) for row in rows]
+        if (
+            self.reader is None
+            and self.schemas is None
+            and all(isinstance(text, str) for text in texts)
+        ):
             return [len(ids) for ids in self.tokenizer(texts).input_ids]
         return [self._num_tokens(row) for row in rows]
 
@@ -251,7 +295,9 @@ class RowTokenizer:
         try:
             if self.reader is not None:
                 return len(prompt_with_images(row, self.reader, self.chat_template_kwargs)[1])
-            return len(_encode(row.get("prompt"), self.tokenizer, self.chat_template_kwargs))
+            text = row.get("prompt", self.default)
+            options = _options(row, text, self.chat_template_kwargs, self.schemas)
+            return len(_encode(text, self.tokenizer, options))
         except UnusableRow:
             return 0
 

@@ -137,7 +137,8 @@ def gather_tokens(
     batch: PreparedBatch, groups: Sequence[int], pieces: TokenPieces, accelerator: Accelerator
 ) -> dict[int, Tokens]:
     """Row as sampled -> text, log-prob, entropy, KL and sampler's difference of its tokens, of the
-    rows of `groups`; NaN where a value is not known. Every process must call."""
+    rows of `groups`; NaN where a value is not known, as of what a tool said. Every process must
+    call."""
     generation, wanted = batch.generation, {*groups}
     values = _of_tokens(batch)
     bounds = [0, *accumulate(generation.num_tokens)]
@@ -145,13 +146,16 @@ def gather_tokens(
     for place, row in enumerate(generation.rows.row.tolist()):
         if generation.groups[place] not in wanted:
             continue
-        ids = generation.completion_ids[place]
         counted = slice(bounds[place], bounds[place + 1])
-        missing = len(ids) - (bounds[place + 1] - bounds[place])
-        mine[row] = {"text": pieces(ids)} | {
-            name: np.pad(column[counted], (0, missing), constant_values=np.nan)
-            for name, column in values.items()
-        }
+        texts: list[str] = []
+        shown: list[int] = []  # places of the counted tokens in the texts
+        for ids, places in generation.strands(place):
+            shown += [len(texts) + t for t in places]
+            texts += pieces(ids)
+        mine[row] = {"text": texts}
+        for name, column in values.items():
+            mine[row][name] = np.full(len(texts), np.nan, dtype=column.dtype)
+            mine[row][name][shown] = column[counted]
     everyone = gather_objects(accelerator, mine)
     return {row: tokens for one in everyone for row, tokens in one.items()}
 

@@ -19,7 +19,8 @@ THINK, END_THINK = "<think>", "</think>"
 def completion_text(completion: Completion) -> str:
     """The text the policy wrote: the string itself, or the contents of its messages, joined.
 
-    A message's content may be None (no text) or a list of parts, of which those with text count.
+    Messages of others, such as a tool's, do not count. A message's content may be None (no text) or
+    a list of parts, of which those with text count.
     Raises ValueError for anything else.
     """
     if isinstance(completion, str):
@@ -29,7 +30,18 @@ def completion_text(completion: Completion) -> str:
             "A completion is a string or a list of {'role': ..., 'content': ...} messages, "
             f"got {completion!r:.80}."
         )
-    return "\n".join(_content_text(message.get("content")) for message in completion)
+    return "\n".join(_content_text(m.get("content")) for m in completion if _is_own(m))
+
+
+def answer_text(completion: Completion) -> str:
+    """The text of the last message that the policy wrote; the string itself of a text."""
+    if isinstance(completion, list):
+        completion = [message for message in completion if _is_own(message)][-1:]
+    return completion_text(completion)
+
+
+def _is_own(message: Message) -> bool:
+    return message.get("role", "assistant") == "assistant"
 
 
 def describe_sample(
@@ -45,7 +57,7 @@ def describe_sample(
     number = index if rows is None else rows[index]
     prompt, completion = prompts[index], completions[index]
     if isinstance(prompt, list):  # the last message is what tells one conversation from another
-        prompt = completion_text(prompt[-1:])
+        prompt = _content_text(prompt[-1].get("content"))
     return (
         f"sample {number} (prompt {prompt!r:.80}, completion {completion_text(completion)!r:.80})"
     )
@@ -54,9 +66,12 @@ def describe_sample(
 def exact_match(
     completions: list[Completion], answer: list[Any], **kwargs: Any
 ) -> list[float | None]:
-    """r_i = 1[strip(completion_i) == strip(answer_i)]; None where the column `answer` is None."""
+    """r_i = 1[strip(completion_i) == strip(answer_i)]; None where the column `answer` is None.
+
+    Of several messages, as with tools, the last one that the policy wrote is the answer.
+    """
     return [
-        None if gold is None else float(completion_text(completion).strip() == str(gold).strip())
+        None if gold is None else float(answer_text(completion).strip() == str(gold).strip())
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

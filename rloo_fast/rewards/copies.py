@@ -15,7 +15,7 @@ from typing import Any
 UNCHANGING = frozenset(
     (str, int, float, bool, type(None), bytes, complex, datetime, date, time, timedelta, Decimal)
 )
-FROM_TRAINER = ("trainer_state", "log_extra", "log_metric")
+FROM_TRAINER = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
 def fresh(value: Any) -> Any:
@@ -42,7 +42,7 @@ def fresh(value: Any) -> Any:
 def call_with_copies(function: Callable[..., Any], keywords: Mapping[str, Any]) -> Any:
     """What the function returns on copies of its prompts, completions, ids and columns.
 
-    trainer_state and the log functions are the trainer's own.
+    trainer_state, the log functions and environments are the trainer's own.
     """
     return function(
         **{name: v if name in FROM_TRAINER else fresh(v) for name, v in keywords.items()}

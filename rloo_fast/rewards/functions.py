@@ -5,6 +5,8 @@ The contract is that of TRL 1.16, with every breach an error:
     function(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=,
              **columns) -> B floats, None where the function does not apply to a completion
 
+In a run with environments (rloo_fast/tools) it is also given environments=, those of the B
+trajectories.
 A function is called with whole groups, all completions of a prompt that this process samples. With
 overlap_rewards (the default with vLLM) that may be several times per step: as soon as some groups
 are finished, in a thread, while others are still being sampled; without, once, on all completions
@@ -42,6 +44,7 @@ FIXED_KEYWORDS = (
     "log_metric",
 )
 NOT_PASSED = ("prompt", "completion", "completion_ids")  # dataset columns kept from the functions
+ENVIRONMENTS = "environments"  # like a column, in a run that has some
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -75,9 +75,11 @@ class RewardSources:
     @classmethod
     def from_config(
         cls,
-        reward_funcs: RewardFunc | list[RewardFunc],
+        reward_funcs: RewardFunc | list[RewardFunc] | None,
         processing_classes: Any,
         args: RLOOConfig,
+        *,
+        may_be_none: bool = False,
     ) -> RewardSources:
         """find_rewards with the values of `args`."""
         # not above: the worker processes of reward functions import this file
@@ -102,6 +104,7 @@ class RewardSources:
             batch_size=args.rollout_forward_batch_size,
             processes=args.reward_processes,
             over_limit=args.reward_over_limit,
+            may_be_none=may_be_none,
         )
 
     def check_columns(self, columns: Iterable[str]) -> None:
@@ -112,6 +115,12 @@ class RewardSources:
         """Load the reward models. Raises ValueError for one that cannot be used."""
         loaded = [s.load() if isinstance(s, ModelSource) else s for s in self.sources]
         return Rewards(loaded, self.weights, self.timeout_s, self.processes, self.over_limit)
+
+    def with_functions(self, functions: Iterable[Callable[..., Any]]) -> RewardSources:
+        """These and more functions, of weight 1."""
+        more = tuple(RewardFunction(function) for function in functions)
+        weights = (*self.weights, *[1.0] * len(more))
+        return replace(self, sources=(*self.sources, *more), weights=weights)
 
 
 def load_reward_functions(
@@ -128,7 +137,7 @@ def load_reward_functions(
 
 
 def find_rewards(
-    reward_funcs: RewardFunc | list[RewardFunc],
+    reward_funcs: RewardFunc | list[RewardFunc] | None,
     processing_classes: Any = None,
     *,
     weights: Sequence[float] | None = None,
@@ -142,6 +151,7 @@ def find_rewards(
     batch_size: int | None = None,
     processes: int = 0,
     over_limit: float | str | None = END_THE_RUN,
+    may_be_none: bool = False,
 ) -> RewardSources:
     """Functions, models and names of either; no model is loaded.
 
@@ -159,11 +169,15 @@ def find_rewards(
     processes: as many run the functions that are not async, 0: this one.
     over_limit: the reward of a completion that takes a function longer, None or "none": not
         scored, "error": the run ends.
+    may_be_none: there are others, which are added to these.
 
     Raises ValueError for whatever cannot be found or does not match.
     """
     funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    weights = check_weights(weights, len(funcs))
+    if may_be_none and reward_funcs in (None, []) and not weights:
+        funcs = weights = []
+    else:
+        weights = check_weights(weights, len(funcs))
     given = reward_kwargs or {}
     check_reward_kwargs(given, funcs)
     options = {

@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ def read_values(
 ) -> Tensor:
     """B values, each None or a finite number -> (B,) float32 on the CPU, None as NaN.
 
+    Of a trajectory it may be a list of these, one per message of the model's: their sum counts.
     `values` is an iterable, an array or a 1-D tensor; a tensor is one transfer, and so are the
     tensors in a list. Raises ValueError with the function's name, and the sample at fault, whose
     number is rows[i] for the i-th.
@@ -50,6 +52,8 @@ def read_values(
     else:
         listed = _as_list(values, who, count)
         _check_count(len(listed), who, count)
+        turns = [_num_turns(completion) for completion in completions]
+        listed = [_sum_of_turns(v, turns[i], who, partial(sample, i)) for i, v in enumerate(listed)]
         floats = [_as_float(v, i, who, sample) for i, v in enumerate(listed)]
         column = torch.tensor([math.nan if v is None else v for v in floats], dtype=torch.float32)
         is_none = torch.tensor([v is None for v in floats], dtype=torch.bool)
@@ -89,6 +93,28 @@ def _as_list(values: Any, who: str, count: int) -> list[Any]:
         for i, value in zip(at, together, strict=True):
             listed[i] = value
     return listed
+
+
+def _num_turns(completion: Any) -> int:
+    """Messages of a trajectory that the model wrote; 0 of a completion that is none."""
+    if not isinstance(completion, list):
+        return 0
+    return sum(message.get("role") == "assistant" for message in completion)
+
+
+def _sum_of_turns(value: Any, num_turns: int, who: str, sample: Callable[[], str]) -> Any:
+    """sum over turns t of r_t, where a function gives a list of them; None where all are."""
+    if not isinstance(value, list | tuple) or not num_turns:
+        return value
+    if len(value) != num_turns:
+        raise ValueError(
+            f"{who} returned a list of {len(value)} rewards, one for each turn, but the model "
+            f"wrote {num_turns} messages in {sample()}. Give as many, None where a turn has no "
+            "reward; or one number for the whole trajectory."
+        )
+    given = [_as_float(turn, 0, who, lambda _: sample()) for turn in value]
+    known = [turn for turn in given if turn is not None]
+    return sum(known) if known else None
 
 
 def _as_float(value: Any, index: int, who: str, sample: Callable[[int], str]) -> float | None:

@@ -8,40 +8,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from itertools import groupby
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..batching.images import join_images
 from ..data.seeds import step_seed
 from ..models.adapters import base_causal_lm
 from ..records import PER_TOKEN_INPUTS, Bucket, ImageInputs, Rollout, Sampling
 from .engine import EngineError, OnFinished, RolloutEngine
-from .hf_padding import padding_changes_logits
-from .hf_prefill import CACHE, beginnings_can_be_shared, copied_cache, num_common
+from .hf_padding import gaps_change_logits, padding_changes_logits
+from .hf_prefix import Prefilled, prefill_levels, prefix_levels
 from .hf_sampling import TransformersSampling
-from .hf_states import kept_states, states_put_back
+from .hf_states import changed_states, kept_states, select_rows, states_put_back
 from .settings import EngineSettings
 from .stops import Stops, StopStringCriterion
 
 logger = logging.getLogger(__name__)
 
+# generate's name for the KV cache, an argument and a field of what it returns; "cache" since 5.24
+CACHE = next(
+    name for name in ("cache", "past_key_values")
+    if name in {f.name for f in fields(GenerateDecoderOnlyOutput)}
+)  # fmt: skip
 NO_INPUTS: ImageInputs = {}
-LEAST_SHARED = 16  # tokens that prompts begin with alike; for fewer a call more does not pay
+PREFILL = GenerationConfig(
+    max_new_tokens=1, do_sample=False, return_dict_in_generate=True, disable_compile=True
+)
 
 
 class HFEngine(RolloutEngine):
     """Left-pads the prompts, samples with a KV cache, cuts every completion where it ends.
 
-    A prompt that several rows of a call share runs through the model once: the rows start from
-    copies of its KV cache. So does what all prompts of a call begin with, such as a system prompt,
-    where the model allows it: padding stands behind it then. `rows_per_call`: prompts per generate
-    call, of like length; None: all. Where padding changes what a model computes, the prompts of a
-    call are of equal length. For the call the model is in eval mode (no dropout, no gradient
-    checkpointing) and inside `whole_weights(model)`.
+    A prompt that several rows of a call share runs through the model once, and so does what prompts
+    begin with alike: the rows start from copies of its KV cache. `rows_per_call`: prompts per
+    generate call, of like length; None: all. Where padding changes what a model computes, the
+    prompts of a call are of equal length. For the call the model is in eval mode (no dropout, no
+    gradient checkpointing) and inside `whole_weights(model)`.
     """
 
     shares_weights = True
@@ -76,9 +85,9 @@ class HFEngine(RolloutEngine):
         self.rows_per_call, self.pad_to_multiple_of = rows_per_call, pad_to_multiple_of
         self.autocast, self.whole_weights = autocast, whole_weights
         self.tokenizer = tokenizer  # for stop strings only
-        self.cache_can_be_copied = True  # until seen otherwise
+        self.cache_can_be_copied = self.prefixes_can_be_shared = True  # until seen otherwise
         self.may_pad: bool | None = None  # None: not tried yet
-        self.may_share_beginnings: bool | None = None
+        self.may_have_gaps: bool | None = None
         self.said: set[str] = set()
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
@@ -179,20 +188,26 @@ class HFEngine(RolloutEngine):
         index = [numbers.setdefault(key, len(numbers)) for key in keys]
         device = self._device()
         rows = torch.tensor(index, device=device)
-        own = [ids for ids, _ in numbers]
-        may_share = self._may_share_prompts(settings)
-        common = self._num_shared(own, others) if may_share else 0
-        ids, mask = (part.to(device) for part in self._padded(own, common, settings))
+        own = [list(ids) for ids, _ in numbers]
+        tree = None if any(others) else self._prefilled_tree(own, settings)
+        if tree is None:
+            ids, mask = (part.to(device) for part in self._left_padded(own, settings))
+        else:
+            ids, mask = tree.ids, tree.mask
         inputs: dict[str, Any] = {"input_ids": ids[rows], "attention_mask": mask[rows]}
         width = ids.shape[1]
         if stops.strings:
             inputs["stopping_criteria"] = [
                 StopStringCriterion(stops, prompts, width, reorders=not settings.seeded)
             ]
-        if (common or len(numbers) < len(prompts)) and width > 1 and may_share:
+        if tree is not None:
+            tree.cache.batch_select_indices(rows)
+            inputs[CACHE] = tree.cache
+        elif len(numbers) < len(prompts) and width > 1 and self._may_share_prompts(settings):
             firsts = [others[index.index(number)] for number in range(len(numbers))]
-            beside = self._beside(firsts, width, last=False)
-            inputs[CACHE] = self._prefilled(ids[:, :-1], mask[:, :-1], rows, beside, common)
+            inputs[CACHE] = self._prefilled(
+                ids[:, :-1], mask[:, :-1], rows, self._beside(firsts, width, last=False)
+            )
         if inputs.get(CACHE) is None:
             inputs |= self._beside(others, width)
         if not settings.seeded:
@@ -208,26 +223,9 @@ class HFEngine(RolloutEngine):
             )
         return sequences[:, width:], logps
 
-    def _num_shared(self, prompts: Sequence[Sequence[int]], others: list[ImageInputs]) -> int:
-        """Tokens that all of these begin with, if they are to run once for all."""
-        if len(prompts) < 2 or not self.may_pad or any(others):
-            return 0
-        # one more is left for the prompts' own part, and one for generate
-        common = min(num_common(prompts), min(map(len, prompts)) - 2)
-        if common < LEAST_SHARED:
-            return 0
-        if self.may_share_beginnings is None:
-            self.may_share_beginnings = beginnings_can_be_shared(
-                base_causal_lm(self.model), self._run
-            )
-            if not self.may_share_beginnings:
-                self._say("what prompts begin with alike runs through the model for each of them.")
-        return common if self.may_share_beginnings else 0
-
-    def _padded(
-        self, prompts: Sequence[Sequence[int]], common: int, settings: TransformersSampling
+    def _left_padded(
+        self, prompts: Sequence[Sequence[int]], settings: TransformersSampling
     ) -> tuple[Tensor, Tensor]:  # (P, W) ids, (P, W) mask
-        """To one width, in front of each prompt or behind the `common` tokens."""
         multiple = (self.pad_to_multiple_of or 1) if self.may_pad else 1
         width = -(-max(len(ids) for ids in prompts) // multiple) * multiple
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -237,10 +235,8 @@ class HFEngine(RolloutEngine):
             # token of the prompt adds nothing to it, but to what n-grams are not to be repeated
             if not settings.config.no_repeat_ngram_size:
                 padded[row] = ids[0]
-            start = width - len(ids) + common
-            padded[row, :common] = torch.tensor(ids[:common], dtype=torch.long)
-            padded[row, start:] = torch.tensor(ids[common:])
-            mask[row, :common] = mask[row, start:] = 1
+            padded[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
         return padded, mask
 
     def _beside(
@@ -271,24 +267,19 @@ class HFEngine(RolloutEngine):
         mask: Tensor,
         rows: Tensor,  # (B,)
         beside: dict[str, Tensor],
-        common: int,
     ) -> Any:
         """A KV cache whose row i holds the tokens `ids[rows[i]]`; None: it cannot be copied.
 
-        The `common` first tokens run once, and of prompts with a row each nothing else: the rows
-        then hold these alone. What the modules keep beside it until decoding (such as
-        `rope_deltas`) is given the same rows.
+        What the modules keep beside it until decoding (such as `rope_deltas`) is given the same
+        rows.
         """
-        states = kept_states(self.model)
-        if common:
-            # the trial has shown that this can be copied
-            each = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-            start = ids[:1, :common], mask[:1, :common]
-            beside = {CACHE: copied_cache(self.model, self._run, states, *start, each)}
-            if len(rows) == len(ids):
-                return beside[CACHE]
-        cache = copied_cache(self.model, self._run, states, ids, mask, rows, **beside)
-        if cache is not None:
+        before = kept_states(self.model)
+        cache = getattr(self._run(PREFILL, input_ids=ids, attention_mask=mask, **beside), CACHE)
+        kinds = {type(layer) for layer in getattr(cache, "layers", [None])}
+        copied = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        copied = copied and cache.get_seq_length() == ids.shape[1]
+        if copied and select_rows(changed_states(self.model, before), rows, len(ids)):
+            cache.batch_select_indices(rows)
             return cache
         self.cache_can_be_copied = False
         self._say(
@@ -296,6 +287,43 @@ class HFEngine(RolloutEngine):
             "each sample."
         )
         return None
+
+    def _prefilled_tree(
+        self, prompts: list[list[int]], settings: TransformersSampling
+    ) -> Prefilled | None:
+        """The prompts' keys and values, of what several begin with alike computed once; None: they
+        share too little, or the model keeps more than keys and values of every token."""
+        may = self.may_pad and self.prefixes_can_be_shared
+        if not may or settings.config.no_repeat_ngram_size or not self._may_share_prompts(settings):
+            return None
+        levels = prefix_levels(prompts)
+        if levels is None or self._gaps_matter():
+            return None
+        before = kept_states(self.model)
+
+        def prefill(ids: Tensor, mask: Tensor, cache: Any) -> Any:
+            more = {} if cache is None else {CACHE: cache}
+            made = self._run(PREFILL, input_ids=ids, attention_mask=mask, **more)
+            cache = getattr(made, CACHE)
+            plain = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+            plain = plain and cache.get_seq_length() == ids.shape[1]
+            return cache if plain and not changed_states(self.model, before) else None
+
+        found = prefill_levels(levels, prefill, self._device())
+        if found is None:
+            self._share_no_prefixes("the model's cache is no plain one")
+        return found
+
+    def _gaps_matter(self) -> bool:
+        if self.may_have_gaps is None:
+            self.may_have_gaps = not gaps_change_logits(base_causal_lm(self.model), self._run)
+            if not self.may_have_gaps:
+                self._share_no_prefixes("padding within a prompt changes what the model computes")
+        return not self.may_have_gaps
+
+    def _share_no_prefixes(self, reason: str) -> None:
+        self.prefixes_can_be_shared = False
+        self._say(f"what prompts begin with alike runs for each: {reason}.")
 
     def _say(self, reason: str) -> None:
         if reason not in self.said:

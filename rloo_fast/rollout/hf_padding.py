@@ -57,3 +57,19 @@ def padding_changes_logits(model: Any, generate: Callable[..., Any]) -> bool:
             "the model other positions, for one). Such a model cannot be trained on its samples."
         )
     return bool((logps(padded, mask) - right).abs().mean() > tolerance)
+
+
+def gaps_change_logits(model: Any, generate: Callable[..., Any]) -> bool:
+    """Whether padding between two parts of a prompt changes what follows it, as in models that
+    count the distance in their cache. Arguments as of `padding_changes_logits`."""
+    prompt = trial_ids(model, 8).to(next(model.parameters()).device)
+    gap = prompt[:, :1].expand(1, 3)
+    ids = torch.cat([prompt[:, :5], gap, prompt[:, 5:]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, 5:8] = 0
+    found: list[Tensor] = []
+    for given, its_mask in ((prompt, torch.ones_like(prompt)), (ids, mask)):
+        with states_put_back(model):
+            out = generate(ONE_TOKEN, input_ids=given, attention_mask=its_mask)
+        found.append(out.logits[0].float().log_softmax(-1))
+    return not (found[1] - found[0]).abs().mean() <= tolerance_of(model)

@@ -26,6 +26,8 @@ PYTHON = (sys.executable, "-P", "-s", "-S", "-B", "-c", START)
 START_LIMIT_S = 60.0
 REPORT_LIMIT_S = 30.0  # beyond the wall clock of a job, which the warden watches itself
 MAX_MESSAGE = 4096
+OUTPUT_BYTES = 16 * 2**10
+CUT = "\n[the output goes on, and is not shown]"
 NO_RECORD = b'{"loaded": false, "passed": false, "why": ""}'
 
 
@@ -112,18 +114,31 @@ class Warden:
             _file({"test": test, "setup": setup}),
             os.memfd_create("result"),
         ]
+        report, record = self._ask(files, limits, RECORD_BYTES)
+        return report | json.loads(record or NO_RECORD)
+
+    def run_script(self, program: str, limits: Limits) -> tuple[dict[str, Any], str]:
+        """The warden's report, and the first OUTPUT_BYTES of what the program printed."""
+        files = [_file({"program": program}), os.memfd_create("result")]
+        report, output = self._ask(files, limits, OUTPUT_BYTES + 1)
+        text = output[:OUTPUT_BYTES].decode("utf-8", "replace")
+        return report, text + (CUT if len(output) > OUTPUT_BYTES else "")
+
+    def _ask(
+        self, files: list[int], limits: Limits, num_bytes: int
+    ) -> tuple[dict[str, Any], bytes]:
+        """The report of the job in these files, and the first bytes of the last one."""
         try:
             message = json.dumps(dataclasses.asdict(limits)).encode()
             socket.send_fds(self._control, [message], files)
             report = self._receive(limits.time_s + REPORT_LIMIT_S)
-            record = os.pread(files[2], RECORD_BYTES, 0) or NO_RECORD
+            return report, os.pread(files[-1], num_bytes, 0)
         except OSError as error:
             self.close()
             raise SandboxError(f"A process of the sandbox has ended: {error}") from error
         finally:
             for file in files:
                 os.close(file)
-        return report | json.loads(record)
 
     def close(self) -> None:
         """End the process, and the candidate that it may be watching."""

@@ -9,10 +9,11 @@ import signal
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from .client import SandboxError, Warden, unsuited
@@ -31,7 +32,8 @@ END_LIMIT_S = 2.0  # for a thread; its processes end with this one at the latest
 TRANSIENT = ("timeout", "crashed", "ended")  # the load of the machine may have caused these
 
 Question = tuple[str, tuple[str, ...], str]  # program, tests, setup
-Jobs = queue.SimpleQueue  # of (Future, Question), None: the end
+Task = Callable[[Warden], Any]
+Jobs = queue.SimpleQueue  # of (Future, Task), None: the end
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,17 @@ class Verdict:
         return f"passed {self.passed}/{self.total}" + (f": {self.why}" if self.why else "")
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a program printed, a traceback included, and why it was ended ("" if it was not)."""
+
+    text: str
+    why: str
+
+
 class Sandbox:
-    """Checks programs by tests, `workers` at a time (default: this process's share of the cores).
+    """Checks programs by tests, or runs them for what they print, `workers` at a time (default:
+    this process's share of the cores).
 
     `timeout_s` is a program's, shared equally by its tests; `memory_mib` that of a process;
     `disk_mib` that of all the files it writes. Processes start with the first program and end with
@@ -70,9 +81,9 @@ class Sandbox:
             if value <= 0:
                 raise ValueError(f"The sandbox's {name} must be > 0, got {value}.")
         self._jobs: Jobs = queue.SimpleQueue()
-        work = (self._jobs, Limits(timeout_s, memory_mib, disk_mib))
+        self._limits = Limits(timeout_s, memory_mib, disk_mib)
         self._threads = [
-            threading.Thread(target=_work, args=work, name=f"sandbox-{n}", daemon=True)
+            threading.Thread(target=_work, args=(self._jobs,), name=f"sandbox-{n}", daemon=True)
             for n in range(workers)
         ]
         self._started = False
@@ -93,23 +104,37 @@ class Sandbox:
             raise ValueError(f"The tests are a list of strings, got one string: {tests!r:.80}.")
         if not tests:
             raise ValueError("A program is checked by at least one test, got none.")
-        if not self._end.alive:
-            raise SandboxError("This sandbox is closed.")
         question = (program, tuple(tests), setup)
         with self._lock:
-            if not self._started:
-                self._started = True
-                for thread in self._threads:
-                    thread.start()
+            self._start()
             if question in self._verdicts:
                 self._verdicts.move_to_end(question)
                 return self._verdicts[question]
             future = self._verdicts[question] = Future()
             if len(self._verdicts) > MAX_CACHED:
                 self._verdicts.popitem(last=False)
-        self._jobs.put((future, question))
+        self._jobs.put((future, partial(_judge, question=question, limits=self._limits)))
         future.add_done_callback(lambda done: self._forget_transient(question, done))
         return future
+
+    def run(self, program: str) -> Future[Output]:
+        """Run a program for what it prints, in the background; every time anew.
+
+        The future raises SandboxError where this machine cannot shut a program in.
+        """
+        with self._lock:
+            self._start()
+        future: Future[Output] = Future()
+        self._jobs.put((future, partial(_run, program=program, limits=self._limits)))
+        return future
+
+    def _start(self) -> None:
+        if not self._end.alive:
+            raise SandboxError("This sandbox is closed.")
+        if not self._started:
+            self._started = True
+            for thread in self._threads:
+                thread.start()
 
     def close(self) -> None:
         """End the processes, once what they are at is done; what waits is cancelled."""
@@ -133,26 +158,26 @@ def _default_workers() -> int:
     return min(MAX_DEFAULT_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def _work(jobs: Jobs, limits: Limits) -> None:
+def _work(jobs: Jobs) -> None:
     """A thread with a warden of its own, until it gets None. It must not hold the Sandbox."""
     warden = None
     while (job := jobs.get()) is not None:
-        future, question = job
+        future, task = job
         if not future.set_running_or_notify_cancel():
             continue
         try:
             warden = warden or Warden()
             try:
-                verdict = _judge(warden, question, limits)
+                found = task(warden)
             except SandboxError as error:  # of a machine without memory, say: once more
                 logger.warning("%s It is started anew, and the program run again.", error)
                 warden = Warden()
-                verdict = _judge(warden, question, limits)
+                found = task(warden)
         except BaseException as error:
             warden = None
             future.set_exception(error)
         else:
-            future.set_result(verdict)
+            future.set_result(found)
     if warden is not None:
         warden.close()
 
@@ -170,6 +195,13 @@ def _judge(warden: Warden, question: Question, limits: Limits) -> Verdict:
         if not report["loaded"]:
             break
     return Verdict(passed, len(tests), why)
+
+
+def _run(warden: Warden, program: str, limits: Limits) -> Output:
+    report, text = warden.run_script(program, limits)
+    status = report["script"]
+    why = report["ended"] or SIGNALS.get(status, f"ended by signal {-status}" if status < 0 else "")
+    return Output(text, why)
 
 
 def _failure(report: dict[str, Any]) -> str:

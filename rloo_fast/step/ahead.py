@@ -54,3 +54,4 @@ class AheadSource:
 
     def close(self) -> None:
         self.rounds.close()
+        self.collector.close()

@@ -39,6 +39,9 @@ from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
 from ..rollout.engine import RolloutEngine
 from ..rollout.settings import EngineSettings
+from ..rollout.stops import Stops
+from ..rollout.trajectories import Limits
+from ..tools import RunTools
 from ..weight_sync.sampler_check import SamplerCheck, computes_exactly
 from ..weight_sync.unmerged import policy_buckets
 from .buffer import RolloutBuffer
@@ -47,6 +50,7 @@ from .collect import Collector
 from .loaders import samples_ahead
 from .prepare import Preparer
 from .reference_check import ReferenceCheck
+from .sessions import FunctionSession, Open, ToolSessions
 from .update import Updater
 
 logger = logging.getLogger(__name__)
@@ -187,7 +191,29 @@ def build_collector(
     args: RLOOConfig,
     accelerator: Accelerator,
     clock: StepClock,
+    tools: RunTools | None = None,
+    rollout_func: Callable[[list[Any]], Any] | None = None,
 ) -> Collector:
+    open_session: Open | None = None
+    if rollout_func is not None:
+        ends = {*sampling.stop_token_ids, tokenize.tokenizer.pad_token_id}
+        open_session = partial(
+            FunctionSession.open, function=rollout_func, tokenizer=tokenize.tokenizer, ends=ends
+        )
+    if tools is not None:
+        open_session = ToolSessions(
+            tools,
+            tokenize,
+            rollouts,
+            sampling,
+            Stops(sampling, tokenize.tokenizer),
+            Limits(
+                args.max_completion_length,
+                args.max_tool_calling_iterations,
+                args.trajectory_timeout_s,
+            ),
+            accelerator,
+        )
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
     cache = args.soft_punish_cache
     looked_at = (
@@ -213,6 +239,8 @@ def build_collector(
         with_images=args.log_multimodal,
         shows_images=not {"wandb", "trackio"}.isdisjoint(args.report_to or ()),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
+        open_session=open_session,
+        tools=tools,
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),
         progress=partial(rollout_bar, is_shown=args.should_log and not args.disable_tqdm),

@@ -6,9 +6,10 @@ rows -> prompts -> completions (rollout) -> rewards -> scores -> groups balanced
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -26,18 +27,22 @@ from ..distributed.collectives import gather_objects, gather_rows, total
 from ..records import (
     CompletionTexts,
     GenerationBatch,
-    ImageInputs,
+    Message,
     Prompt,
-    RawPrompt,
     Rollout,
     RolloutRows,
     Sampling,
 )
 from ..rewards import Rewards, Scoring
+from ..rewards.functions import ENVIRONMENTS
 from ..rewards.shaping import ScoreSettings
 from ..rollout.cycle import RolloutCycle
-from ..rollout.stops import KeptRows, Stops
+from ..rollout.stops import Stops
+from ..rollout.trajectories import trajectory_rows
+from ..tools import RunTools
+from .sessions import EngineSession, Open, Session, inputs_of
 from .texts import gather_texts, mean_logged
+from .tool_metrics import tool_metrics
 
 
 class Collected(NamedTuple):
@@ -68,9 +73,8 @@ class Scored(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of prompts and completions."""
-        completions = self.rollout.completion_ids
-        return sum(len(row.ids) for row in self.rows) + sum(len(ids) for ids in completions)
+        """Of prompts, and as many as were sampled."""
+        return sum(len(row.ids) for row in self.rows) + sum(self.rollout.num_sampled)
 
 
 class PeerFailed(RuntimeError):
@@ -84,7 +88,8 @@ class Collector:
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
     of all processes are gathered for whoever looks at them; `with_images`: images too, where a
     tracker `shows_images`. `progress(completions)`: a context that is told the tokens of each that
-    is finished.
+    is finished. `open_session`: how completions are made; None: by the engine alone. `tools`:
+    of a run with some, whose calls are counted.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class Collector:
         with_images: bool,
         shows_images: bool,
         tokens_per_pair: float,
+        open_session: Open | None = None,
+        tools: RunTools | None = None,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
         progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
@@ -115,8 +122,11 @@ class Collector:
         self.with_texts, self.with_images = with_texts, with_images
         self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
-        self.progress = progress
+        self.progress, self.tools = progress, tools
         self.stops = Stops(sampling, tokenize.tokenizer)
+        self.open_session = open_session or partial(
+            EngineSession.open, rollouts=rollouts, sampling=sampling, stops=self.stops
+        )
         self.failed = False  # the newest rollout or its rewards, on some process
 
     def __call__(
@@ -155,16 +165,25 @@ class Collector:
         rows = rows[rank * size : (rank + 1) * size]
         # (prompt, sample), so that a draw does not depend on the number of processes
         places = [divmod(rank * size + i, num_generations) for i in range(size)]
-        kept = KeptRows(self.stops, [[*row.ids] for row in rows])
         seeds = [step_seed(seed, *place) for place in places]
         given = GivenByRewards()
-        with self.failing_together():
-            groups = [prompt for prompt, _ in places]
-            scoring = self.begin_rewards(rows, groups, kept.texts, state)
-            rollout, per_function = self._sample_and_score(kept, seeds, scoring, given, mode, rows)
+        groups = [prompt for prompt, _ in places]
+        with ExitStack() as sessions:
+            with self.failing_together():  # a session's processes wait for each other
+                session = sessions.enter_context(self.open_session(rows))
+            with self.failing_together():
+                scoring = self.begin_rewards(
+                    session.rows, groups, session.texts, state, session.environments
+                )
+                rollout, per_function = self._sample_and_score(session, seeds, scoring, given, mode)
         self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
-        return Scored(rows, rollout, per_function, completions, given)
+        return Scored(session.rows, rollout, per_function, completions, given)
+
+    def close(self) -> None:
+        """End the threads of the tools. A later rollout starts new ones."""
+        if self.tools is not None:
+            self.tools.end()
 
     def collected(self, scored: Scored, num_generations: int, mode: str) -> Collected:
         """Of completions that this process is the one to train, scored."""
@@ -188,10 +207,14 @@ class Collector:
                 layout=self.planner.layout,
                 tokens_per_pair=self.tokens_per_pair,
             )
+        logged = mean_logged(self.accelerator, [one.given.logged for one in scored])
+        if self.tools is not None:
+            every = chain.from_iterable(one.rollout.trajectories or () for one in scored)
+            logged |= tool_metrics(self.accelerator, [*every], self.tools.num_left_behind)
         return Collected(
             batch=with_sizes(batch, self.planner, self.accelerator),
             num_tokens=total(self.accelerator, sum(one.num_tokens for one in scored)),
-            logged=mean_logged(self.accelerator, [one.given.logged for one in scored]),
+            logged=logged,
             texts=texts,
         )
 
@@ -200,7 +223,7 @@ class Collector:
         if not self.with_texts:
             return None
         images = None
-        if self.with_images and self.shows_images and _inputs(scored.rows) is not None:
+        if self.with_images and self.shows_images and inputs_of(scored.rows) is not None:
             images = [shown_images(row.text, row.columns) for row in scored.rows]
         return gather_texts(
             self.accelerator,
@@ -214,30 +237,20 @@ class Collector:
 
     def _sample_and_score(
         self,
-        kept: KeptRows,
+        session: Session,
         seeds: list[int],
         scoring: Scoring,
         given: GivenByRewards,
         mode: str,
-        rows: list[Prompt],
     ) -> tuple[Rollout, Tensor]:  # rewards (R, F), NaN: not applicable
-        def finished(row: int, ids: list[int]) -> None:
-            show(len(ids))
+        def finished(row: int, ids: list[int], num_sampled: int) -> None:
+            show(num_sampled)
             if self.overlap_rewards:
-                scoring.finished(row, ids[: kept.row(row, ids).num_tokens])
+                scoring.finished(row, ids)
 
         with scoring:
             with self.stage("rollout"), self.progress(len(seeds)) as show:
-                sampled = self.rollouts.generate(
-                    [[*ids] for ids in kept.prompt_ids],  # an engine may be anyone's
-                    self.sampling,
-                    seeds,
-                    finished,
-                    mode=mode,
-                    inputs=_inputs(rows),
-                    raw=_raw(rows),
-                )
-                rollout = kept.rollout(sampled)
+                rollout = session.sample(seeds, mode, finished)
             if self.rewards.offloaded:
                 self.rollouts.sleep(give_back=False)  # its memory is the reward models' first
             with self.stage("reward"):
@@ -263,16 +276,21 @@ class Collector:
                 raise PeerFailed(f"process {rank} failed: {other}")
 
     def begin_rewards(
-        self, rows: list[Prompt], prompt_of: list[int], texts: dict[int, str], state: TrainerState
+        self,
+        rows: list[Prompt],
+        prompt_of: list[int],
+        texts: Mapping[int, str | list[Message]],
+        state: TrainerState,
+        environments: list[Any] | None = None,
     ) -> Scoring:
-        """`texts`: of rows whose text is not that of their tokens."""
+        """`texts`: of rows whose text is not that of their tokens, or their messages."""
 
         def decode(some: list[int], completion_ids: list[list[int]]) -> list[Any]:
             decoded = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
             found = [texts.get(row, text) for row, text in zip(some, decoded, strict=True)]
             chats = [is_conversational(rows[i].text) for i in some]
             return [
-                [{"role": "assistant", "content": text}] if chat else text
+                [{"role": "assistant", "content": text}] if chat and isinstance(text, str) else text
                 for chat, text in zip(chats, found, strict=True)
             ]
 
@@ -280,9 +298,10 @@ class Collector:
         if not self.overlap_rewards:
             groups = [list(chain(*groups))]
         names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
         return self.rewards.begin(
             [row.text for row in rows],
-            {name: [row.columns.get(name) for row in rows] for name in names},
+            columns if environments is None else {**columns, ENVIRONMENTS: environments},
             groups,
             decode=decode,
             trainer_state=state,
@@ -292,16 +311,26 @@ class Collector:
         """This process' rows; `scores` are the rewards as they are."""
         rows, rollout = scored.rows, scored.rollout
         truncated = torch.tensor([reason == "length" for reason in rollout.finish_reasons])
-        lengths = torch.tensor([len(ids) for ids in rollout.completion_ids])
+        lengths = torch.tensor(rollout.num_sampled)
         counted = torch.where(truncated & self.mask_truncated, 0, lengths).tolist()
         reward = self.rewards.combine(scored.rewards)
         start = self.accelerator.process_index * len(rows)
         numbers = torch.arange(start, start + len(rows))
+        groups = (numbers // num_generations).tolist()
+        parts = None
+        if rollout.trajectories is not None:
+            parts = trajectory_rows(
+                rollout.trajectories,
+                groups,
+                [row.ids for row in rows],
+                [count == 0 for count in counted],
+                partial(gather_objects, self.accelerator),
+            )
         return GenerationBatch(
-            prompt_ids=[row.ids for row in rows],
+            prompt_ids=parts.prompt_ids if parts else [row.ids for row in rows],
             completion_ids=rollout.completion_ids,
             num_tokens=counted,
-            groups=(numbers // num_generations).tolist(),
+            groups=groups,
             scores=reward,
             rows=RolloutRows(
                 row=numbers,
@@ -314,7 +343,9 @@ class Collector:
             whole_groups=len(rows) % num_generations == 0,
             sampler_logps=_packed(rollout.logps, counted, torch.float32),
             token_versions=_packed(_versions(rollout), counted, torch.int32),
-            inputs=_inputs(rows),
+            inputs=inputs_of(rows),
+            strand_ids=parts.strand_ids if parts else None,
+            counted=parts.counted if parts else None,
             weights_version=self.rollouts.version(),
         )
 
@@ -336,23 +367,11 @@ def end_of(scoring: Scoring, rollout: Rollout, given: GivenByRewards) -> Tensor:
     )
 
 
-def _inputs(rows: list[Prompt]) -> list[ImageInputs] | None:
-    """What the rows' prompts bring beside their ids; None in a text run."""
-    inputs = [row.inputs for row in rows if row.inputs is not None]
-    return inputs if len(inputs) == len(rows) else None
-
-
-def _raw(rows: list[Prompt]) -> list[RawPrompt] | None:
-    """The rows' prompts for an engine that reads images itself."""
-    raw = [row.raw for row in rows if row.raw is not None]
-    return raw if rows and len(raw) == len(rows) else None
-
-
 def _versions(rollout: Rollout) -> list[list[int]] | None:
     """Per token; None: the engine does not say."""
     if rollout.token_versions is not None or rollout.weights_version is None:
         return rollout.token_versions
-    return [[rollout.weights_version] * len(ids) for ids in rollout.completion_ids]
+    return [[rollout.weights_version] * count for count in rollout.num_sampled]
 
 
 def _packed(

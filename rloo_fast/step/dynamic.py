@@ -191,3 +191,4 @@ class StreamSource:
 
     def close(self) -> None:
         self.rounds.close()
+        self.collector.close()

@@ -5,6 +5,7 @@ In the order of their cost: what is wrong with an argument is said before a mode
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -35,6 +36,16 @@ from ..policy.router import router_coef
 from ..rewards import Rewards, RewardSources
 from ..rollout.engine import RolloutEngine
 from ..rollout.registry import find_engine
+from ..tools import RunTools
+from ..tools.run_tools import EMPTY_PROMPT
+from .load_tools import (
+    ToolArguments,
+    check_rows,
+    check_template,
+    dataset_of,
+    load_tools,
+    with_environment_rewards,
+)
 
 
 class Loaded(NamedTuple):
@@ -52,6 +63,21 @@ class Loaded(NamedTuple):
     eval_dataset: Any
     engine_class: type[RolloutEngine]
     longest: int | None  # prompt plus completion; None: the engine need not know, or the user said
+    tools: RunTools | None  # None: completions of one turn
+    rollout_func: Callable[..., Any] | None  # makes the completions, in place of the engine
+
+
+class Checked(NamedTuple):
+    """What could be said of the arguments before a model is loaded."""
+
+    train_dataset: Any
+    processing_class: Any
+    engine_class: type[RolloutEngine]
+    sources: RewardSources
+    tools: RunTools | None
+    check_columns: Callable[[Any], None]  # of a dataset's rows
+    with_images: bool
+    from_hub: dict[str, Any]  # options of whatever is loaded by name
 
 
 @masked_errors()
@@ -66,37 +92,20 @@ def load_run(
     reward_processing_classes: Any,
     quantization_config: Any,
     peft_config: Any,
+    trajectories: ToolArguments,
 ) -> Loaded:
     """Arguments as those of RLOOTrainer. Raises ValueError or TypeError with what to write."""
-    check_output_dir(str(args.output_dir))
-    engine_class = _engine_class(args, images=False)
-    if args.use_vllm and not engine_class.reads_vllm_settings:
-        raise ValueError(
-            f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
-            "have the vllm_* settings: leave them out, or, if the engine reads them, write "
-            "reads_vllm_settings = True in its class."
-        )
-    check_datasets(train_dataset, eval_dataset, args)
-    from_hub: dict[str, Any] = {
-        "revision": as_dict(args.model_init_kwargs).get("revision"),
-        "trust_remote_code": args.trust_remote_code,
-    }
-    with_images = _sees_images(model, processing_class, train_dataset, eval_dataset, args, from_hub)
-    engine_class = _engine_class(args, images=with_images)
-    if isinstance(model, str):
-        check_model_path(model)
-    check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
-    sources = reward_funcs
-    if not isinstance(sources, RewardSources):
-        sources = RewardSources.from_config(reward_funcs, reward_processing_classes, args)
-    check_reward_columns(
-        sources.check_columns,
+    checked = _check(
+        model,
+        (reward_funcs, reward_processing_classes),
+        args,
         train_dataset,
         eval_dataset,
-        keep_columns=not args.remove_unused_columns,
-        look=not args.skip_unusable_rows,
+        processing_class,
+        peft_config,
+        trajectories,
     )
-    rewards = sources.load()
+    rewards = checked.sources.load()
     set_seed(args.seed)  # new adapters are drawn at random
     policy: Any = load_policy(
         model,
@@ -105,23 +114,19 @@ def load_run(
         trust_remote_code=args.trust_remote_code,
         merge_adapter=args.merge_adapter,
         num_processes=args.world_size,
-        with_images=with_images,
+        with_images=checked.with_images,
     )
-    saved, stop_ids, tokenize = _load_texts(
-        policy,
-        processing_class,
-        args,
-        sources,
-        from_hub,
-        with_images=with_images,
-        engine_class=engine_class,
-    )
+    saved, stop_ids, tokenize = _load_texts(policy, args, checked)
     train_dataset, eval_dataset = drop_long_prompts(
-        train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
+        checked.train_dataset,
+        eval_dataset,
+        tokenize,
+        args.max_prompt_length,
+        args.prompts_per_generation,
     )
     skipping = Skipping(tokenize) if args.skip_unusable_rows else None
     check_prompts(train_dataset, eval_dataset, tokenize, skipping, args.prompts_per_generation)
-    longest = _lay_out(engine_class, args, tokenize, train_dataset, eval_dataset)
+    longest = _lay_out(checked.engine_class, args, tokenize, train_dataset, eval_dataset)
     policy = add_adapters(
         policy,
         peft_config,
@@ -147,22 +152,79 @@ def load_run(
         rewards,
         train_dataset,
         eval_dataset,
-        engine_class,
+        checked.engine_class,
         longest,
+        checked.tools,
+        trajectories.rollout_func,
     )
 
 
-def _load_texts(
-    policy: Any,
-    processing_class: Any,
+def _check(
+    model: Any,
+    rewards: tuple[Any, Any],  # reward_funcs, reward_processing_classes
     args: RLOOConfig,
-    sources: RewardSources,
-    from_hub: dict[str, Any],
-    *,
-    with_images: bool,
-    engine_class: type[RolloutEngine],
+    train: Any,
+    evaluation: Any,
+    processing_class: Any,
+    peft_config: Any,
+    trajectories: ToolArguments,
+) -> Checked:
+    check_output_dir(str(args.output_dir))
+    engine_class = _engine_class(args, images=False)
+    if args.use_vllm and not engine_class.reads_vllm_settings:
+        raise ValueError(
+            f"use_vllm=True has no effect with rollout_engine={args.rollout_engine!r}, and neither "
+            "have the vllm_* settings: leave them out, or, if the engine reads them, write "
+            "reads_vllm_settings = True in its class."
+        )
+    tools = load_tools(trajectories, args)
+    train = dataset_of(train, tools, args)
+    need_prompt = tools is None or not tools.has_environments
+    check_datasets(train, evaluation, args, need_prompt=need_prompt)
+    from_hub: dict[str, Any] = {
+        "revision": as_dict(args.model_init_kwargs).get("revision"),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    with_images = _sees_images(model, processing_class, train, evaluation, args, from_hub)
+    engine_class = _engine_class(args, images=with_images)
+    if isinstance(model, str):
+        check_model_path(model)
+    check_peft_config(peft_config, sync_ref_model=args.sync_ref_model)
+    sources = with_environment_rewards(*rewards, args, tools)
+    check_columns, look = sources.check_columns, not args.skip_unusable_rows
+    if trajectories.rollout_func is not None:
+        check_columns = _any_columns  # the function may make more of them
+    if tools is not None:
+        if with_images:
+            raise ValueError("tools with images are not in this version: leave one of them out.")
+        check_columns = check_rows(train, evaluation, tools, sources, look=look)
+        tokenizer = check_template(model, processing_class, args, tools, from_hub)
+        processing_class = processing_class or tokenizer
+    check_reward_columns(
+        check_columns, train, evaluation, keep_columns=not args.remove_unused_columns, look=look
+    )
+    return Checked(
+        train,
+        processing_class,
+        engine_class,
+        sources,
+        tools,
+        check_columns,
+        with_images,
+        from_hub,
+    )
+
+
+def _any_columns(columns: Any) -> None:
+    return
+
+
+def _load_texts(
+    policy: Any, args: RLOOConfig, checked: Checked
 ) -> tuple[Any, tuple[int, ...], RowTokenizer]:
     """(what is saved with the policy, token ids that end a completion, how rows are read)."""
+    processing_class, from_hub = checked.processing_class, checked.from_hub
+    tools, with_images = checked.tools, checked.with_images
     processor = find_processor(processing_class, policy, **from_hub) if with_images else None
     reader = None if processor is None else ImageReader(processor, policy)
     tokenizer = load_tokenizer(
@@ -181,9 +243,11 @@ def _load_texts(
         context,
         args,
         num_embeddings=size,
-        check_columns=sources.check_columns,
+        check_columns=checked.check_columns,
         reader=reader,
-        engine_reads_images=engine_class.reads_images,
+        engine_reads_images=checked.engine_class.reads_images,
+        schemas=tools and tools.schemas,
+        default=EMPTY_PROMPT if tools is not None and tools.has_environments else None,
     )
     return processor or tokenizer, stop_ids, tokenize
 

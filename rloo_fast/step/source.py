@@ -59,7 +59,7 @@ class LoaderSource:
         check_kind(state, self.kind)
 
     def close(self) -> None:
-        return
+        self.collector.close()
 
 
 # kind of a source: the options that choose it

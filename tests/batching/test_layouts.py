@@ -20,8 +20,8 @@ from rloo_fast.batching.layouts.padded import Padded
 
 # completions without their last token, from which nothing is predicted
 UNITS = [
-    UnitIds(prompt=[10, 11], completions=[[20, 21], [30]], num_targets=[3, 2]),
-    UnitIds(prompt=[12], completions=[[]], num_targets=[1]),
+    UnitIds(prompt=[10, 11], completions=[[20, 21], [30]], targets=[range(3), range(2)]),
+    UnitIds(prompt=[12], completions=[[]], targets=[range(1)]),
 ]
 BY_HAND = {
     "shared_prefix": Lines(
@@ -104,7 +104,7 @@ def test_a_filler_runs_one_token_of_no_weight(name):
 
 @layouts
 def test_of_a_masked_row_no_log_prob_is_read(name):
-    found = lines(name, [UnitIds([10], [[20], [30]], [0, 2])])
+    found = lines(name, [UnitIds([10], [[20], [30]], [(), (0, 1)])])
     assert found.logit_index == {"shared_prefix": [0, 2], "packed": [2, 3], "padded": [2, 3]}[name]
 
 
@@ -118,7 +118,7 @@ def test_of_a_masked_row_no_log_prob_is_read(name):
 )
 def test_what_a_unit_takes_of_the_budget(name, whole, cut):
     assert LAYOUTS[name].demand(3, [2, 4], 20) == whole
-    assert LAYOUTS[name].row_demands(3, [2, 4], 20) == cut
+    assert LAYOUTS[name].row_demands(3, [[2], [4]], 20) == cut
 
 
 def test_auto_tries_the_fewest_tokens_first():

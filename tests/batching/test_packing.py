@@ -295,7 +295,7 @@ def packed_trees(groups, prompts, runs, budget, split):
 
 def tokens_laid_out(batch, prompts, runs):
     units = [
-        UnitIds(prompts[unit[0]], [runs[row] for row in unit], [1] * len(unit)) for unit in batch
+        UnitIds(prompts[unit[0]], [runs[row] for row in unit], [[0]] * len(unit)) for unit in batch
     ]
     found = LAYOUTS["shared_prefix"].lines(units, pad_token_id=0, multiple_of=1, sizes=None)
     return len(found.input_ids[0])

@@ -37,7 +37,12 @@ def units(draw):
                 row = prompt + other[: draw(st.integers(0, len(other)))] + draw(ids)
             completions.append(row[len(prompt) :])
             made.append(row)
-        counted = [draw(st.integers(0, len(c) + 1)) for c in completions]
+        counted = [
+            sorted(draw(st.sets(st.integers(0, len(c)), max_size=len(c) + 1)))
+            if draw(st.booleans())
+            else range(draw(st.integers(0, len(c) + 1)))
+            for c in completions
+        ]
         found.append(UnitIds(prompt, completions, counted, alone=draw(st.integers(0, 9)) == 0))
     return found
 
@@ -59,9 +64,9 @@ def paths_of(found):
 
 def rows_of(units):
     return [
-        (unit.prompt, c, n)
+        (unit.prompt, c, targets)
         for unit in units
-        for c, n in zip(unit.completions, unit.num_targets, strict=True)
+        for c, targets in zip(unit.completions, unit.targets, strict=True)
     ]
 
 
@@ -75,8 +80,8 @@ def nodes(rows):
 def test_what_predicts_a_token_has_seen_its_row(units):
     found = lines(units)
     paths, index = paths_of(found), iter(found.logit_index)
-    for prompt, completion, num_targets in rows_of(units):
-        for t in range(num_targets):
+    for prompt, completion, targets in rows_of(units):
+        for t in targets:
             seen = paths[next(index)]
             assert [found.input_ids[0][place] for place in seen] == prompt + completion[:t]
             assert [found.positions[place] for place in seen] == [*range(len(prompt) + t)]
@@ -128,7 +133,7 @@ def test_segments_are_long_but_at_a_prompts_end(units):
 
 def test_rows_that_are_alone_share_their_prompt_only():
     """Where ids are not all there is: images have the same ones."""
-    two = [UnitIds([5, 5, 5, 5], [[1, 2, 3, 4], [1, 2, 3, 4]], [1, 1], alone=True)] * 2
+    two = [UnitIds([5, 5, 5, 5], [[1, 2, 3, 4], [1, 2, 3, 4]], [[0], [0]], alone=True)] * 2
     found = lines(two)
     assert found.segment_lengths == [4, 4, 4] * 2
     assert found.parents == [-1, 0, 0, -1, 3, 3]
@@ -138,9 +143,13 @@ def test_rows_that_are_alone_share_their_prompt_only():
 def test_a_system_prompt_a_shot_and_a_prompt_by_hand():
     system, shot = [*range(100, 109)], [*range(200, 206)]
     units = [
-        UnitIds([*system, *shot, 1, 2], [[3, 4, 5, 6], [3, 4, 5, 7], [8]], [5, 5, 2]),
-        UnitIds([*system, *shot, 9], [[10], []], [2, 1]),
-        UnitIds([*system, 11], [[12]], [1]),
+        UnitIds(
+            [*system, *shot, 1, 2],
+            [[3, 4, 5, 6], [3, 4, 5, 7], [8]],
+            [range(5), range(5), range(2)],
+        ),
+        UnitIds([*system, *shot, 9], [[10], []], [range(2), range(1)]),
+        UnitIds([*system, 11], [[12]], [range(1)]),
     ]
     found = lines(units)
     assert found.segment_lengths == [9, 6, 2, 3, 1, 1, 1, 1, 1, 1, 1]
@@ -152,7 +161,7 @@ def test_a_system_prompt_a_shot_and_a_prompt_by_hand():
         *[16, 17, 18, 19, 20], *[16, 17, 18, 19, 21], *[16, 22], *[23, 24], 23, 25,
     ]  # fmt: skip
     # two tokens are too few for a branch
-    found = lines([UnitIds([1], [[3, 4, 6], [3, 4, 7]], [4, 4])])
+    found = lines([UnitIds([1], [[3, 4, 6], [3, 4, 7]], [range(4)] * 2)])
     assert found.segment_lengths == [1, 3, 3]
 
 
@@ -194,7 +203,7 @@ def test_long_rows_in_little_time():
     draw = lambda n: [rng.randrange(150_000) for _ in range(n)]  # noqa: E731
     system, units = draw(1000), []
     for _ in range(64):
-        units.append(UnitIds(system + draw(500), [draw(500) for _ in range(8)], [501] * 8))
+        units.append(UnitIds(system + draw(500), [draw(500) for _ in range(8)], [range(501)] * 8))
     start = time.process_time()
     LAYOUT.sharing([unit.prompt for unit in units], [unit.completions for unit in units])
     assert time.process_time() - start < 2

@@ -24,7 +24,14 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 FOLDERS = {
     path.parent.name for path in (ROOT / "rloo_fast").glob("*/*") if path.suffix in (".py", ".yaml")
 }
-FILES = {"trainer", "transformers_hooks", "trl_names", "records", "record_rows"}
+FILES = {
+    "trainer",
+    "transformers_hooks",
+    "trl_names",
+    "records",
+    "record_rows",
+    "record_trajectories",
+}
 
 
 class Stop(NamedTuple):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from rloo_fast.cli import quickstart
+from rloo_fast.cli import quickstart, quickstart_tools
+from rloo_fast.cli.warm_start import EOS
 from rloo_fast.reports.card_code import literal
 from rloo_fast.reports.recorder import Recorder
 from tests.support.no_curves import draw_curves
@@ -68,3 +70,50 @@ def test_heldout_words_are_not_trained_on(run):
 
 def test_the_curves_are_drawn(run):
     assert (run / "rloo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def tools_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tools")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "draw_curves", draw_curves)
+        patch.setattr(quickstart_tools, "NUM_HELDOUT", 12)
+        patch.setattr(quickstart_tools, "NUM_RLOO", 40)
+        patch.setattr(quickstart_tools, "NUM_DEMONSTRATED", 200)
+        patch.setattr(quickstart_tools, "WARM_START_STEPS", 4)
+        given = ["--variant", "tools", "--output_dir", str(out), "--max_steps", "2"]
+        assert quickstart.main(given) == 0
+    return out
+
+
+def test_the_variant_with_a_tool_measures_answers_and_calls(tools_run):
+    result = json.loads((tools_run / "result.json").read_text())
+    assert (result["task"], result["method"], result["num_heldout"]) == ("product", "tools", 12)
+    for name in ("accuracy_before", "accuracy_after"):
+        assert 0 <= result[name] <= 1
+    assert min(result["calls_before"], result["calls_after"]) >= 0
+
+
+def test_demonstrations_are_right_with_a_call_and_wrong_without():
+    rows = [{"prompt": [{"role": "user", "content": "37*84"}], "answer": "3108"}]
+    tokenizer = quickstart_tools.build_tokenizer()
+    made = quickstart_tools.make_demonstrations(Dataset.from_list(rows), tokenizer, 0)
+    assert len({len(row["input_ids"]) for row in made}) == 1
+    learned = [tokenizer.decode([i for i in row["labels"] if i >= 0]) for row in made]
+    called, made_up = sorted(learned, key=len, reverse=True)
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "37*84"}}</tool_call>'
+    assert called == call + EOS + "3108" + EOS
+    assert made_up.endswith(EOS)
+    assert len(made_up.removesuffix(EOS)) == 4
+    assert made_up != "3108" + EOS
+    texts = [tokenizer.decode(row["input_ids"]) for row in made]
+    assert any("<|tool|>3108" in text for text in texts)  # read, and not learned
+
+
+def test_products_are_in_one_set_only():
+    heldout, train, demonstrated = quickstart_tools.make_problems(3)
+    texts = [{row[0]["content"] for row in d["prompt"]} for d in (heldout, train, demonstrated)]
+    sizes = (quickstart_tools.NUM_HELDOUT, quickstart_tools.NUM_RLOO)
+    assert tuple(map(len, texts[:2])) == sizes
+    assert not texts[0] & texts[1]
+    assert not (texts[0] | texts[1]) & texts[2]

@@ -13,6 +13,7 @@ import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOTrainer
 from trl.trainer.rloo_config import RLOOConfig as TRLConfig
 from trl.trainer.rloo_trainer import RLOOTrainer as TRLTrainer
 
@@ -78,11 +79,16 @@ def public(trainer: Any) -> set[str]:
     return {name for name in vars(trainer) if not name.startswith("_")}
 
 
+FOR_TOOLS = ("tools", "rollout_func", "environment_factory")  # of TRL's GRPOTrainer alone
+
+
 def test_constructor_arguments_are_trls_in_order():
     ours = inspect.signature(RLOOTrainer).parameters
-    theirs = inspect.signature(TRLTrainer).parameters
+    theirs = inspect.signature(GRPOTrainer).parameters
     assert list(ours) == list(theirs)
     assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    assert list(inspect.signature(TRLTrainer).parameters) == list(ours)[: -len(FOR_TOOLS)]
+    assert tuple(ours)[-len(FOR_TOOLS) :] == FOR_TOOLS
 
 
 @pytest.fixture

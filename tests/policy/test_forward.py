@@ -162,16 +162,16 @@ def micro_batch(layout, batch=None, units=None, **options):
 
 
 def by_own_logits(model, batch, temperature):
-    """Log-probs of each completion from a forward of the row alone, by the model's own logits."""
-    rows = []
+    """Log-probs of each counted token from a forward of its strand alone, by the model's own
+    logits."""
+    found = []
     for r in range(batch.num_rows):
-        prompt, completion = batch.prompt_ids[r], batch.completion_ids[r]
-        n = batch.num_tokens[r]
-        ids = torch.tensor([prompt + completion])
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : len(prompt) - 1 + n]
-        logps = (logits / temperature).log_softmax(-1)
-        rows.append(logps.gather(-1, ids[0, len(prompt) : len(prompt) + n, None])[:, 0])
-    return torch.cat(rows)
+        for strand, counted in batch.strands(r):
+            ids = torch.tensor([batch.prompt_ids[r] + strand])
+            places = len(batch.prompt_ids[r]) + torch.tensor([*counted], dtype=torch.long)
+            logps = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
+            found.append(logps[places - 1].gather(-1, ids[0, places, None])[:, 0])
+    return torch.cat(found)
 
 
 def built(name):

@@ -306,7 +306,7 @@ def test_nothing_is_made_of_tokens_that_come_before_the_last(ready, monkeypatch)
 def test_a_prefix_cache_in_use_is_not_taken_for_emptied(ready):
     """What the stand-in of test_vllm_sleep says is what vLLM says."""
     _, engine = ready
-    params = engine._params(SAMPLING, 0)
+    params = engine._params(SAMPLING, 0, 1)
     engine.llm.llm_engine.add_request("under way", {"prompt_token_ids": LONG}, params)
     engine.llm.llm_engine.step()
     assert engine.llm.reset_prefix_cache() is False

@@ -177,7 +177,7 @@ def test_arguments_of_llm(on_cpu, monkeypatch, tmp_path):
 def test_sampling_params_take_what_is_asked_for():
     engine: Any = object.__new__(rollout_vllm.VLLMEngine)
     engine._vllm, engine.regex = resolve("vllm"), "a+"
-    made = engine._params(SAMPLING, 3)
+    made = engine._params(SAMPLING, 3, 1)
     expected = {**rollout_vllm.sampling_fields(SAMPLING), "seed": 3}
     assert {name: getattr(made, name) for name in expected} == expected
     assert made.structured_outputs.regex == "a+"
@@ -249,7 +249,7 @@ def test_fields_of_requests_and_answers():
 
     engine: Any = object.__new__(vllm_server.VLLMServer)
     engine._fields, engine._sends_adapter = set(), False
-    sent = engine._request_fields(SAMPLING).keys() | vllm_server.RESERVED
+    sent = engine._request_fields(SAMPLING, 1).keys() | vllm_server.RESERVED
     assert sorted(sent - CompletionRequest.model_fields.keys()) == []
     assert "choices" in CompletionResponse.model_fields
     choice = {"token_ids", "finish_reason", "logprobs"}

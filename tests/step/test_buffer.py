@@ -147,6 +147,8 @@ def test_a_state_keeps_every_field(tmp_path):
         sampler_logps=torch.randn(4),
         token_versions=torch.tensor([3, 1, 3, 2], dtype=torch.int32),
         inputs=[{"pixel_values": torch.randn(2, 3)}] * 4,
+        strand_ids=[[[7], [8, 9]], [[5]], [[6]], [[4, 4]]],
+        counted=[[[0], []], [[0]], [[0]], [[1]]],
         weights_version=3,
         sizes=BatchSizes(7, 9, 2.5),
         prepared={

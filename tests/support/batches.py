@@ -77,3 +77,36 @@ def tree_batch(seed: int, *, num_groups: int = 4, k: int = 3, vocab: int = 32, d
             counted.append(len(completions[-1]) if rng.random() < 0.9 else 0)
         grown += rows
     return generation_batch(prompts, completions, num_generations=k, num_tokens=counted)
+
+
+def trajectory_batch(seed: int, *, num_groups: int = 3, k: int = 3, vocab: int = 32):
+    """Groups of trajectories: turns that were sampled between tokens that were not, in one strand
+    or in several, of which a later one begins like an earlier one; a row that is masked."""
+    rng = random.Random(seed)
+    draw = lambda n: [rng.randint(2, vocab - 1) for _ in range(n)]  # noqa: E731
+    prompts, strands, counted = [], [], []
+    for _ in range(num_groups):
+        prompt = draw(rng.randint(1, 6))
+        for _ in range(k):
+            prompts.append(prompt)
+            strands.append([])
+            counted.append([])
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                before = strands[-1][-1] if strands[-1] else []
+                ids = before[: rng.randint(0, len(before))] + draw(rng.randint(0, 2))
+                places: list[int] = []
+                for _ in range(rng.randint(1, 3)):
+                    turn = draw(rng.randint(1, 4))
+                    places += range(len(ids), len(ids) + len(turn))
+                    ids = ids + turn + draw(rng.randint(0, 4))  # what a tool gave
+                strands[-1].append(ids)
+                counted[-1].append(places if rng.random() < 0.9 else [])
+    counted[0] = [[] for _ in counted[0]]
+    return generation_batch(
+        prompts,
+        [of_row[-1] for of_row in strands],
+        num_generations=k,
+        num_tokens=[sum(map(len, of_row)) for of_row in counted],
+        strand_ids=strands,
+        counted=counted,
+    )

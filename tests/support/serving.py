@@ -50,16 +50,18 @@ def serving(
     dtype: str = "float32",
     executor: str = "uni",
     family: str | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
 ) -> Iterator[Started]:
     """A server with a key that has never seen a weight of the policy, and with LoRA; the key is in
     the environment meanwhile. `executor`: "uni" is a process less to start. `family`: of a model
-    with images, see vision.py."""
+    with images, see vision.py. `model`, `tokenizer`: in place of the tiny ones."""
     require_vllm()
     port, log = free_port(), folder / "log"
     (folder / "key").write_text(KEY)
     if family is None:
-        tiny(0).config.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder / "tokenizer")
+        (model or tiny(0)).config.save_pretrained(folder)
+        (tokenizer or make_tokenizer()).save_pretrained(folder / "tokenizer")
     else:
         model = make_vision_model(family, wide=True)
         model.config.architectures = [type(model).__name__]

@@ -1,6 +1,7 @@
 """What a layout is: its tokens, its cost, its lines, and which models it cannot serve.
 
-P prompt tokens, L completion tokens of a row that are run. A unit is some rows of one group.
+P prompt tokens, L completion tokens of a row that are run. A unit is some rows of one group. Where
+a row is a trajectory of several strands, each counts as a completion, but as `row_tokens` says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..compiled_sizes import CompiledSizes
 from ..prefix_tree import Shares
 
 UnitLengths = tuple[int, Sequence[int]]  # (P, [L of each row]) of a unit
+RowTokens = int | tuple[int, ...]  # L of a row, or of each completion that it counts as
 
 
 class Demand(NamedTuple):
@@ -30,7 +32,7 @@ class UnitIds(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]  # as far as they are run
-    num_targets: list[int]  # counted tokens of each: log-probs are read for so many
+    targets: list[Sequence[int]]  # places in each of the tokens that log-probs are read for
     alone: bool = False
 
 
@@ -106,9 +108,14 @@ class Layout(ABC):
         tokens = self.tokens(prompt, completions)
         return Demand(tokens, tokens, budget)
 
-    def row_demands(self, prompt: int, completions: Sequence[int], budget: int) -> list[Demand]:
-        """Likewise of each row of a group that is cut: rows that fit together form a unit."""
-        return [self.demand(prompt, [length], budget) for length in completions]
+    def row_demands(self, prompt: int, rows: Sequence[Sequence[int]], budget: int) -> list[Demand]:
+        """Likewise of each row of a group that is cut, given the completions that it counts as:
+        rows that fit together form a unit."""
+        return [self.demand(prompt, completions, budget) for completions in rows]
+
+    def row_tokens(self, strands: Sequence[list[int]]) -> RowTokens:
+        """L of a trajectory, from its strands as far as they are run: one for each, or for all."""
+        return tuple(map(len, strands))
 
     def sharing(
         self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]

@@ -22,8 +22,8 @@ class Packed(OneLine):
         return sum((prompt + length) ** 2 / 2 for length in completions)
 
     def put(self, line: Line, unit: UnitIds) -> None:
-        for completion, n in zip(unit.completions, unit.num_targets, strict=True):
+        for completion, targets in zip(unit.completions, unit.targets, strict=True):
             first = len(line.ids) + len(unit.prompt) - 1
             ids = unit.prompt + completion
             line.add(ids, position=0, weights=[1] * len(ids))
-            line.logit_index += range(first, first + n)
+            line.logit_index += [first + place for place in targets]

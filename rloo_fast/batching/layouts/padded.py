@@ -39,9 +39,9 @@ class Padded(Layout):
         sizes: CompiledSizes | None,
     ) -> Lines:
         rows = [
-            (unit.prompt, completion, n)
+            (unit.prompt, completion, targets)
             for unit in units
-            for completion, n in zip(unit.completions, unit.num_targets, strict=True)
+            for completion, targets in zip(unit.completions, unit.targets, strict=True)
         ]
         width = max((len(prompt) + len(ids) for prompt, ids, _ in rows), default=1)
         height, width = max(len(rows), 1), -(-width // multiple_of) * multiple_of
@@ -50,12 +50,12 @@ class Padded(Layout):
         input_ids: list[list[int]] = []
         weights: list[list[int]] = []
         index: list[int] = []
-        for line, (prompt, ids, num_targets) in enumerate(rows):
+        for line, (prompt, ids, targets) in enumerate(rows):
             length = len(prompt) + len(ids)
             input_ids.append(prompt + ids + [pad_token_id] * (width - length))
             weights.append([1] * length + [0] * (width - length))
             first = line * width + len(prompt) - 1
-            index += range(first, first + num_targets)
+            index += [first + place for place in targets]
         for _ in range(height - len(rows)):
             input_ids.append([pad_token_id] * width)
             weights.append([0] * width)

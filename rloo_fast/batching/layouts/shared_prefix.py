@@ -7,6 +7,7 @@ then each one that continues it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -30,9 +31,14 @@ class SharedPrefix(OneLine):
         """P^2 / 2 + sum (L P + L^2 / 2)"""
         return prompt**2 / 2 + sum(length * prompt + length**2 / 2 for length in completions)
 
-    def row_demands(self, prompt: int, completions: Sequence[int], budget: int) -> list[Demand]:
+    def row_demands(self, prompt: int, rows: Sequence[Sequence[int]], budget: int) -> list[Demand]:
         # a part pays its prompt once: the rest of the budget is for completions
-        return [Demand(length, length, budget - prompt) for length in completions]
+        return [Demand(sum(lengths), sum(lengths), budget - prompt) for lengths in rows]
+
+    def row_tokens(self, strands: Sequence[list[int]]) -> int:
+        """Tokens of the tree of its strands: what they share is run once."""
+        cuts = shared([key_of(ids) for ids in strands]).cuts if len(strands) > 1 else []
+        return sum(map(len, strands)) - sum(cuts)
 
     def sharing(
         self, prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]
@@ -52,9 +58,9 @@ class SharedPrefix(OneLine):
 
     def fill(self, line: Line, units: Sequence[UnitIds]) -> None:
         rows = [
-            (TreeRow(unit.prompt + ids, len(unit.prompt), number, unit.alone), n)
+            (TreeRow(unit.prompt + ids, len(unit.prompt), number, unit.alone), targets)
             for number, unit in enumerate(units)
-            for ids, n in zip(unit.completions, unit.num_targets, strict=True)
+            for ids, targets in zip(unit.completions, unit.targets, strict=True)
         ]
         before = len(line.parents)
         segments, paths = tree_segments([row for row, _ in rows])
@@ -67,9 +73,11 @@ class SharedPrefix(OneLine):
                 weights=segment.weights(),
                 parent=NONE if segment.parent == NONE else before + segment.parent,
             )
-        for (row, num_targets), path in zip(rows, paths, strict=True):
-            first = row.prompt - 1  # the first target is predicted by the prompt's last token
+        for (row, targets), path in zip(rows, paths, strict=True):
+            first = row.prompt - 1  # a completion's first token is predicted by the prompt's last
+            done = 0
             for s in path:
-                low = max(first, segments[s].start)
-                high = min(first + num_targets, segments[s].stop)
-                line.logit_index += range(shifts[s] + low, shifts[s] + high)
+                end = bisect_left(targets, segments[s].stop - first, lo=done)
+                shift = shifts[s] + first
+                line.logit_index += [shift + place for place in targets[done:end]]
+                done = end

@@ -311,7 +311,8 @@ class VLLMEngine(RolloutEngine):
                     request = f"rloo-{self._count}"
                     self._count += 1
                     asked = images.request_of(ids, raw)
-                    engine.add_request(request, asked, self._params(sampling, seed), **named)
+                    params = self._params(sampling, seed, len(ids))
+                    engine.add_request(request, asked, params, **named)
                     waiting[request] = index
             while waiting:
                 with _explained("generating with vLLM"):
@@ -325,8 +326,9 @@ class VLLMEngine(RolloutEngine):
             if waiting:  # an error, here or in what is done with a completion
                 engine.abort_request(list(waiting))
 
-    def _params(self, sampling: Sampling, seed: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int, num_prompt: int) -> Any:
         settings = {**sampling_fields(sampling), "seed": seed}
+        settings["max_tokens"] = sampling.num_new(num_prompt)
         settings["detokenize"] = bool(sampling.stop_strings)
         module = self._vllm.sampling_params
         if self.regex is not None:

@@ -212,15 +212,16 @@ class VLLMServer(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
-        fields = self._request_fields(sampling)
-        self._check_lengths(prompt_ids, fields["max_tokens"])
+        requests = [self._request_fields(sampling, len(ids)) for ids in prompt_ids]
+        for ids, fields in zip(prompt_ids, requests, strict=True):
+            self._check_length(len(ids), fields["max_tokens"])
         self._check_label()
         done: dict[int, Completion] = {}
         pool = ThreadPoolExecutor(self._num_requests)
         try:
             asked = {
-                pool.submit(self._complete, ids, seed, fields): index
-                for index, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+                pool.submit(self._complete, *asked): index
+                for index, asked in enumerate(zip(prompt_ids, seeds, requests, strict=True))
             }
             with self._explained():
                 for future in as_completed(asked):
@@ -239,7 +240,7 @@ class VLLMServer(RolloutEngine):
             [row.logps for row in rows],
         )
 
-    def _request_fields(self, sampling: Sampling) -> dict[str, Any]:
+    def _request_fields(self, sampling: Sampling, num_prompt: int) -> dict[str, Any]:
         unknown = sorted(sampling.extra.keys() - self._fields)
         if unknown:  # the server would ignore them
             raise ValueError(
@@ -249,18 +250,18 @@ class VLLMServer(RolloutEngine):
         named = {"model": lora.NAME} if self._sends_adapter else {}
         return {
             **sampling_fields(sampling),
+            "max_tokens": sampling.num_new(num_prompt),
             "return_token_ids": True,
             **named,
             **sampling.extra,
         }
 
-    def _check_lengths(self, prompt_ids: list[list[int]], max_tokens: int) -> None:
-        longest = max(map(len, prompt_ids), default=0)
-        if longest + max_tokens > self._max_model_len:
+    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+        if num_prompt + max_tokens > self._max_model_len:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_completion_length={max_tokens} exceed the "
-                f"server's {self._max_model_len} tokens: start it with --max-model-len "
-                f"{longest + max_tokens}, or lower max_completion_length."
+                f"a prompt of {num_prompt} tokens and max_completion_length={max_tokens} exceed "
+                f"the server's {self._max_model_len} tokens: start it with --max-model-len "
+                f"{num_prompt + max_tokens}, or lower max_completion_length."
             )
 
     def _check_label(self) -> None:

@@ -1,9 +1,11 @@
 """The process from which candidates and tests are forked: it never runs, nor reads, either.
 
     pool  -- limits; three files: program, test, result -->  warden  -- fork --> candidate, tester
+    pool  -- limits; two files: program, result         -->  warden  -- fork --> script
 
 It waits for the tester or the wall clock, kills both, and reports how they ended. Neither can start
-a process, so these two are all there is to kill. It ends with the pool, whatever ends that.
+a process, so these two are all there is to kill. So it does with a script, a program that is run
+for what it prints. It ends with the pool, whatever ends that.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from . import candidate, jail, tester
+from . import candidate, jail, script, tester
 from .jail import Limits
 
 TICK_S = 0.02  # between looks at a candidate's files
@@ -95,7 +98,8 @@ class Warden:
         if not message:
             return False
         try:
-            report = self._run(Limits(**json.loads(message)), *files)
+            run = self._run if len(files) == 3 else self._run_script
+            report = run(Limits(**json.loads(message)), *files)
         finally:
             for file in files:
                 os.close(file)
@@ -104,28 +108,47 @@ class Warden:
 
     def _run(self, limits: Limits, program: int, test: int, result: int) -> dict[str, Any]:
         """{"ended": "" | "timeout" | "disk", the two exit statuses: -N where signal N killed}."""
-        folder = f"{self._folder}/{self._pid}"
-        os.mkdir(folder, 0o700)
-        bounded = self._namespaces and jail.bound_disk(folder, limits)
         asked, ask = os.pipe()
         answered, answer = os.pipe()
 
-        def run_candidate() -> None:
+        def run_candidate(folder: str) -> None:
             jail.enter(limits, [program, asked, answer], folder, self._pid)
             job = _read_once(program)
             random.seed(0)
             candidate.run(job, asked, answer)
 
-        def run_tester() -> None:
+        def run_tester(folder: str) -> None:
             jail.enter(limits, [test, result, ask, answered], None, self._pid)
             random.seed(0)
             tester.run(_read_once(test), result, ask, answered)
 
-        pids = [_fork(run_candidate), _fork(run_tester)]
-        for pipe in (asked, ask, answered, answer):
+        pipes = (asked, ask, answered, answer)
+        ended, statuses = self._fork_and_watch([run_candidate, run_tester], limits, pipes)
+        return {"ended": ended, "candidate": statuses[0], "tester": statuses[1]}
+
+    def _run_script(self, limits: Limits, program: int, result: int) -> dict[str, Any]:
+        """{"ended" as above, "script": its exit status}."""
+
+        def run(folder: str) -> None:
+            jail.enter(limits, [program, result], folder, self._pid)
+            random.seed(0)
+            script.run(_read_once(program), result)
+
+        ended, statuses = self._fork_and_watch([run], limits)
+        return {"ended": ended, "script": statuses[0]}
+
+    def _fork_and_watch(
+        self, runs: list[Callable[[str], None]], limits: Limits, pipes: tuple[int, ...] = ()
+    ) -> tuple[str, list[int]]:
+        """A process for each, until the last one ends. `pipes` are theirs alone."""
+        folder = f"{self._folder}/{self._pid}"
+        os.mkdir(folder, 0o700)
+        bounded = self._namespaces and jail.bound_disk(folder, limits)
+        pids = [_fork(partial(run, folder)) for run in runs]
+        for pipe in pipes:
             os.close(pipe)
         try:
-            ended = self._watch(pids[1], folder, limits)
+            ended = self._watch(pids[-1], folder, limits)
         finally:
             statuses = [_kill(pid) for pid in pids]
             if bounded:
@@ -133,12 +156,12 @@ class Warden:
             for name in os.listdir(folder):
                 os.unlink(f"{folder}/{name}")
             os.rmdir(folder)
-        return {"ended": ended, "candidate": statuses[0], "tester": statuses[1]}
+        return ended, statuses
 
-    def _watch(self, tester_pid: int, folder: str, limits: Limits) -> str:
-        """Until the tester ends, which it does with the candidate."""
+    def _watch(self, pid: int, folder: str, limits: Limits) -> str:
+        """Until this process ends; the tester does with the candidate."""
         deadline = time.monotonic() + limits.time_s
-        process = os.pidfd_open(tester_pid)
+        process = os.pidfd_open(pid)
         try:
             while (left := deadline - time.monotonic()) > 0:
                 tick = min(TICK_S, left)
