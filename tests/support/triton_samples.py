@@ -148,6 +148,14 @@ def bf16_in_torch(a, b):
 
 
 @triton.jit
+def fma_kernel(x, y, z, out, n, BLOCK: tl.constexpr):
+    """out = x y + z, rounded once."""
+    i = tl.arange(0, BLOCK)
+    a, b = tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n)
+    tl.store(out + i, tl.fma(a, b, tl.load(z + i, mask=i < n)), mask=i < n)
+
+
+@triton.jit
 def reduce_kernel(x, values, indices, SUM: tl.constexpr, BLOCK: tl.constexpr):
     """The largest and the smallest of bf16 numbers and where; SUM: their sum, in bf16."""
     z = tl.load(x + tl.arange(0, BLOCK))
