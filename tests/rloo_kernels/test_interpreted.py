@@ -6,6 +6,7 @@ As a script, it prints the table of errors: python -m tests.rloo_kernels.test_in
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def measure_rows(case: RowCase) -> dict[str, Any]:
 
 def measure_head(case: HeadCase) -> dict[str, Any]:
     from rloo_kernels.lm_head.matrix_triton import matrix_piece
-    from rloo_kernels.lm_head.piece_triton import library_piece, uses_matrix_kernel
+    from rloo_kernels.lm_head.piece_triton import library_piece
+    from rloo_kernels.lm_head.tiles_triton import POINTER_TILES, forced_tile
     from rloo_kernels.lm_head.types import LMHead
 
     hidden, weight, bias, ids = make_head(case)
@@ -105,11 +107,12 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
         for x in (raw, exact_raw)
     )
     ways = {"library": library_piece(hidden, head, ids, True, True, None)}
-    for store in (False, True):
-        if uses_matrix_kernel(hidden, weight, store):
-            ways[f"matrix, {'gradient' if store else 'forward'}"] = matrix_piece(
-                hidden, head, ids, True, store
-            )
+    # bf16's range is fp32's; fp16's is too small for the exponentials
+    for store in (False, True) if case.dtype != "fp16" else (False,):
+        way = "gradient" if store else "forward"
+        ways[f"matrix, {way}"] = matrix_piece(hidden, head, ids, True, store)
+        with forced_tile(POINTER_TILES["interpreter"]):
+            ways[f"matrix by pointers, {way}"] = matrix_piece(hidden, head, ids, True, store)
     rows: dict[str, Any] = {}
     for way, (s, gradient) in ways.items():
         got = {"log-prob": s.logps, "1 - p": s.rest, "entropy": s.entropy}
@@ -231,11 +234,38 @@ def measure_strange_ids() -> dict[str, Any]:
     return rows
 
 
+def measure_not_numbers() -> dict[str, list[bool]]:
+    """Whether all log-probs are nan where torch's are: {what is wrong: by pass and tile}."""
+    from rloo_kernels.lm_head.matrix_triton import matrix_piece
+    from rloo_kernels.lm_head.tiles_triton import DESCRIPTOR_TILES, POINTER_TILES, forced_tile
+    from rloo_kernels.lm_head.types import LMHead
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 32).bfloat16(), torch.randn(70, 32).bfloat16()
+    bias, ids = torch.randn(70).bfloat16(), torch.arange(5)
+    broken = weight.clone()
+    broken[68, 3] = torch.nan  # of no row's token
+    heads = {
+        "nan in W": (broken, None),
+        "nan in W, bias": (broken, bias),
+        "bias of -inf": (weight, torch.full_like(bias, -torch.inf)),
+    }
+    found: dict[str, list[bool]] = {name: [] for name in heads}
+    for (name, (w, b)), store, tiles in itertools.product(
+        heads.items(), (False, True), (DESCRIPTOR_TILES, POINTER_TILES)
+    ):
+        with forced_tile(tiles["interpreter"]):
+            s, _ = matrix_piece(hidden, LMHead(w, b, 1.0, None, 1.0), ids, True, store)
+        found[name].append(bool(s.logps.isnan().all() and s.entropy.isnan().all()))
+    return found
+
+
 GROUPS = {
     "rows": lambda: {case.id: measure_rows(case) for case in ROW_CASES},
     "head": lambda: {case.id: measure_head(case) for case in HEAD_CASES},
     "far": measure_far_rows,
     "ids": measure_strange_ids,
+    "nan": measure_not_numbers,
 }
 
 
@@ -299,6 +329,11 @@ def test_ids_outside_the_vocabulary_give_nan_in_their_rows_alone(seen, way):
     rows, others = seen["ids"][way]
     assert rows == [1, 2, 3]
     assert others < 1e-5
+
+
+@pytest.mark.parametrize("what", ["nan in W", "nan in W, bias", "bias of -inf"])
+def test_what_is_not_a_number_is_not_hidden(seen, what):
+    assert seen["nan"][what] == [True] * 4
 
 
 def test_every_dtype_and_layout_has_a_case():

@@ -7,11 +7,13 @@ prints the table of bytes: python -m tests.rloo_kernels.test_traced
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -95,17 +97,19 @@ def traced_rows() -> Iterator[Traced]:
 
 
 # n, D, V with n % 32, D % 32 and V % 64 zero or not: the interpreter's tile is 32 x 64 x 32
-HEAD_SIZES = [(64, 64, 128), (40, 48, 150)]
+HEAD_SIZES = [(64, 64, 128), (40, 48, 150), (90, 32, 200)]
 
 
-def head_claims(sizes: tuple[int, int, int], bias: bool, entropy: bool, store: bool) -> list:
+def head_claims(
+    sizes: tuple[int, int, int], bias: bool, entropy: bool, store: bool, descriptors: bool
+) -> list:
     """[(kernel, claim)] of one matrix_piece in bf16 that flags no row."""
     n, depth, vocab = sizes
     tiles_n, tiles_v = -(-n // 32), -(-vocab // 64)
     padded = 4 * n * 16  # the sums of a row, up to their pitch
-    # a tile that is not full loads row 0 of X, or of W, in place of those that are missing
-    rows = n + (n % 32 > 0 and tiles_n > 1)
-    columns = vocab + (vocab % 64 > 0 and tiles_v > 1)
+    # by pointers, a tile that is not full loads row 0 of X, or of W, in place of missing ones
+    rows = n + (n % 32 > 0 and tiles_n > 1 and not descriptors)
+    columns = vocab + (vocab % 64 > 0 and tiles_v > 1 and not descriptors)
     of_tiles = 4 * n * tiles_v
     label: Claim = {
         "hidden": (2 * n * depth, 0),
@@ -138,7 +142,7 @@ def head_claims(sizes: tuple[int, int, int], bias: bool, entropy: bool, store: b
     nobody: Claim = {"redo_count": (4 * min(4, tiles_n * tiles_v), 0)}
     return [
         ("_label_kernel", label),
-        ("_head_kernel", head),
+        ("persistent_kernel" if descriptors else "_head_kernel", head),
         ("combine_kernel", combine),
         ("redo_kernel", nobody),
         ("redo_kernel", nobody),
@@ -148,27 +152,35 @@ def head_claims(sizes: tuple[int, int, int], bias: bool, entropy: bool, store: b
 
 def traced_heads() -> Iterator[tuple[str, list, Callable[[], Any]]]:
     """(case, claims of its launches, launcher)."""
+    from rloo_kernels.lm_head import tiles_triton
     from rloo_kernels.lm_head.matrix_triton import matrix_piece
     from rloo_kernels.lm_head.types import LMHead
 
-    for sizes, bias, entropy, store in [
+    cases = [
         (HEAD_SIZES[0], False, False, False),
         (HEAD_SIZES[0], False, False, True),
         (HEAD_SIZES[1], True, True, False),
         (HEAD_SIZES[1], True, True, True),
-    ]:
+    ]
+    # rows of W at multiples of 16 bytes, or not; three row tiles as groups of two and one
+    cases.append((HEAD_SIZES[2], False, False, True))
+    for (sizes, bias, entropy, store), descriptors in itertools.product(cases, (True, False)):
         n, depth, vocab = sizes
         hidden = (torch.randn(n, depth) / 10).bfloat16()  # no row is flagged
-        weight = torch.randn(vocab, depth + 5).bfloat16()[:, :depth]
+        width = depth + (8 if descriptors else 5)
+        weight = torch.randn(vocab, width).bfloat16()[:, :depth]
         head = LMHead(weight, torch.randn(vocab).bfloat16() if bias else None, 1.0, None, 1.0)
         ids = torch.randint(vocab, (n,))
         flags = f"{', bias' if bias else ''}{', entropy' if entropy else ''}"
+        flags += "" if descriptors else ", odd"
         name = f"{n}x{depth}x{vocab}{flags}{', gradient' if store else ''}"
-        yield (
-            name,
-            head_claims(sizes, bias, entropy, store),
-            lambda a=(hidden, head, ids, entropy, store): matrix_piece(*a),
-        )
+        group_bytes = 2 * 32 * depth * 2  # two row tiles of X
+
+        def call(a=(hidden, head, ids, entropy, store), group_bytes=group_bytes):
+            with mock.patch.object(tiles_triton, "GROUP_BYTES", group_bytes):
+                matrix_piece(*a)
+
+        yield name, head_claims(sizes, bias, entropy, store, descriptors), call
 
 
 REDO_SIZES = (96, 32, 128)  # three row tiles and two column tiles
@@ -302,6 +314,7 @@ def lines_of(seen, kernel):
         "_backward_kernel",
         "_label_kernel",
         "_head_kernel",
+        "persistent_kernel",
         "combine_kernel",
         "redo_kernel",
         "combine_kernel, redo",
@@ -319,7 +332,12 @@ def test_a_kernel_moves_the_bytes_that_its_file_claims(seen, kernel):
 
 @pytest.mark.parametrize(
     ("kernel", "argument"),
-    [("_backward_kernel", "out"), ("_head_kernel", "matrix"), ("_segments_kernel", "coefficients")],
+    [
+        ("_backward_kernel", "out"),
+        ("_head_kernel", "matrix"),
+        ("persistent_kernel", "matrix"),
+        ("_segments_kernel", "coefficients"),
+    ],
 )
 def test_every_element_of_the_output_is_stored_once(seen, kernel, argument):
     lines = [line for line in lines_of(seen, kernel) if line["argument"] == argument]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..logprob.math_triton import LN2, log1p
-from .exponentials_triton import logits_of, product_tile, tile_exponentials
+from .exponentials_triton import exponentials, logits_of, own_column, product_tile, store_sums
 
 LIMIT = tl.constexpr(18446744073709551616.0)  # 2^64: a sum below it holds no E that overflowed
 
@@ -35,29 +35,29 @@ def _sum_tiles(
     return tl.sum(total, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_v", "again"])
 def combine_kernel(
     z_y, ids, anchor, matrix, sums, weighted, redo_rows, redo_count,
     logps, top_out, log_total, rest, entropy, row_scale,
-    n, V, pitch, tiles_v, pitch_v, scale, softcap, slope,
-    MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr, AGAIN: tl.constexpr,
+    n, V, pitch, tiles_v, pitch_v, scale, softcap, slope, again,
+    MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All rows, relative to z_y; or with AGAIN those of the list, relative to their maximum.
+    """All rows, relative to z_y; or with `again` those of the list, relative to their maximum.
 
     redo_count: 0 before the first of the two. With STORE also M_y and the row scale.
     """
     count = n
-    if AGAIN:
+    if again != 0:
         count = tl.load(redo_count)
     for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         inside = row < count
-        if AGAIN:
+        if again != 0:
             row = tl.load(redo_rows + row, mask=inside, other=0)
         label = tl.load(z_y + row, mask=inside, other=0.0)
         m = label
-        if AGAIN:
+        if again != 0:
             m = tl.load(anchor + row, mask=inside, other=0.0)
         others = _sum_tiles(sums, row, inside, tiles_v, pitch_v, ROWS, BLOCK)
         # x of the tiles is z scale - rounded(m scale): take the rounding off
@@ -85,7 +85,7 @@ def combine_kernel(
             y = tl.load(ids + row, mask=inside, other=-1)
             at = matrix + row.to(tl.int64) * pitch + y
             tl.store(at, mine.to(matrix.dtype.element_ty), mask=inside & (y >= 0) & (y < V))
-        if not AGAIN:
+        if again == 0:
             # a label that is nan is nan whatever is done
             flagged = (inside & (label == label) & ~(others < LIMIT)).to(tl.int32)
             num_flagged = tl.sum(flagged, 0)
@@ -120,16 +120,21 @@ def redo_kernel(
             hidden, weight, row, inside, column0, D, V, stride_h, stride_w,
             EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        z = logits_of(product, bias, column0, V, inner, softcap, HAS_BIAS, MODE, BLOCK_V)
         column = column0 + tl.arange(0, BLOCK_V)
         if find_top != 0:
+            z = logits_of(product, bias, column0, V, inner, softcap, HAS_BIAS, MODE, BLOCK_V)
             top = tl.max(tl.where((column < V)[None, :], z, float("-inf")), 1)
             tl.atomic_max(anchor + row, top, mask=inside)
         else:
             base = tl.load(anchor + row, mask=inside, other=0.0)
-            e = tile_exponentials(
-                z, base, ids, row, inside, column0, V, sums, weighted, pitch_v, tile // tiles_n,
-                scale, softcap, MODE, WANT_ENTROPY, BLOCK_V,
+            own = own_column(tl.load(ids + row, mask=inside, other=-1), V)
+            e, total, spread = exponentials(
+                product, bias, column0, V, base, own, scale, inner, softcap,
+                HAS_BIAS, MODE, WANT_ENTROPY, BLOCK_V,
+            )  # fmt: skip
+            tile_v = tile // tiles_n
+            store_sums(
+                sums, weighted, row, inside, pitch_v, tile_v, total, spread, WANT_ENTROPY
             )  # fmt: skip
             if STORE:
                 at = matrix + row.to(tl.int64)[:, None] * pitch + column[None, :]

@@ -3,9 +3,9 @@
     x_v = (z_v - a) scale        E_v = 2^x_v, 0 for the token itself and beyond the vocabulary
 
 Letters: a the anchor of a row (its token's logit, or its maximum), n rows, D hidden size, V
-vocabulary. Per element of a tile: one fused multiply-add, one exp2, a comparison with the label, a
-selection, an addition, half a conversion to bf16; with an entropy a maximum and a multiply-add
-more, with a soft-cap those of tanh.
+vocabulary. Per element of a tile: one fused multiply-add, one exp2, one and a half comparisons, two
+selections, an addition, half a conversion to bf16; with an entropy a multiply-add more, with a
+soft-cap those of tanh. `python -m tests.rloo_kernels.test_aot` prints what is compiled of it.
 """
 
 from __future__ import annotations
@@ -68,28 +68,44 @@ def logits_of(
 
 
 @triton.jit
-def tile_exponentials(
-    z, base, ids, row, in_n, column0, V, sums, weighted, pitch_v, tile_v, scale, softcap,
-    MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile's sums; returns E, times the soft-cap's derivative.
+def own_column(y, V):
+    """The column of each row's token, -1 where it has none; int32 is compared at half the cost."""
+    return tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
 
-    sums, weighted (n, pitch_v): sum_v E_v and sum_v E_v x_v of each row and tile. Nothing is
-    clipped: an E that overflows makes the sum infinite, which is a flag.
+
+@triton.jit
+def exponentials(
+    product, bias, column0, V, base, own, scale, inner, softcap,
+    HAS_BIAS: tl.constexpr, MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """(E times the soft-cap's derivative, sum_v E_v, sum_v E_v x_v or 0) of a tile of products.
+
+    Nothing is clipped: an E that overflows makes the sum infinite, which is a flag.
     """
-    x = tl.fma(z, scale, (base * -scale)[:, None])
-    y = tl.load(ids + row, mask=in_n, other=-1)
-    # as int32, which costs half as much to compare; V fits
-    own = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32) - column0
+    z = logits_of(product, bias, column0, V, inner, softcap, HAS_BIAS, MODE, BLOCK_V)
     lane = tl.arange(0, BLOCK_V)
-    dropped = (lane[None, :] == own[:, None]) | (lane >= V - column0)[None, :]
-    e = tl.where(dropped, 0.0, tl.exp2(x))
-    part = row.to(tl.int64) * pitch_v + tile_v
-    tl.store(sums + part, tl.sum(e, 1), mask=in_n)
+    dropped = (lane[None, :] == (own - column0)[:, None]) | (lane >= V - column0)[None, :]
+    # 2^-1e4 is 0; selecting before the exp2 leaves fewer numbers alive than after it
+    x = tl.where(dropped, -1e4, tl.fma(z, scale, (base * -scale)[:, None]))
+    if HAS_BIAS and WANT_ENTROPY:  # a bias of -inf would give 0 times -inf below; nan stays nan
+        x = tl.maximum(x, -1e4, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(x)
+    total = tl.sum(e, 1)
+    weighted = total
     if WANT_ENTROPY:
-        # where e = 0, x may be -inf, and 0 times it is nan
-        tl.store(weighted + part, tl.sum(e * tl.maximum(x, -1e4), 1), mask=in_n)
+        weighted = tl.sum(e * x, 1)
     if MODE == 1:  # d softcap / d raw = 1 - tanh^2
-        t = z / softcap
+        t = z * (1.0 / softcap)
         e *= 1.0 - t * t
-    return e
+    return e, total, weighted
+
+
+@triton.jit
+def store_sums(
+    sums, weighted, row, in_n, pitch_v, tile_v, total, spread, WANT_ENTROPY: tl.constexpr
+):  # fmt: skip
+    """sums, weighted (n, pitch_v): what `exponentials` found for each row of a tile."""
+    part = row.to(tl.int64) * pitch_v + tile_v
+    tl.store(sums + part, total, mask=in_n)
+    if WANT_ENTROPY:
+        tl.store(weighted + part, spread, mask=in_n)

@@ -17,6 +17,9 @@ more per flagged row, D and V. Bytes in bf16: X once per column tile and W once 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
+
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +28,15 @@ from torch import Tensor
 from ..logprob.math_triton import cap, cap_mode, exponent_factors
 from ..logprob.types import RowStatistics
 from .combine_triton import combine_kernel, redo_kernel
-from .exponentials_triton import logits_of, product_tile, tile_exponentials, tile_of
-from .tiles_triton import num_processors, redo_tile_for, row_tiles_at_once, tile_for
+from .exponentials_triton import exponentials, own_column, product_tile, store_sums, tile_of
+from .persistent_triton import persistent_kernel
+from .tiles_triton import (
+    num_processors,
+    redo_tile_for,
+    row_tiles_at_once,
+    tile_for,
+    why_not_by_descriptors,
+)
 from .types import LMHead, LogitGradient
 
 COMBINED_ROWS = 4  # of one program of combine_kernel
@@ -72,12 +82,13 @@ def _head_kernel(
         hidden, weight, row, in_n, column0, D, V, stride_h, stride_w,
         EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    z = logits_of(product, bias, column0, V, inner, softcap, HAS_BIAS, MODE, BLOCK_V)
     base = tl.load(anchor + row, mask=in_n, other=0.0)
-    e = tile_exponentials(
-        z, base, ids, row, in_n, column0, V, sums, weighted, pitch_v, tile_v, scale, softcap,
-        MODE, WANT_ENTROPY, BLOCK_V,
+    own = own_column(tl.load(ids + row, mask=in_n, other=-1), V)
+    e, total, spread = exponentials(
+        product, bias, column0, V, base, own, scale, inner, softcap,
+        HAS_BIAS, MODE, WANT_ENTROPY, BLOCK_V,
     )  # fmt: skip
+    store_sums(sums, weighted, row, in_n, pitch_v, tile_v, total, spread, WANT_ENTROPY)
     if STORE:
         # up to the pitch, a multiple of 16, so that stores are wide; e = 0 beyond V
         column = column0 + tl.arange(0, BLOCK_V)
@@ -89,6 +100,22 @@ def _head_kernel(
 def stored_width(vocab_size: int) -> int:
     """Columns of the matrix that the matrix kernel stores, so that rows are aligned to 32 bytes."""
     return -(-vocab_size // 16) * 16
+
+
+def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
+    """Launches a kernel that makes descriptors, for which Triton asks an allocator for memory.
+
+    The allocator is set in a copy of the context, so that the caller's stays as it is. The memory
+    is taken on the current stream, as every tensor is that a kernel uses and nobody keeps.
+    """
+
+    def call() -> None:
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
+        launch()
+
+    copy_context().run(call)
 
 
 def matrix_piece(
@@ -120,7 +147,8 @@ def matrix_piece(
     mode, has_bias = cap_mode(head.softcap, head.logit_scale), head.bias is not None
     strides = hidden.stride(0), head.weight.stride(0)
     # what only the kernels pass on to each other
-    tile, redo_tile = tile_for(depth, head.softcap), redo_tile_for(depth)
+    tile = tile_for(depth, head.softcap, why_not_by_descriptors(hidden, head.weight))
+    redo_tile = redo_tile_for(depth)
     tiles_n, tiles_v = triton.cdiv(n, tile.rows), triton.cdiv(vocab_size, tile.columns)
     redo_tiles_v = triton.cdiv(vocab_size, redo_tile.columns)
     pitch_v = triton.cdiv(max(tiles_v, redo_tiles_v), 16) * 16  # so that a row's sums are aligned
@@ -136,24 +164,28 @@ def matrix_piece(
         num_warps=4,
     )  # fmt: skip
     flags = {"MODE": mode, "WANT_ENTROPY": want_entropy, "STORE": store}
-    _head_kernel[(tiles_n * tiles_v,)](
-        hidden, head.weight, bias, token_ids, z_y, matrix, sums, weighted,
-        n, depth, vocab_size, pitch, pitch_v, row_tiles_at_once(tiles_n, tile, hidden), *strides,
-        scale, inner, softcap, HAS_BIAS=has_bias, **flags, **tile.options(depth),
+    kernel, grid = _head_kernel, tiles_n * tiles_v
+    if tile.descriptors:
+        kernel, grid = persistent_kernel, min(grid, num_processors())
+    with_workspace(
+        hidden.device,
+        lambda: kernel[(grid,)](
+            hidden, head.weight, bias, token_ids, z_y, matrix, sums, weighted,
+            n, depth, vocab_size, pitch, pitch_v, row_tiles_at_once(tiles_n, tile, hidden),
+            *strides, scale, inner, softcap, HAS_BIAS=has_bias, **flags, **tile.options(depth),
+        ),
     )  # fmt: skip
 
-    def combine(again: bool) -> None:
-        grid = triton.cdiv(n, COMBINED_ROWS)
-        num_tiles = redo_tiles_v if again else tiles_v
-        combine_kernel[(min(grid, num_processors()) if again else grid,)](
+    def combine(num_tiles: int, again: bool) -> None:
+        blocks = triton.cdiv(n, COMBINED_ROWS)
+        combine_kernel[(min(blocks, num_processors()) if again else blocks,)](
             z_y, token_ids, anchor, matrix, sums, weighted, redo_rows, redo_count,
             *statistics, row_scale, n, vocab_size, pitch, num_tiles, pitch_v,
-            scale, softcap, head.slope, **flags, AGAIN=again,
-            ROWS=COMBINED_ROWS, BLOCK=min(1024, triton.next_power_of_2(max(num_tiles, 16))),
-            num_warps=4,
+            scale, softcap, head.slope, int(again), **flags,
+            ROWS=COMBINED_ROWS, BLOCK=min(1024, triton.next_power_of_2(pitch_v)), num_warps=4,
         )  # fmt: skip
 
-    combine(again=False)
+    combine(tiles_v, again=False)
     # rows whose token is all but impossible, with their maximum as the anchor
     redo_tiles = triton.cdiv(n, redo_tile.rows) * redo_tiles_v
     for find_top in (1, 0):
@@ -163,5 +195,5 @@ def matrix_piece(
             scale, inner, softcap, find_top, HAS_BIAS=has_bias, **flags,
             **redo_tile.options(depth),
         )  # fmt: skip
-    combine(again=True)
+    combine(redo_tiles_v, again=True)
     return statistics, gradient

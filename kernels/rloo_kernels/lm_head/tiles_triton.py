@@ -10,22 +10,33 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from ..dispatch import INTERPRETED
+from ..dispatch import INTERPRETED, log_once
 
 
 class Tile(NamedTuple):
-    """A block of rows of X times a block of columns of W^T, `depth` of D at a time."""
+    """A block of rows of X times a block of columns of W^T, `depth` of D at a time.
+
+    `descriptors`: by the kernel of `persistent_triton.py`, which explains the last three; else by
+    pointers, a program per tile.
+    """
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    specialize: bool = False
+    flatten: bool = False  # the loops over tiles and over D become one
+    halves: bool = False
 
     def options(self, depth: int) -> dict[str, Any]:
-        """Arguments by name that a kernel on tiles by pointers takes for D = `depth`."""
+        """Arguments by name that its kernel takes for D = `depth`."""
+        own: dict[str, Any] = {"EVEN_D": depth % self.depth == 0}
+        if self.descriptors:
+            own = {"FLATTEN": self.flatten, "SPECIALIZE": self.specialize, "HALVES": self.halves}
         return {
-            "EVEN_D": depth % self.depth == 0,
+            **own,
             "BLOCK_N": self.rows,
             "BLOCK_V": self.columns,
             "BLOCK_D": self.depth,
@@ -34,10 +45,21 @@ class Tile(NamedTuple):
         }
 
 
-TILES = {
+# By descriptors. What decides is in the table that `python -m tests.rloo_kernels.test_aot` prints.
+HOPPER = Tile(128, 256, 64, 4, 4, descriptors=True, specialize=True, halves=True)
+DESCRIPTOR_TILES = {
+    "interpreter": Tile(32, 64, 32, 4, 1, descriptors=True, halves=True),
+    "hopper": HOPPER,
+    # before 3.9 Triton does not compile halves; whole tiles leave room for one stage less
+    "hopper, Triton 3.6": HOPPER._replace(num_stages=3, halves=False),
+    "hopper, soft-cap": HOPPER._replace(columns=128, halves=False),  # the wide tile spills
+    "blackwell": Tile(128, 128, 64, 8, 4, descriptors=True, specialize=True, flatten=True),
+}
+# By pointers: odd D or addresses, older devices, rows that are done again.
+POINTER_TILES = {
     "interpreter": Tile(32, 64, 32, 4, 1),
-    "hopper": Tile(128, 256, 64, 8, 3),  # wgmma; the accumulator alone takes half the registers
-    "narrow": Tile(128, 128, 64, 8, 4),  # where the wide tile spills: soft-cap, odd D, sm_100
+    "hopper": Tile(128, 128, 64, 8, 4),
+    "blackwell": Tile(128, 128, 64, 8, 4),
     "ampere": Tile(128, 128, 32, 8, 3),
     "cdna": Tile(128, 128, 32, 8, 2),
 }
@@ -57,20 +79,42 @@ def forced_tile(tile: Tile) -> Iterator[None]:
         _forced_tile = before
 
 
-def tile_for(depth: int, softcap: float | None) -> Tile:
-    """The tile for the current device, no deeper than D asks for."""
+def why_not_by_descriptors(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why X and W cannot be loaded by TMA, or None: rows begin at multiples of 16 bytes."""
+    for name, x in (("hidden states", hidden), ("lm_head", weight)):
+        if (x.stride(0) * x.element_size()) % 16:
+            return f"rows of the {name} are {x.stride(0)} elements apart, no multiple of 16 bytes"
+        if x.data_ptr() % 16:
+            return f"the {name} do not begin at a multiple of 16 bytes"
+    return None
+
+
+def tile_for(depth: int, softcap: float | None, why_not: str | None) -> Tile:
+    """The tile for the current device, no deeper than D asks for.
+
+    `why_not` by descriptors: logged once where the device has them.
+    """
     if _forced_tile is not None:
         return _fitting(_forced_tile, depth)
     kind = _kind_of_device()
-    if kind == "hopper" and (softcap is not None or depth % TILES["hopper"].depth):
-        kind = "narrow"
-    return _fitting(TILES[kind], depth)
+    key = kind
+    if kind == "hopper" and softcap is not None:
+        key = "hopper, soft-cap"
+    elif kind == "hopper" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        key = "hopper, Triton 3.6"
+    elif kind == "blackwell" and softcap is not None:
+        key = ""  # Triton 3.9 asks for twice the shared memory that there is
+    if key not in DESCRIPTOR_TILES:
+        return _fitting(POINTER_TILES[kind], depth)
+    if why_not is not None:
+        log_once(f"rloo_kernels loads the lm_head's tiles by pointers, not by TMA: {why_not}.")
+        return _fitting(POINTER_TILES[kind], depth)
+    return _fitting(DESCRIPTOR_TILES[key], depth)
 
 
 def redo_tile_for(depth: int) -> Tile:
-    """The tile for rows that are done again, which are few: the one that spills nowhere."""
-    kind = _kind_of_device()
-    return _fitting(TILES["narrow" if kind == "hopper" else kind], depth)
+    """The tile for rows that are done again: by pointers, since they lie anywhere."""
+    return _fitting(POINTER_TILES[_kind_of_device()], depth)
 
 
 def _fitting(tile: Tile, depth: int) -> Tile:
@@ -78,7 +122,7 @@ def _fitting(tile: Tile, depth: int) -> Tile:
 
 
 def _kind_of_device() -> str:
-    """The key of TILES for the current device."""
+    """The key of POINTER_TILES for the current device."""
     if INTERPRETED:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
@@ -86,8 +130,8 @@ def _kind_of_device() -> str:
         return "cdna"
     if target.arch == 90:
         return "hopper"
-    # from 110 on, as on 80, a block has 99 KiB of shared memory at the least
-    return "narrow" if 90 < target.arch < 110 else "ampere"
+    # from 110 on, as on 86, a block has 99 KiB of shared memory
+    return "blackwell" if 90 < target.arch < 110 else "ampere"
 
 
 def row_tiles_at_once(tiles_n: int, tile: Tile, hidden: Tensor) -> int:
