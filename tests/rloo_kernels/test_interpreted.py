@@ -114,6 +114,7 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
         with forced_tile(POINTER_TILES["interpreter"]):
             ways[f"matrix by pointers, {way}"] = matrix_piece(hidden, head, ids, True, store)
     rows: dict[str, Any] = {}
+    farthest = farthest_anchor(exact["log-prob"], plain_top(exact_raw, case))
     for way, (s, gradient) in ways.items():
         got = {"log-prob": s.logps, "1 - p": s.rest, "entropy": s.entropy}
         if gradient is not None:
@@ -121,6 +122,10 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
             got["gradient"] = gradient.matrix * scale
         for name, row in compared(got, plain, exact).items():
             rows[f"{way}: {name}"] = row
+        if way.startswith("matrix"):
+            # the difference of two numbers as large as the way from the anchor to the maximum
+            *errors, bound = rows[f"{way}: entropy"]
+            rows[f"{way}: entropy"] = (*errors, bound + 2.0**-22 * farthest)
         if gradient is not None:
             errors = [relative(x["gradient"], exact["gradient"]) for x in (got, plain)]
             rows[f"{way}: gradient, relative"] = (*errors, gradient_bound(case))
@@ -147,6 +152,12 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
 def gradient_bound(case: HeadCase) -> float:
     """The logit gradient is rounded once (library), or twice with their scale (matrix kernel)."""
     return 1e-5 if case.dtype == "fp32" else ROUNDING_BF16 / (1 if case.dtype == "bf16" else 8)
+
+
+def farthest_anchor(logps: torch.Tensor, top_logps: torch.Tensor) -> float:
+    """How far the tokens' logits lie below their rows' maxima, at most the 64 log 2 of a redo."""
+    distance = (top_logps - logps).clamp(max=64 * 0.6931471805599453)
+    return distance.max().item() if len(logps) else 0.0
 
 
 def plain_top(raw: torch.Tensor, case: HeadCase) -> torch.Tensor:
