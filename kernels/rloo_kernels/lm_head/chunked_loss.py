@@ -24,6 +24,7 @@ from .chunks import Chunk, plan_chunks
 from .gradients import GradientAccumulator
 from .piece import forward_piece, forward_rows
 from .types import LMHead, LogitGradient
+from .vocab_shards import Labels, SplitLabels
 
 
 class LossAndGradients(NamedTuple):
@@ -50,7 +51,7 @@ class ChunkedLoss:
         self,
         hidden: Tensor,
         head: LMHead,
-        token_ids: Tensor,
+        token_ids: Labels,
         cu_seqlens: Tensor,
         inputs: LossInputs,
         options: LossOptions,
@@ -173,6 +174,8 @@ class ChunkedLoss:
         self._forward(chunk.tokens)
         self._set_coefficients(chunk)
         active, _ = _active(self.coefficients[chunk.tokens])
+        if isinstance(self.token_ids, SplitLabels):  # each piece is a collective: as many on all
+            active = torch.arange(chunk.t1 - chunk.t0, device=self.hidden.device)
         for rows in _split(active + chunk.t0, self.size):
             self._forward_and_add(sums, rows, self.coefficients[rows])
 

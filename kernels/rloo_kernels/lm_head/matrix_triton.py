@@ -188,12 +188,36 @@ def stored_width(vocab_size: int) -> int:
     return -(-vocab_size // 16) * 16
 
 
+def label_logits(hidden: Tensor, head: LMHead, token_ids: Tensor) -> Tensor:
+    """z_y (n,) of hidden (n, D), up to `cap`; nan where an id is not in [0, V)."""
+    n, depth = hidden.shape
+    z_y = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    if n == 0:
+        return z_y
+    _, inner, softcap = exponent_factors(head.temperature, head.softcap, head.logit_scale)
+    bias = None if head.bias is None else head.bias.contiguous()
+    _label_kernel[(n,)](
+        hidden, head.weight, bias, token_ids.contiguous(), z_y, depth, head.weight.shape[0],
+        hidden.stride(0), head.weight.stride(0), inner, softcap,
+        HAS_BIAS=bias is not None, MODE=cap_mode(head.softcap, head.logit_scale),
+        BLOCK_D=min(1024, triton.next_power_of_2(depth)), num_warps=4,
+    )  # fmt: skip
+    return z_y
+
+
 def matrix_piece(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, want_entropy: bool, store: bool
+    hidden: Tensor,
+    head: LMHead,
+    token_ids: Tensor,
+    want_entropy: bool,
+    store: bool,
+    label_z: Tensor | None = None,
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """`forward_piece_torch` without `upstream`; with `store` the gradient M too, scaled by row.
 
     To be called on the device of `hidden`; hidden (n, D) in bf16, or in fp16 without `store`.
+    `label_z` (n,): the tokens' logits as `label_logits` makes them, where these are known; then an
+    id may be -1, a token that is none of these columns and counts as one more (`vocab_shards.py`).
     """
     n, depth = hidden.shape
     vocab_size = head.weight.shape[0]
@@ -218,16 +242,11 @@ def matrix_piece(
     # what only the kernels pass on to each other
     tile = tile_for(depth, head.softcap)
     tiles_n, tiles_v = triton.cdiv(n, tile.rows), triton.cdiv(vocab_size, tile.columns)
-    z_y, anchor = floats(n), floats(n if store else 0)
+    z_y = label_logits(hidden, head, token_ids) if label_z is None else label_z.contiguous()
+    anchor = floats(n if store else 0)
     flagged = torch.empty(n if store else 0, dtype=torch.int32, device=hidden.device)
     tops, sums = floats(tiles_v, n), floats(tiles_v, n)
     weighted = floats(tiles_v, n) if want_entropy else None
-
-    _label_kernel[(n,)](
-        hidden, head.weight, bias, token_ids, z_y, depth, vocab_size, *strides, inner, softcap,
-        HAS_BIAS=has_bias, MODE=mode, BLOCK_D=min(1024, triton.next_power_of_2(depth)),
-        num_warps=4,
-    )  # fmt: skip
 
     def tiles(base: Tensor, only_flagged: bool) -> None:
         _head_kernel[(tiles_n * tiles_v,)](

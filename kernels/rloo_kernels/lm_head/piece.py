@@ -17,6 +17,8 @@ from ..dispatch import use_triton
 from ..logprob.types import RowStatistics, accumulation_dtype
 from .piece_torch import forward_piece_torch
 from .types import LMHead, LogitGradient
+from .vocab_shards import Labels, SplitLabels
+from .vocab_split import SplitArguments, split_piece
 
 # What a piece of logits may take. Pieces of fp32 are summed into the weight gradient at no cost;
 # pieces of bf16 and fp16 cost an fp32 copy of it, so they are fewer and larger.
@@ -36,6 +38,17 @@ def piece_rows(hidden: Tensor, vocab_size: int, chunk_bytes: int | None) -> int:
     return max(1, min(hidden.shape[0], chunk_bytes // max(bytes_per_row, 1)))
 
 
+def piece_rows_of(
+    hidden: Tensor, vocab_size: int, chunk_bytes: int | None, split: SplitArguments
+) -> int:
+    """`piece_rows`, and the same on all ranks of a split: by what all of them know alike."""
+    if split.group is None:
+        return piece_rows(hidden, vocab_size, chunk_bytes)
+    if chunk_bytes is None:
+        chunk_bytes = PIECE_BYTES.get(hidden.dtype, PIECE_BYTES_HALF)
+    return piece_rows(hidden, split.rows_per_rank, chunk_bytes)
+
+
 def pieces(num_rows: int, most: int) -> Iterator[slice]:
     """Slices of nearly equal length, at most `most` rows each."""
     size = -(-num_rows // max(-(-num_rows // most), 1))
@@ -46,7 +59,7 @@ def pieces(num_rows: int, most: int) -> Iterator[slice]:
 def forward_piece(
     hidden: Tensor,
     head: LMHead,
-    token_ids: Tensor,
+    token_ids: Labels,
     *,
     want_entropy: bool = False,
     want_gradient: bool = False,
@@ -56,6 +69,8 @@ def forward_piece(
 
     With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw.
     """
+    if isinstance(token_ids, SplitLabels):
+        return split_piece(hidden, head, token_ids, want_entropy, want_gradient, upstream)
     forward = forward_piece_torch
     if use_triton(hidden):
         from .piece_triton import forward_piece_triton
@@ -65,7 +80,7 @@ def forward_piece(
 
 
 def forward_rows(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, size: int, want_entropy: bool
+    hidden: Tensor, head: LMHead, token_ids: Labels, size: int, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(log-probs (N,), entropies (N,) or empty) without a gradient, `size` rows at a time: 2NDV."""
     logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
