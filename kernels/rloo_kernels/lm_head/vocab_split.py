@@ -86,6 +86,15 @@ def _resolve(name: str) -> ProcessGroup:
     return cast(Any, distributed_c10d)._resolve_process_group(name)
 
 
+def label_logits(hidden: Tensor, head: LMHead, columns: Tensor) -> Tensor:
+    """z_y (n,) of hidden (n, D), in the units of `ShardSums.top`; anything where a column is -1."""
+    if use_triton(hidden):
+        from .vocab_shards_triton import label_logits_triton
+
+        return label_logits_triton(hidden, head, columns)
+    return label_logits_torch(hidden, head, columns)
+
+
 def split_labels(hidden: Tensor, head: LMHead, token_ids: Tensor, split: VocabSplit) -> SplitLabels:
     """The tokens (n,) of hidden (n, D), each with the logit that the rank that has it makes of it.
 
@@ -96,10 +105,6 @@ def split_labels(hidden: Tensor, head: LMHead, token_ids: Tensor, split: VocabSp
     columns = token_ids - split.offset
     here = (columns >= 0) & (columns < own)
     columns = torch.where(here, columns, -1)
-    if use_triton(hidden):
-        from .vocab_shards_triton import label_logits_triton as label_logits
-    else:
-        label_logits = label_logits_torch
     logits = label_logits(hidden, head, columns).masked_fill(~here, 0.0)
     edges = _mixed(split.offset + own) - _mixed(split.offset)
     found = torch.cat([logits, here.to(logits.dtype), logits.new_full((1,), edges)])
