@@ -107,8 +107,8 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tens
     elif kind == "unlikely":
         bias[ids[:4]], bias[ids[4:8]], bias[ids[8]] = -60.0, -400.0, -9000.0
     elif kind == "masked":
-        bias[30:100] = -torch.inf  # the end of a rank's rows, and all but three of another's
-        ids[:3] = torch.tensor([35, 70, 99])  # tokens of probability zero
+        bias[:100] = -torch.inf  # all of the first rank's rows, and many of the next one's
+        ids[:3] = torch.tensor([5, 70, 99])  # tokens of probability zero
     elif kind == "last rank masked":
         bias[-13:] = -torch.inf
         ids %= V - 13

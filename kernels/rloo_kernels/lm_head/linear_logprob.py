@@ -324,7 +324,8 @@ def linear_logprob(
     rank), and everything else, whether hidden requires a gradient too, is the same on all of them.
     So are the results; the gradients of weight and bias are those of this rank's rows. Without
     `sum_hidden_grad`, that of hidden is this rank's part of a sum that the caller makes (a
-    reduce-scatter where the rows are split next). Collectives: see kernels/README.md.
+    reduce-scatter where the rows are split next). `chunk_bytes` is then of a rank with the average
+    number of rows. Collectives: see kernels/README.md.
 
     Raises ValueError for shapes and dtypes that do not fit, a temperature or softcap that is not
     positive, and token ids outside [0, V); on a GPU, where checking the ids would wait for the

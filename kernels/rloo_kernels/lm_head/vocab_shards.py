@@ -36,6 +36,8 @@ from ..logprob.types import RowStatistics
 if TYPE_CHECKING:  # a torch without distributed has none
     from torch.distributed import ProcessGroup
 
+LEAST = -1e30  # as good as -inf beside any logit that is not
+
 
 @dataclass(frozen=True)
 class VocabSplit:
@@ -60,6 +62,11 @@ class SplitLabels:
     split: VocabSplit
     columns: Tensor  # (n,) int64: the token's row of this rank's W, -1 where another rank has it
     logits: Tensor  # (n,) z_y, in the units of `ShardSums.top`
+
+    @property
+    def anchors(self) -> Tensor:
+        """z_y (n,), finite where the token is impossible: x - anchor is never -inf - -inf."""
+        return self.logits.clamp(min=LEAST)
 
     def __len__(self) -> int:
         return len(self.columns)

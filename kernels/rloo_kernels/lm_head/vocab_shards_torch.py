@@ -67,13 +67,12 @@ def split_piece_torch(
 
 def _sums(raw: Tensor, head: LMHead, labels: SplitLabels, want_entropy: bool) -> ShardSums:
     """Of raw logits (n, V_r); the anchor is the maximum of the columns and the token."""
-    top, others, spread = (torch.empty_like(labels.logits) for _ in range(3))
+    anchors = labels.anchors
+    top, others, spread = (torch.empty_like(anchors) for _ in range(3))
     for rows in row_blocks(*raw.shape):
         z, _ = head.transform(raw[rows].to(top.dtype))
-        anchor = torch.maximum(z.amax(-1), labels.logits[rows])
-        top[rows] = anchor
-        anchor = anchor.masked_fill(anchor == -torch.inf, 0.0)  # -inf - -inf is nan
-        x = (z - anchor[:, None]).div_(head.temperature)
+        top[rows] = torch.maximum(z.amax(-1), anchors[rows])
+        x = (z - top[rows, None]).div_(head.temperature)  # of fp32, z is raw itself
         columns = labels.columns[rows]
         has_label = (columns >= 0).nonzero().squeeze(1)
         e = x.exp()

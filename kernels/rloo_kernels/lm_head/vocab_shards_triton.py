@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..dispatch import on_device_of
 from ..logprob.math_triton import LN2, cap_mode, exponent_factors
-from ..logprob.rows_torch import LOWEST
 from ..logprob.rows_triton import backward_triton_, forward_triton
 from ..logprob.types import RowStatistics
 from .matrix_triton import label_logits, matrix_piece
@@ -79,7 +78,7 @@ def split_piece_triton(
     if upstream is None and uses_matrix_kernel(hidden, head.weight, want_gradient):
         with on_device_of(hidden):
             mine, gradient = matrix_piece(
-                hidden, head, labels.columns, want_entropy, want_gradient, labels.logits
+                hidden, head, labels.columns, want_entropy, want_gradient, labels.anchors
             )
             statistics = all_shards(_sums(mine, labels, per_unit), labels, per_unit)
             if gradient is not None:
@@ -92,7 +91,7 @@ def split_piece_triton(
     want_entropy = want_entropy or upstream is not None
     mine = forward_triton(
         raw, labels.columns, None, head.temperature, want_entropy,
-        label_logits=labels.logits, **transform,
+        label_logits=labels.anchors, **transform,
     )  # fmt: skip
     statistics = all_shards(_sums(mine, labels, per_unit), labels, per_unit)
     if not want_gradient:
@@ -109,14 +108,11 @@ def split_piece_triton(
 def _sums(mine: RowStatistics, labels: SplitLabels, per_unit: float) -> ShardSums:
     """This rank's sums, out of the statistics of its columns and the token."""
     total = mine.log_total.exp()
-    nothing = mine.top == -torch.inf  # no column of this rank, nor the token, is possible
-    others = (mine.rest * total).masked_fill(nothing, 0.0)
     spread = None
     if mine.entropy.numel():
-        x_y = (labels.logits - mine.top) * per_unit
-        own = x_y.exp() * x_y.clamp(min=LOWEST)
-        spread = ((mine.log_total - mine.entropy) * total - own).masked_fill(nothing, 0.0)
-    return ShardSums(mine.top, others, spread)
+        x_y = (labels.anchors - mine.top) * per_unit
+        spread = (mine.log_total - mine.entropy) * total - x_y.exp() * x_y
+    return ShardSums(mine.top, mine.rest * total, spread)
 
 
 def _finish(
