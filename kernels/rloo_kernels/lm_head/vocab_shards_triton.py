@@ -25,7 +25,7 @@ from ..logprob.types import RowStatistics
 from .matrix_triton import label_logits, matrix_piece
 from .piece_triton import raw_logits, uses_matrix_kernel
 from .types import LMHead, LogitGradient
-from .vocab_shards import ShardSums, SplitLabels, all_shards
+from .vocab_shards import LEAST, ShardSums, SplitLabels, all_shards
 
 LARGEST = tl.constexpr(2.0**100)  # of a stored M_y; with a row of W it stays within fp32
 
@@ -38,7 +38,8 @@ def _finish_kernel(
     """One row of M: its scale times Z_r / Z, and M_y in units of it."""
     row = tl.program_id(0)
     y = tl.load(columns + row)
-    scale = tl.load(row_scale + row) * tl.load(share + row)
+    factor = tl.load(share + row)
+    scale = tl.where(factor == 0, 0.0, tl.load(row_scale + row) * factor)
     if y >= 0:
         mine = tl.load(rest + row)
         if MODE == 1:  # d softcap / d raw = 1 - tanh^2
@@ -84,6 +85,7 @@ def split_piece_triton(
             if gradient is not None:
                 shift = (mine.top - statistics.top) * per_unit
                 share = (shift + mine.log_total - statistics.log_total).exp()
+                share.masked_fill_(_nothing(mine), 0.0)
                 _finish(gradient, head, labels, statistics, share)
         return statistics, gradient
     raw = raw_logits(hidden, head)
@@ -107,12 +109,19 @@ def split_piece_triton(
 
 def _sums(mine: RowStatistics, labels: SplitLabels, per_unit: float) -> ShardSums:
     """This rank's sums, out of the statistics of its columns and the token."""
-    total = mine.log_total.exp()
+    total, nothing = mine.log_total.exp(), _nothing(mine)
     spread = None
     if mine.entropy.numel():
         x_y = (labels.anchors - mine.top) * per_unit
         spread = (mine.log_total - mine.entropy) * total - x_y.exp() * x_y
-    return ShardSums(mine.top, mine.rest * total, spread)
+        spread.masked_fill_(nothing, 0.0)
+    return ShardSums(mine.top, (mine.rest * total).masked_fill_(nothing, 0.0), spread)
+
+
+def _nothing(mine: RowStatistics) -> Tensor:
+    """(n,) Whether neither the token nor a column of this rank is possible: then nothing but `top`
+    need be a number."""
+    return mine.top <= LEAST
 
 
 def _finish(
