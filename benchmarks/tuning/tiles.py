@@ -5,7 +5,8 @@
 For each shape and tile: a pass for log-probs and entropy (2NDV, nothing of size [N, V] written)
 and a pass that also stores the gradient of the log-prob (2NDV, 2NV bytes written). "library" is the
 other way to the same results (`piece_triton.library_piece`), "product" the bare matrix product in
-bf16, which makes no statistics. What wins goes into `tiles_triton.TILES`.
+bf16, which makes no statistics. Tiles "descriptors" are of the persistent kernel, the others of the
+kernel by pointers. What wins goes into `tiles_triton.DESCRIPTOR_TILES` and `POINTER_TILES`.
 """
 
 from __future__ import annotations
@@ -24,20 +25,41 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Row
 from benchmarks.loss.run import SHAPES, Shape
 
-CANDIDATES = [
-    Tile(128, 256, 64, 8, 3),
-    Tile(128, 256, 64, 8, 4),
-    Tile(256, 128, 64, 8, 3),
+POINTERS = [
     Tile(128, 128, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3),
     Tile(128, 128, 64, 4, 4),
-    Tile(128, 128, 128, 8, 3),
     Tile(64, 256, 64, 4, 4),
+]
+BY_DESCRIPTORS = {"descriptors": True, "specialize": True}
+HOPPER = [
+    Tile(128, 256, 64, 4, 4, **BY_DESCRIPTORS, halves=True),
+    Tile(128, 256, 64, 4, 3, **BY_DESCRIPTORS),
+    Tile(256, 128, 64, 4, 4, **BY_DESCRIPTORS, halves=True),
+    Tile(128, 128, 64, 4, 6, **BY_DESCRIPTORS, halves=True),
+    # not specialised: all warps multiply, and loads run ahead by software
+    Tile(128, 256, 64, 8, 3, descriptors=True, flatten=True),
+    Tile(128, 256, 64, 8, 4, descriptors=True, halves=True),
+]
+BLACKWELL = [
+    Tile(128, 128, 64, 8, 4, **BY_DESCRIPTORS, flatten=True),
+    Tile(128, 128, 64, 8, 6, **BY_DESCRIPTORS, flatten=True),
+    Tile(128, 128, 64, 4, 4, **BY_DESCRIPTORS, flatten=True),
+    Tile(128, 256, 64, 8, 3, **BY_DESCRIPTORS, flatten=True),
 ]
 WORST_LOGP_ERROR = 1e-3  # against the library's fp32 logits
 
 
+def candidates() -> list[Tile]:
+    """The tiles to try on the current device, the most promising first."""
+    major, _ = torch.cuda.get_device_capability()
+    return {9: HOPPER, 10: BLACKWELL}.get(major, []) + POINTERS
+
+
 def name(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.columns}x{tile.depth} w{tile.num_warps} s{tile.num_stages}"
+    size = f"{tile.rows}x{tile.columns}x{tile.depth} w{tile.num_warps} s{tile.num_stages}"
+    flags = [f for f in ("descriptors", "specialize", "flatten", "halves") if getattr(tile, f)]
+    return " ".join([size, *flags])
 
 
 def run_shape(shape: Shape, tiles: list[Tile], piece_rows: int, runs: int) -> list[Row]:
@@ -100,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     env, rows = harness.environment(), []
     print(json.dumps(env))
     for text in args.shape or list(SHAPES):
-        rows += run_shape(Shape.parse(text, args.rows), CANDIDATES, args.rows, args.runs)
+        rows += run_shape(Shape.parse(text, args.rows), candidates(), args.rows, args.runs)
         if args.json:
             harness.write_json(args.json, env, rows)
     print(harness.format_table(rows, baseline="library"))

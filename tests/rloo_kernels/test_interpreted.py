@@ -6,6 +6,7 @@ As a script, it prints the table of errors: python -m tests.rloo_kernels.test_in
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def measure_rows(case: RowCase) -> dict[str, Any]:
 
 def measure_head(case: HeadCase) -> dict[str, Any]:
     from rloo_kernels.lm_head.matrix_triton import matrix_piece
-    from rloo_kernels.lm_head.piece_triton import library_piece, uses_matrix_kernel
+    from rloo_kernels.lm_head.piece_triton import library_piece
+    from rloo_kernels.lm_head.tiles_triton import POINTER_TILES, forced_tile
     from rloo_kernels.lm_head.types import LMHead
 
     hidden, weight, bias, ids = make_head(case)
@@ -105,12 +107,14 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
         for x in (raw, exact_raw)
     )
     ways = {"library": library_piece(hidden, head, ids, True, True, None)}
-    for store in (False, True):
-        if uses_matrix_kernel(hidden, weight, store):
-            ways[f"matrix, {'gradient' if store else 'forward'}"] = matrix_piece(
-                hidden, head, ids, True, store
-            )
+    # bf16's range is fp32's; fp16's is too small for the exponentials
+    for store in (False, True) if case.dtype != "fp16" else (False,):
+        way = "gradient" if store else "forward"
+        ways[f"matrix, {way}"] = matrix_piece(hidden, head, ids, True, store)
+        with forced_tile(POINTER_TILES["interpreter"]):
+            ways[f"matrix by pointers, {way}"] = matrix_piece(hidden, head, ids, True, store)
     rows: dict[str, Any] = {}
+    farthest = farthest_anchor(exact["log-prob"], plain_top(exact_raw, case))
     for way, (s, gradient) in ways.items():
         got = {"log-prob": s.logps, "1 - p": s.rest, "entropy": s.entropy}
         if gradient is not None:
@@ -118,10 +122,20 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
             got["gradient"] = gradient.matrix * scale
         for name, row in compared(got, plain, exact).items():
             rows[f"{way}: {name}"] = row
+        if way.startswith("matrix"):
+            # the difference of two numbers as large as the way from the anchor to the maximum
+            *errors, bound = rows[f"{way}: entropy"]
+            rows[f"{way}: entropy"] = (*errors, bound + 2.0**-22 * farthest)
         if gradient is not None:
             errors = [relative(x["gradient"], exact["gradient"]) for x in (got, plain)]
             rows[f"{way}: gradient, relative"] = (*errors, gradient_bound(case))
-        if way.startswith("matrix") and case.temperature >= 0.7 and case.ids == "random":
+        if case.ids == "likely" and way.startswith("matrix"):  # no cancellation
+            sure = exact["1 - p"] < 1e-2
+            assert sure.sum() > 5
+            errors = [(x["1 - p"] / exact["1 - p"] - 1)[sure].abs().max() for x in (got, plain)]
+            rows[f"{way}: 1 - p, relative"] = (*map(float, errors), 1e-4)
+        small = case.temperature >= 0.7 and not exact_raw.abs().gt(1000).any()  # fp32's own digits
+        if way.startswith("matrix") and small and case.ids == "random":
             errors = [error(x["log-prob"], exact["log-prob"]) for x in (got, plain)]
             rows[f"{way}: log-prob, at most 1e-4"] = (*errors, 1e-4)
     _, gradient = library_piece(hidden, head, ids, True, True, upstream)
@@ -138,6 +152,12 @@ def measure_head(case: HeadCase) -> dict[str, Any]:
 def gradient_bound(case: HeadCase) -> float:
     """The logit gradient is rounded once (library), or twice with their scale (matrix kernel)."""
     return 1e-5 if case.dtype == "fp32" else ROUNDING_BF16 / (1 if case.dtype == "bf16" else 8)
+
+
+def farthest_anchor(logps: torch.Tensor, top_logps: torch.Tensor) -> float:
+    """How far the tokens' logits lie below their rows' maxima, at most the 64 log 2 of a redo."""
+    distance = (top_logps - logps).clamp(max=64 * 0.6931471805599453)
+    return distance.max().item() if len(logps) else 0.0
 
 
 def plain_top(raw: torch.Tensor, case: HeadCase) -> torch.Tensor:
@@ -225,11 +245,38 @@ def measure_strange_ids() -> dict[str, Any]:
     return rows
 
 
+def measure_not_numbers() -> dict[str, list[bool]]:
+    """Whether all log-probs are nan where torch's are: {what is wrong: by pass and tile}."""
+    from rloo_kernels.lm_head.matrix_triton import matrix_piece
+    from rloo_kernels.lm_head.tiles_triton import DESCRIPTOR_TILES, POINTER_TILES, forced_tile
+    from rloo_kernels.lm_head.types import LMHead
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 32).bfloat16(), torch.randn(70, 32).bfloat16()
+    bias, ids = torch.randn(70).bfloat16(), torch.arange(5)
+    broken = weight.clone()
+    broken[68, 3] = torch.nan  # of no row's token
+    heads = {
+        "nan in W": (broken, None),
+        "nan in W, bias": (broken, bias),
+        "bias of -inf": (weight, torch.full_like(bias, -torch.inf)),
+    }
+    found: dict[str, list[bool]] = {name: [] for name in heads}
+    for (name, (w, b)), store, tiles in itertools.product(
+        heads.items(), (False, True), (DESCRIPTOR_TILES, POINTER_TILES)
+    ):
+        with forced_tile(tiles["interpreter"]):
+            s, _ = matrix_piece(hidden, LMHead(w, b, 1.0, None, 1.0), ids, True, store)
+        found[name].append(bool(s.logps.isnan().all() and s.entropy.isnan().all()))
+    return found
+
+
 GROUPS = {
     "rows": lambda: {case.id: measure_rows(case) for case in ROW_CASES},
     "head": lambda: {case.id: measure_head(case) for case in HEAD_CASES},
     "far": measure_far_rows,
     "ids": measure_strange_ids,
+    "nan": measure_not_numbers,
 }
 
 
@@ -278,6 +325,12 @@ def test_the_head_cases_hold_rows_that_are_done_again_beside_ordinary_ones(seen,
     assert 0 < flagged <= num_rows - 10
 
 
+@pytest.mark.parametrize("name", ["all unlikely bf16", "all unlikely, wide fp16"])
+def test_the_head_cases_hold_pieces_of_which_all_rows_are_done_again(seen, name):
+    flagged, num_rows = seen["head"][name]["flagged"]
+    assert flagged == num_rows
+
+
 def test_rows_beyond_two_to_the_31_elements_are_found(seen):
     assert_within_bounds(seen["far"])
 
@@ -287,6 +340,11 @@ def test_ids_outside_the_vocabulary_give_nan_in_their_rows_alone(seen, way):
     rows, others = seen["ids"][way]
     assert rows == [1, 2, 3]
     assert others < 1e-5
+
+
+@pytest.mark.parametrize("what", ["nan in W", "nan in W, bias", "bias of -inf"])
+def test_what_is_not_a_number_is_not_hidden(seen, what):
+    assert seen["nan"][what] == [True] * 4
 
 
 def test_every_dtype_and_layout_has_a_case():

@@ -7,11 +7,13 @@ prints the table of bytes: python -m tests.rloo_kernels.test_traced
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -95,16 +97,19 @@ def traced_rows() -> Iterator[Traced]:
 
 
 # n, D, V with n % 32, D % 32 and V % 64 zero or not: the interpreter's tile is 32 x 64 x 32
-HEAD_SIZES = [(64, 64, 128), (40, 48, 150)]
+HEAD_SIZES = [(64, 64, 128), (40, 48, 150), (90, 32, 200)]
 
 
-def head_claims(sizes: tuple[int, int, int], bias: bool, entropy: bool, store: bool) -> list:
-    """[(kernel, claim)] of one matrix_piece in bf16; the rows of the redo pass: none flagged."""
+def head_claims(
+    sizes: tuple[int, int, int], bias: bool, entropy: bool, store: bool, descriptors: bool
+) -> list:
+    """[(kernel, claim)] of one matrix_piece in bf16 that flags no row."""
     n, depth, vocab = sizes
     tiles_n, tiles_v = -(-n // 32), -(-vocab // 64)
-    # a tile that is not full loads row 0 of X, or of W, in place of those that are missing
-    rows = n + (n % 32 > 0 and tiles_n > 1)
-    columns = vocab + (vocab % 64 > 0 and tiles_v > 1)
+    padded = 4 * n * 16  # the sums of a row, up to their pitch
+    # by pointers, a tile that is not full loads row 0 of X, or of W, in place of missing ones
+    rows = n + (n % 32 > 0 and tiles_n > 1 and not descriptors)
+    columns = vocab + (vocab % 64 > 0 and tiles_v > 1 and not descriptors)
     of_tiles = 4 * n * tiles_v
     label: Claim = {
         "hidden": (2 * n * depth, 0),
@@ -116,81 +121,90 @@ def head_claims(sizes: tuple[int, int, int], bias: bool, entropy: bool, store: b
         "hidden": (tiles_v * 2 * rows * depth, 0),
         "weight": (tiles_n * 2 * columns * depth, 0),
         "ids": (8 * n * tiles_v, 0),
-        "tops": (0, of_tiles),
+        "anchor": (of_tiles, 0),
         "sums": (0, of_tiles),
     }
     combine: Claim = {
         "z_y": (4 * n, 0),
-        "tops": (of_tiles, 0),
-        "sums": (of_tiles, 0),
+        "sums": (padded, 0),
         **{name: (0, 4 * n) for name in ("logps", "top_out", "log_total", "rest")},
     }
     if bias:
         label["bias"] = (2 * n, 0)
-        head["bias"] = (tiles_n * 2 * columns, 0)
+        head["bias"] = (tiles_n * 2 * vocab, 0)
     if entropy:
         head["weighted"] = (0, of_tiles)
-        combine |= {"weighted": (of_tiles, 0), "entropy": (0, 4 * n)}
-    if not store:
-        return [("_label_kernel", label), ("_head_kernel", head), ("_combine_kernel", combine)]
-    head |= {"anchor": (of_tiles, 0), "matrix": (0, 2 * n * -(-vocab // 16) * 16)}
-    combine |= {
-        "anchor": (4 * n, 0),
-        "ids": (8 * n, 0),
-        "matrix": (0, 2 * n),  # M_y
-        "row_scale": (0, 4 * n),
-        "flagged": (0, 4 * n),
-        "new_anchor": (0, 4 * n),
-    }
+        combine |= {"weighted": (padded, 0), "entropy": (0, 4 * n)}
+    if store:
+        head["matrix"] = (0, 2 * n * -(-vocab // 16) * 16)
+        combine |= {"ids": (8 * n, 0), "matrix": (0, 2 * n), "row_scale": (0, 4 * n)}  # M_y
+    # programs of the redo pass, which is for nobody: as many as there are tiles, but at most 4
+    nobody: Claim = {"redo_count": (4 * min(4, tiles_n * tiles_v), 0)}
     return [
         ("_label_kernel", label),
-        ("_head_kernel", head),
-        ("_combine_kernel", combine),
-        ("_head_kernel, redo", {"flagged": (of_tiles, 0)}),
-        ("_combine_kernel, redo", combine),
+        ("persistent_kernel" if descriptors else "_head_kernel", head),
+        ("combine_kernel", combine),
+        ("redo_kernel", nobody),
+        ("redo_kernel", nobody),
+        ("combine_kernel, redo", {"redo_count": (4 * min(4, -(-n // 4)), 0)}),
     ]
 
 
 def traced_heads() -> Iterator[tuple[str, list, Callable[[], Any]]]:
     """(case, claims of its launches, launcher)."""
+    from rloo_kernels.lm_head import tiles_triton
     from rloo_kernels.lm_head.matrix_triton import matrix_piece
     from rloo_kernels.lm_head.types import LMHead
 
-    for sizes, bias, entropy, store in [
+    cases = [
         (HEAD_SIZES[0], False, False, False),
         (HEAD_SIZES[0], False, False, True),
         (HEAD_SIZES[1], True, True, False),
         (HEAD_SIZES[1], True, True, True),
-    ]:
+    ]
+    # rows of W at multiples of 16 bytes, or not; three row tiles as groups of two and one
+    cases.append((HEAD_SIZES[2], False, False, True))
+    for (sizes, bias, entropy, store), descriptors in itertools.product(cases, (True, False)):
         n, depth, vocab = sizes
         hidden = (torch.randn(n, depth) / 10).bfloat16()  # no row is flagged
-        weight = torch.randn(vocab, depth + 5).bfloat16()[:, :depth]
+        width = depth + (8 if descriptors else 5)
+        weight = torch.randn(vocab, width).bfloat16()[:, :depth]
         head = LMHead(weight, torch.randn(vocab).bfloat16() if bias else None, 1.0, None, 1.0)
         ids = torch.randint(vocab, (n,))
         flags = f"{', bias' if bias else ''}{', entropy' if entropy else ''}"
+        flags += "" if descriptors else ", odd"
         name = f"{n}x{depth}x{vocab}{flags}{', gradient' if store else ''}"
-        yield (
-            name,
-            head_claims(sizes, bias, entropy, store),
-            lambda a=(hidden, head, ids, entropy, store): matrix_piece(*a),
-        )
+        group_bytes = 2 * 32 * depth * 2  # two row tiles of X
+
+        def call(a=(hidden, head, ids, entropy, store), group_bytes=group_bytes):
+            with mock.patch.object(tiles_triton, "GROUP_BYTES", group_bytes):
+                matrix_piece(*a)
+
+        yield name, head_claims(sizes, bias, entropy, store, descriptors), call
 
 
-def redo_of_one_tile() -> dict[str, Any]:
-    """What the redo pass touches where one row of the second of three row tiles is flagged."""
+REDO_SIZES = (96, 32, 128)  # three row tiles and two column tiles
+REDONE = [3, 40, 41, 95]
+
+
+def redo_of_some_rows() -> list[dict[str, Any]]:
+    """What the redo pass touches where rows of several row tiles are flagged, launch by launch."""
     from rloo_kernels.lm_head.matrix_triton import matrix_piece
     from rloo_kernels.lm_head.types import LMHead
 
     from tests.support.interpreter_trace import trace
 
-    hidden, weight = (torch.randn(96, 32) / 10).bfloat16(), torch.randn(128, 32).bfloat16()
-    hidden[40] *= 300
-    ids = torch.randint(128, (96,))
-    ids[40] = (hidden.float() @ weight.float().T)[40].argmin()
+    n, depth, vocab = REDO_SIZES
+    hidden, weight = (torch.randn(n, depth) / 10).bfloat16(), torch.randn(vocab, depth).bfloat16()
+    hidden[REDONE] *= 300
+    ids = torch.randint(vocab, (n,))
+    ids[REDONE] = (hidden.float() @ weight.float().T)[REDONE].argmin(-1)
     with trace() as launches:
         matrix_piece(hidden, LMHead(weight, None, 1.0, None, 1.0), ids, False, True)
-    redo = [launch for launch in launches if launch.kernel == "_head_kernel"][1]
-    return {name: (a.loaded_bytes, a.stored_bytes) for name, a in redo.arguments.items()}
+    return [
+        {name: (a.loaded_bytes, a.stored_bytes, a.atomic_bytes) for name, a in x.arguments.items()}
+        for x in launches[3:]
+    ]
 
 
 OBJECTIVES = {
@@ -269,7 +283,7 @@ def work() -> dict[str, Any]:
         lines += counted(name, [(kernel, claim)], call)
     for name, claims, call in traced_heads():
         lines += counted(name, claims, call)
-    return {"lines": lines, "redo": redo_of_one_tile()}
+    return {"lines": lines, "redo": redo_of_some_rows()}
 
 
 # --- the tests
@@ -300,9 +314,10 @@ def lines_of(seen, kernel):
         "_backward_kernel",
         "_label_kernel",
         "_head_kernel",
-        "_head_kernel, redo",
-        "_combine_kernel",
-        "_combine_kernel, redo",
+        "persistent_kernel",
+        "combine_kernel",
+        "redo_kernel",
+        "combine_kernel, redo",
         *(f"_segments_kernel: {name}" for name in OBJECTIVES),
     ],
 )
@@ -317,26 +332,47 @@ def test_a_kernel_moves_the_bytes_that_its_file_claims(seen, kernel):
 
 @pytest.mark.parametrize(
     ("kernel", "argument"),
-    [("_backward_kernel", "out"), ("_head_kernel", "matrix"), ("_segments_kernel", "coefficients")],
+    [
+        ("_backward_kernel", "out"),
+        ("_head_kernel", "matrix"),
+        ("persistent_kernel", "matrix"),
+        ("_segments_kernel", "coefficients"),
+    ],
 )
 def test_every_element_of_the_output_is_stored_once(seen, kernel, argument):
     lines = [line for line in lines_of(seen, kernel) if line["argument"] == argument]
     assert all(line["stores"] == [1] for line in lines if line["claimed"][1])
 
 
-def test_the_redo_pass_touches_the_rows_of_flagged_tiles_alone(seen):
-    tiles_v, rows = 2, 32
-    touched = {name: tuple(x) for name, x in seen["redo"].items() if x != [0, 0]}
-    assert touched == {
-        "flagged": (4 * 96 * tiles_v, 0),
-        "hidden": (2 * rows * 32 * tiles_v, 0),
-        "weight": (2 * 128 * 32, 0),
-        "ids": (8 * rows * tiles_v, 0),
-        "anchor": (4 * rows * tiles_v, 0),
-        "tops": (0, 4 * rows * tiles_v),
-        "sums": (0, 4 * rows * tiles_v),
-        "matrix": (0, 2 * rows * 128),
+def test_the_redo_pass_touches_the_flagged_rows_alone(seen):
+    _, depth, vocab = REDO_SIZES
+    rows, tiles_v, programs = len(REDONE), 2, 4
+    # the rows of the list are one row tile; the lanes beyond its end load row 0 of X
+    both: dict[str, tuple[int, ...]] = {
+        "redo_count": (4 * programs, 0, 0),
+        "redo_rows": (4 * rows * tiles_v, 0, 0),
+        "hidden": (2 * (rows + 1) * depth * tiles_v, 0, 0),
+        "weight": (2 * vocab * depth, 0, 0),
     }
+    find_top = {"anchor": (0, 0, 4 * rows * tiles_v)}
+    relative_to_it = {
+        "anchor": (4 * rows * tiles_v, 0, 0),
+        "ids": (8 * rows * tiles_v, 0, 0),
+        "sums": (0, 4 * rows * tiles_v, 0),
+        "matrix": (0, 2 * rows * vocab, 0),
+    }
+    touched = [
+        {name: tuple(x) for name, x in launch.items() if x != [0, 0, 0]} for launch in seen["redo"]
+    ]
+    assert touched[:2] == [both | find_top, both | relative_to_it]
+    combined = touched[2]
+    assert combined.pop("redo_count") == (4 * programs, 0, 0)
+    for name in ("redo_rows", "z_y", "anchor"):
+        assert combined.pop(name) == (4 * rows, 0, 0)
+    assert combined.pop("sums") == (4 * rows * 16, 0, 0)
+    assert combined.pop("ids") == (8 * rows, 0, 0)
+    assert combined.pop("matrix") == (0, 2 * rows, 0)
+    assert set(combined.values()) == {(0, 4 * rows, 0)}  # the statistics
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import contextlib
 import io
 import math
 import mmap
-import re
 import tempfile
 import time
 from collections import defaultdict
@@ -26,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from tests.support.machine_code import read_amd, read_nvidia
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ DEVICES = {
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 * 1024, 304),
 }
 TENSOR_MEMORY_COLUMNS = 512  # of a processor of sm_100
-# Matrix instructions: mma (sm_80), wgmma (sm_90), tcgen05 (sm_100). gfx942 has v_mfma_*.
-SASS_MMA = ("HMMA", "IMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,11 @@ class Compiled:
     loads_128: int  # those of 128 bits or more per thread (a TMA copy has no such width)
     stores: int
     stores_128: int
+    tma_loads: int  # blocks that the hardware addresses, counted among the loads and the stores
+    tma_stores: int
+    specialized: list[int]  # registers per thread of each kind of warp group; empty: none is
+    product_loop: dict[str, int]  # instructions of one step of the loop with the products
+    epilogue: dict[str, int]  # of one thread, after a tile's products, where it takes exp2
     seconds: float  # to compile
 
     @property
@@ -221,7 +225,7 @@ class _Capture:
         return compiled
 
     def row(self, kernel: JITFunction, compiled: Any, log: str, seconds: float) -> Compiled:
-        read = _read_nvidia if self.device.gpu.backend == "cuda" else _read_amd
+        read = read_nvidia if self.device.gpu.backend == "cuda" else read_amd
         constants, types = compiled.src.constants, compiled.src.signature.values()
         return Compiled(
             target=self.target,
@@ -252,49 +256,3 @@ def _replace(undo: contextlib.ExitStack, holder: Any, **values: Any) -> None:
         else:
             undo.callback(delattr, holder, name)
         setattr(holder, name, value)
-
-
-def _read_nvidia(asm: Any, log: str) -> dict[str, Any]:
-    """Fields of Compiled from the machine code and from the log of ptxas -v."""
-    sass = asm["sass"]
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = re.findall(r"Used (\d+) registers", log)
-    assert sass, "cuobjdump printed no machine code"
-    assert registers, f"no registers in the log of ptxas: {log!r}"
-    assert spills, f"no spills in the log of ptxas: {log!r}"
-    load, store = r"\b(?:LDG|LDGSTS|UTMALDG)\b", r"\b(?:STG|UTMASTG)\b"
-    wide = r"[.\w]*\.(?:128|256)\b"
-    mma = {name: _count(rf"\b{name}\b", sass) for name in SASS_MMA}
-    return {
-        "registers": max(int(n) for n in registers),
-        "spill_bytes": sum(int(n) for pair in spills for n in pair),
-        "mma": {name: count for name, count in mma.items() if count},
-        "loads": _count(load, sass),
-        "loads_128": _count(load + wide, sass),
-        "stores": _count(store, sass),
-        "stores_128": _count(store + wide, sass),
-    }
-
-
-def _read_amd(asm: Any, log: str) -> dict[str, Any]:
-    """Fields of Compiled from the assembly and from the metadata at its end."""
-    code = asm["amdgcn"]
-    registers = re.search(r"\.vgpr_count:\s+(\d+)", code)
-    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)
-    assert registers, "no vgpr_count in the metadata of the assembly"
-    assert scratch, "no private_segment_fixed_size in the metadata of the assembly"
-    load, store = r"\b(?:global|buffer|flat)_load_", r"\b(?:global|buffer|flat)_store_"
-    mfma = _count(r"\bv_mfma_", code)
-    return {
-        "registers": int(registers[1]),
-        "spill_bytes": int(scratch[1]),
-        "mma": {"mfma": mfma} if mfma else {},
-        "loads": _count(load, code),
-        "loads_128": _count(load + "dwordx4", code),
-        "stores": _count(store, code),
-        "stores_128": _count(store + "dwordx4", code),
-    }
-
-
-def _count(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text))

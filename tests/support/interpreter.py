@@ -2,8 +2,8 @@
 
 Stock, bf16 operations, tl.dot and reductions work on the raw bits as if they were integers, and
 stores truncate. fix_interpreter() mends that: arithmetic in fp32, rounded to nearest even after
-each operation. What it cannot make right it refuses. Seen with triton 3.9.0 (numpy 2.4) and 3.6.0,
-which needs numpy < 2.4. interpreter_trace.py counts memory traffic and finds races.
+each operation, tl.fma once. What it cannot make right it refuses. Seen with triton 3.9.0 (numpy
+2.4) and 3.6.0, which needs numpy < 2.4. interpreter_trace.py counts memory traffic and finds races.
 
 The mode is fixed when a kernel is decorated: set TRITON_INTERPRET=1 before kernels are imported.
 The interpreter accepts what the compiler refuses (aot.py compiles). Its cost is per operation: a
@@ -49,6 +49,7 @@ def fix_interpreter() -> None:
     _fix_casts()
     _fix_arithmetic()
     _fix_reductions()
+    _fix_fma()
     for name in ("create_fma", "create_erf", "create_rsqrt", "create_atomic_rmw"):
         _refuse_bf16(name)
     Autotuner.do_bench = property(lambda self: _run_once)
@@ -120,6 +121,23 @@ def _fix_arithmetic() -> None:
 
     Builder.binary_op, Builder.unary_op, Builder.ternary_op = binary_op, unary_op, ternary_op
     Builder.create_dot = create_dot
+
+
+def _fix_fma() -> None:
+    """x y + z rounded once. Stock, the product is rounded too.
+
+    fp64 holds a product of two fp32 numbers; that the sum is rounded to fp64 first changes the
+    result only near a tie.
+    """
+    fma = Builder.create_fma
+
+    def create_fma(self, x, y, z):
+        if x.dtype.scalar != tl.float32:
+            return fma(self, x, y, z)
+        a, b, c = (h.data.astype(np.float64) for h in (x, y, z))
+        return Handle((a * b + c).astype(np.float32), z.dtype.scalar)
+
+    Builder.create_fma = create_fma
 
 
 def _fix_reductions() -> None:

@@ -86,7 +86,8 @@ class HeadCase:
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
-    ids: str = "random"  # random, unlikely (every third row's token is the least likely one)
+    ids: str = "random"  # unlikely, all unlikely: the least likely of every third row, of each;
+    # likely: the likeliest, almost sure; last: of the last 22, a part of a tile
     spread: float = 3.0  # standard deviation of the logits
 
     @property
@@ -112,6 +113,13 @@ def _head_cases() -> list[HeadCase]:
         HeadCase("unlikely, soft-cap", sizes=(40, 32, 70), softcap=50.0, ids="unlikely", spread=60),
         HeadCase("-inf bias", bias=True, ids="unlikely"),
         HeadCase("wide", sizes=(3, 16, 700)),
+        HeadCase("all unlikely", sizes=(70, 32, 100), ids="all unlikely", spread=20.0),
+        HeadCase("all unlikely, wide", "fp16", (9, 32, 1200), ids="all unlikely", spread=20.0),
+        HeadCase("p_y -> 1", sizes=(40, 32, 100), ids="likely", spread=6.0),
+        HeadCase("last tile", ids="last"),
+        HeadCase("last tile, bias", sizes=(37, 48, 1100), bias=True, ids="last"),
+        HeadCase("very negative logits", bias=True, temperature=0.7),
+        HeadCase("soft-cap, large logits", sizes=(40, 32, 70), softcap=30.0, spread=1e3),
     ]
     return cases
 
@@ -203,8 +211,18 @@ def make_head(case: HeadCase) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     weight = (case.spread * torch.randn(vocab, depth) / depth**0.5).to(dtype)
     bias = torch.randn(vocab).to(dtype) if case.bias else None
     ids = torch.randint(vocab, (n,))
-    if case.ids == "unlikely":
-        ids[::3] = (hidden.float() @ weight.float().T)[::3].argmin(-1)
+    step = {"unlikely": 3, "all unlikely": 1}.get(case.ids)
+    if step is not None:
+        ids[::step] = (hidden.float() @ weight.float().T)[::step].argmin(-1)
+    if case.ids == "likely":
+        hidden[:, :2] = 6.0  # one direction that all rows share
+        weight[::9, :2] += 1.0
+        ids = (hidden.float() @ weight.float().T).argmax(-1)
+    if case.ids == "last":
+        ids = vocab - 1 - ids % 22
+    if case.name == "very negative logits":
+        assert bias is not None
+        bias[:] = -3000.0
     if case.name == "-inf bias":
         assert bias is not None
         bias[:70] = -torch.inf  # a whole tile, the first, and a part of the next

@@ -148,6 +148,14 @@ def bf16_in_torch(a, b):
 
 
 @triton.jit
+def fma_kernel(x, y, z, out, n, BLOCK: tl.constexpr):
+    """out = x y + z, rounded once."""
+    i = tl.arange(0, BLOCK)
+    a, b = tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n)
+    tl.store(out + i, tl.fma(a, b, tl.load(z + i, mask=i < n)), mask=i < n)
+
+
+@triton.jit
 def reduce_kernel(x, values, indices, SUM: tl.constexpr, BLOCK: tl.constexpr):
     """The largest and the smallest of bf16 numbers and where; SUM: their sum, in bf16."""
     z = tl.load(x + tl.arange(0, BLOCK))
@@ -158,3 +166,30 @@ def reduce_kernel(x, values, indices, SUM: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(values + 1, tl.min(z, 0))
         tl.store(indices, tl.argmax(z, 0))
         tl.store(indices + 1, tl.argmin(z, 0))
+
+
+@triton.jit
+def block_copy_kernel(x, y, M, N, x_stride, y_stride, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x, as blocks of BLOCK by BLOCK that descriptors move, a program per row of blocks.
+
+    Rows of blocks are STEP apart: where STEP < BLOCK, two programs write one element.
+    """
+    source = tl.make_tensor_descriptor(x, [M, N], [x_stride, 1], [BLOCK, BLOCK])
+    target = tl.make_tensor_descriptor(y, [M, N], [y_stride, 1], [BLOCK, BLOCK])
+    row = tl.program_id(0) * STEP
+    for column in tl.range(0, N, BLOCK, flatten=True, warp_specialize=True):
+        target.store([row, column], source.load([row, column]))
+
+
+def block_copy(x, y, step=16, block=16, height=None):
+    """`height`: of the tensors, as the descriptors are told."""
+    height = height or len(x)
+    sizes = (height, x.shape[1], x.stride(0), y.stride(0))
+    block_copy_kernel[(triton.cdiv(height, step),)](x, y, *sizes, STEP=step, BLOCK=block)
+
+
+@triton.jit
+def block_sum_kernel(x, out, M, N, x_stride, BLOCK: tl.constexpr):
+    """Sum of one block that begins at the first element."""
+    blocks = tl.make_tensor_descriptor(x, [M, N], [x_stride, 1], [BLOCK, BLOCK])
+    tl.store(out, tl.sum(tl.sum(blocks.load([0, 0]).to(tl.float32), 1), 0))

@@ -1,32 +1,45 @@
 """The matrix kernel: a product h W^T whose tiles become exponentials before they leave the chip.
 
-Every tile of h W^T turns into exponentials while it is still an fp32 accumulator, and leaves a
-maximum, a sum of exponentials and a weighted sum per row. Without a gradient nothing of size [n, V]
-is written. With one it stores E = exp(z - a) in bf16, with the token's own logit a = z_y as the
-anchor in place of the maximum, which is not known yet: for a sampled token log Z - z_y = -log p(y)
-is moderate. Rows where some z - a > 64 log 2 are flagged on the device and done again with their
-maximum as the anchor; the host does not wait for the flags.
+Every tile of h W^T turns into exponentials while it is still an fp32 accumulator, and leaves a sum
+of exponentials and a weighted sum per row. Without a gradient nothing of size [n, V] is written.
+With one it stores E = exp(z - a) in bf16. The anchor a is the token's own logit z_y in place of the
+maximum, which is not known yet: for a sampled token log Z - z_y = -log p(y) is moderate. Rows for
+which it is not are flagged on the device and done again with their maximum as the anchor
+(`combine_triton.py`); the host does not wait for the flags.
 
     S = 1 + sum_{v != y} E_v     log p(y) = -log S     M_v = -E_v / S,  M_y = (S - 1) / S
 
-Letters: n rows of a piece, D hidden size, V vocabulary. FLOPs: 2nDV, and 2nD for z_y = h . W[y].
-Bytes in bf16: X once per column tile and W once per row tile loaded, 2 each; 3 floats per row and
-column tile stored and loaded; with the gradient 2 n V stored (V rounded up to 16).
+Letters: n rows of a piece, D hidden size, V vocabulary. FLOPs: 2nDV, and 2nD for z_y = h . W[y]; 4
+more per flagged row, D and V. Bytes in bf16: X once per column tile and W once per row tile loaded,
+2 each; 1 float (2 with an entropy) per row and column tile stored and loaded; with the gradient
+2 n V stored (V rounded up to 16).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import copy_context
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..logprob.math_triton import LN2, cap, cap_mode, exponent_factors, log1p
+from ..logprob.math_triton import cap, cap_mode, exponent_factors
 from ..logprob.types import RowStatistics
-from .tiles_triton import tile_for
+from .combine_triton import combine_kernel, redo_kernel
+from .exponentials_triton import exponentials, own_column, product_tile, store_sums, tile_of
+from .persistent_triton import persistent_kernel
+from .tiles_triton import (
+    num_processors,
+    redo_tile_for,
+    row_tiles_at_once,
+    tile_for,
+    why_not_by_descriptors,
+)
 from .types import LMHead, LogitGradient
 
-LIMIT = tl.constexpr(64.0)  # log2 of the largest exponential stored
+COMBINED_ROWS = 4  # of one program of combine_kernel
 
 
 @triton.jit
@@ -55,132 +68,33 @@ def _label_kernel(
 
 @triton.jit
 def _head_kernel(
-    hidden, weight, bias, ids, anchor, flagged, matrix, tops, sums, weighted,
-    n, D, V, pitch, stride_h, stride_w, scale, inner, softcap,
-    HAS_BIAS: tl.constexpr, MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr,
-    STORE: tl.constexpr, ONLY_FLAGGED: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden, weight, bias, ids, anchor, matrix, sums, weighted,
+    n, D, V, pitch, pitch_v, group, stride_h, stride_w, scale, inner, softcap,
+    HAS_BIAS: tl.constexpr, MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of h W^T, left as sums of exponentials per row, and with STORE as -E itself.
-
-    tops, sums, weighted: (tiles of V, n), relative to the tile's maximum, or with STORE to anchor.
-    """
-    # rows go fastest: the row tiles of one slice of W run together, so that W is read once
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    tile_v = tl.program_id(0) // tiles_n
-    row = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_n, in_v = row < n, column < V
-    if ONLY_FLAGGED:
-        if tl.max(tl.load(flagged + row, mask=in_n, other=0), 0) == 0:
-            return
-    # beyond the edge any row will do: what it gives is not stored
-    safe_row = tl.where(in_n, row, 0).to(tl.int64)
-    safe_column = tl.where(in_v, column, 0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    h_at = hidden + safe_row[:, None] * stride_h + d[None, :]
-    w_at = weight + safe_column[None, :] * stride_w + d[:, None]
-    product = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        if EVEN_D:
-            h, w = tl.load(h_at), tl.load(w_at)
-        else:
-            h = tl.load(h_at, mask=d[None, :] < D - start, other=0.0)
-            w = tl.load(w_at, mask=d[:, None] < D - start, other=0.0)
-        product = tl.dot(h, w, product)
-        h_at += BLOCK_D
-        w_at += BLOCK_D
-    if HAS_BIAS:
-        product += tl.load(bias + safe_column).to(tl.float32)[None, :]
-    z = cap(product, inner, softcap, MODE)
-    z = tl.where(in_v[None, :], z, float("-inf"))
-    top = tl.max(z, 1)
-    part = tile_v * n + row  # n V / BLOCK_V of them: int32 will do
-    tl.store(tops + part, top, mask=in_n)
-    if STORE:
-        base = tl.load(anchor + row, mask=in_n, other=0.0)
-        x = tl.minimum((z - base[:, None]) * scale, LIMIT)
-    else:
-        base = tl.where(top == float("-inf"), 0.0, top)
-        x = (z - base[:, None]) * scale
-    own = column[None, :] == tl.load(ids + row, mask=in_n, other=-1)[:, None]
-    e = tl.where(own, 0.0, tl.exp2(x))
-    tl.store(sums + part, tl.sum(e, 1), mask=in_n)
-    if WANT_ENTROPY:
-        # where e = 0, x may be -inf, and 0 times it is nan
-        tl.store(weighted + part, tl.sum(e * tl.maximum(x, -1e4), 1), mask=in_n)
-    if STORE:
-        if MODE == 1:  # d softcap / d raw = 1 - tanh^2
-            t = tl.maximum(z, -softcap) / softcap  # -inf beyond the edge, where e = 0
-            e *= 1.0 - t * t
-        # up to the pitch, a multiple of 16, so that stores are wide; e = 0 beyond V
-        at = matrix + row.to(tl.int64)[:, None] * pitch + column[None, :]
-        in_pitch = (column < pitch)[None, :]
-        tl.store(at, (-e).to(matrix.dtype.element_ty), mask=in_n[:, None] & in_pitch)
-
-
-@triton.jit
-def _combine_kernel(
-    z_y, ids, anchor, matrix, tops, sums, weighted,
-    logps, top_out, log_total, rest, entropy, row_scale, flagged, new_anchor,
-    n, V, pitch, tiles_v, scale, softcap, slope,
-    MODE: tl.constexpr, WANT_ENTROPY: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Tiles -> statistics of each row; with STORE also M_y, the row scale, who is to be redone."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """One tile of h W^T, left as sums of exponentials per row, and with STORE as E itself."""
+    tile_n, tile_v = tile_of(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(V, BLOCK_V), group)
+    row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = row < n
-    label = tl.load(z_y + row, mask=in_n, other=0.0)
+    column0 = tile_v * BLOCK_V
+    product = product_tile(
+        hidden, weight, row, in_n, column0, D, V, stride_h, stride_w,
+        EVEN_D, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    base = tl.load(anchor + row, mask=in_n, other=0.0)
+    own = own_column(tl.load(ids + row, mask=in_n, other=-1), V)
+    e, total, spread = exponentials(
+        product, bias, column0, V, base, own, scale, inner, softcap,
+        HAS_BIAS, MODE, WANT_ENTROPY, BLOCK_V,
+    )  # fmt: skip
+    store_sums(sums, weighted, row, in_n, pitch_v, tile_v, total, spread, WANT_ENTROPY)
     if STORE:
-        m = tl.load(anchor + row, mask=in_n, other=0.0)
-    else:
-        m = label
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    others = tl.zeros([BLOCK], tl.float32)
-    spread = tl.zeros([BLOCK], tl.float32)
-    for tile in range(0, tiles_v):
-        part = tile * n + row
-        tile_top = tl.load(tops + part, mask=in_n, other=float("-inf"))
-        s = tl.load(sums + part, mask=in_n, other=0.0)
-        top = tl.maximum(top, tile_top)
-        w = tl.zeros([BLOCK], tl.float32)
-        if WANT_ENTROPY:
-            w = tl.load(weighted + part, mask=in_n, other=0.0)
-        if STORE:
-            others += s
-            spread += w
-        else:
-            new_m = tl.maximum(m, tile_top)
-            # a label of -inf is the first m, and -inf - -inf is nan
-            old_shift = tl.where(m == float("-inf"), 0.0, (m - new_m) * scale)
-            shift = tl.where(tile_top == float("-inf"), 0.0, (tile_top - new_m) * scale)
-            old_factor, factor = tl.exp2(old_shift), tl.exp2(shift)
-            spread = (spread + others * old_shift) * old_factor + (w + s * shift) * factor
-            others = others * old_factor + s * factor
-            m = new_m
-    x_y = (label - m) * scale
-    own = tl.exp2(x_y)
-    total = others + own
-    log_s = tl.where(x_y == 0, log1p(others), tl.log(total))
-    tl.store(logps + row, x_y * LN2 - log_s, mask=in_n)
-    tl.store(top_out + row, m, mask=in_n)
-    tl.store(log_total + row, log_s, mask=in_n)
-    tl.store(rest + row, others / total, mask=in_n)
-    if WANT_ENTROPY:
-        spread += tl.where(own > 0, own * x_y, 0.0)
-        tl.store(entropy + row, log_s - LN2 * spread / total, mask=in_n)
-    if STORE:
-        redo = (top - m) * scale > LIMIT
-        tl.store(flagged + row, redo.to(tl.int32), mask=in_n)
-        tl.store(new_anchor + row, tl.where(redo, top, m), mask=in_n)
-        tl.store(row_scale + row, slope / total, mask=in_n)
-        mine = others
-        if MODE == 1:
-            t = label / softcap
-            mine *= 1.0 - t * t
-        y = tl.load(ids + row, mask=in_n, other=-1)
-        valid = in_n & (y >= 0) & (y < V)
-        at = matrix + row.to(tl.int64) * pitch + y
-        tl.store(at, mine.to(matrix.dtype.element_ty), mask=valid)
+        # up to the pitch, a multiple of 16, so that stores are wide; e = 0 beyond V
+        column = column0 + tl.arange(0, BLOCK_V)
+        at = matrix + row.to(tl.int64)[:, None] * pitch + column[None, :]
+        mask = in_n[:, None] & (column < pitch)[None, :]
+        tl.store(at, e.to(matrix.dtype.element_ty), mask=mask)
 
 
 def stored_width(vocab_size: int) -> int:
@@ -205,6 +119,22 @@ def label_logits(hidden: Tensor, head: LMHead, token_ids: Tensor) -> Tensor:
     return z_y
 
 
+def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
+    """Launches a kernel that makes descriptors, for which Triton asks an allocator for memory.
+
+    The allocator is set in a copy of the context, so that the caller's stays as it is. The memory
+    is taken on the current stream, as every tensor is that a kernel uses and nobody keeps.
+    """
+
+    def call() -> None:
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
+        launch()
+
+    copy_context().run(call)
+
+
 def matrix_piece(
     hidden: Tensor,
     head: LMHead,
@@ -215,6 +145,7 @@ def matrix_piece(
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """`forward_piece_torch` without `upstream`; with `store` the gradient M too, scaled by row.
 
+    `top` of the statistics is the anchor: z_y, or the maximum of a row that was done again.
     To be called on the device of `hidden`; hidden (n, D) in bf16, or in fp16 without `store`.
     `label_z` (n,): the tokens' logits as `label_logits` makes them, where these are known; then an
     id may be -1, a token that is none of these columns and counts as one more (`vocab_shards.py`).
@@ -240,35 +171,49 @@ def matrix_piece(
     mode, has_bias = cap_mode(head.softcap, head.logit_scale), head.bias is not None
     strides = hidden.stride(0), head.weight.stride(0)
     # what only the kernels pass on to each other
-    tile = tile_for(depth, head.softcap)
+    tile = tile_for(depth, head.softcap, why_not_by_descriptors(hidden, head.weight))
+    redo_tile = redo_tile_for(depth)
     tiles_n, tiles_v = triton.cdiv(n, tile.rows), triton.cdiv(vocab_size, tile.columns)
+    redo_tiles_v = triton.cdiv(vocab_size, redo_tile.columns)
+    pitch_v = triton.cdiv(max(tiles_v, redo_tiles_v), 16) * 16  # so that a row's sums are aligned
     z_y = label_logits(hidden, head, token_ids) if label_z is None else label_z.contiguous()
-    anchor = floats(n if store else 0)
-    flagged = torch.empty(n if store else 0, dtype=torch.int32, device=hidden.device)
-    tops, sums = floats(tiles_v, n), floats(tiles_v, n)
-    weighted = floats(tiles_v, n) if want_entropy else None
+    anchor = floats(n)
+    sums = floats(n, pitch_v)
+    weighted = floats(n, pitch_v) if want_entropy else None
+    redo_rows = torch.empty(n, dtype=torch.int32, device=hidden.device)
+    redo_count = torch.zeros((), dtype=torch.int32, device=hidden.device)
 
-    def tiles(base: Tensor, only_flagged: bool) -> None:
-        _head_kernel[(tiles_n * tiles_v,)](
-            hidden, head.weight, bias, token_ids, base, flagged, matrix,
-            tops, sums, weighted, n, depth, vocab_size, pitch, *strides, scale, inner, softcap,
-            HAS_BIAS=has_bias, MODE=mode, WANT_ENTROPY=want_entropy,
-            STORE=store, ONLY_FLAGGED=only_flagged, EVEN_D=depth % tile.depth == 0,
-            BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_D=tile.depth,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+    flags = {"MODE": mode, "WANT_ENTROPY": want_entropy, "STORE": store}
+    kernel, grid = _head_kernel, tiles_n * tiles_v
+    if tile.descriptors:
+        kernel, grid = persistent_kernel, min(grid, num_processors())
+    with_workspace(
+        hidden.device,
+        lambda: kernel[(grid,)](
+            hidden, head.weight, bias, token_ids, z_y, matrix, sums, weighted,
+            n, depth, vocab_size, pitch, pitch_v, row_tiles_at_once(tiles_n, tile, hidden),
+            *strides, scale, inner, softcap, HAS_BIAS=has_bias, **flags, **tile.options(depth),
+        ),
+    )  # fmt: skip
+
+    def combine(num_tiles: int, again: bool) -> None:
+        blocks = triton.cdiv(n, COMBINED_ROWS)
+        combine_kernel[(min(blocks, num_processors()) if again else blocks,)](
+            z_y, token_ids, anchor, matrix, sums, weighted, redo_rows, redo_count,
+            *statistics, row_scale, n, vocab_size, pitch, num_tiles, pitch_v,
+            scale, softcap, head.slope, int(again), **flags,
+            ROWS=COMBINED_ROWS, BLOCK=min(1024, triton.next_power_of_2(pitch_v)), num_warps=4,
         )  # fmt: skip
 
-    def combine(base: Tensor) -> None:
-        _combine_kernel[(triton.cdiv(n, 128),)](
-            z_y, token_ids, base, matrix, tops, sums, weighted,
-            *statistics, row_scale, flagged, anchor,
-            n, vocab_size, pitch, tiles_v, scale, softcap, head.slope,
-            MODE=mode, WANT_ENTROPY=want_entropy, STORE=store, BLOCK=128, num_warps=4,
+    combine(tiles_v, again=False)
+    # rows whose token is all but impossible, with their maximum as the anchor
+    redo_tiles = triton.cdiv(n, redo_tile.rows) * redo_tiles_v
+    for find_top in (1, 0):
+        redo_kernel[(min(redo_tiles, num_processors()),)](
+            hidden, head.weight, bias, token_ids, anchor, matrix, sums, weighted,
+            redo_rows, redo_count, depth, vocab_size, pitch, pitch_v, *strides,
+            scale, inner, softcap, find_top, HAS_BIAS=has_bias, **flags,
+            **redo_tile.options(depth),
         )  # fmt: skip
-
-    tiles(z_y, only_flagged=False)
-    combine(z_y)
-    if store:  # rows whose token is all but impossible, with their maximum as the anchor
-        tiles(anchor, only_flagged=True)
-        combine(anchor)
+    combine(redo_tiles_v, again=True)
     return statistics, gradient
