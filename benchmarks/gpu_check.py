@@ -3,12 +3,14 @@
     python -m benchmarks.gpu_check --out FOLDER
 
     share   step
-    100 s   numerics   every op against float64 on the device, all dtypes, both ways to the logits
+     75 s   numerics   every op against float64 on the device, all dtypes, both ways to the logits
      60 s   attention  shared-prefix attention against float64 and SDPA, fp32 and bf16; twice more,
      50 s              with a window,
      50 s              and with a soft-cap, which FlexAttention computes
      65 s   logits     the logits-in ops against the measured copy bandwidth, and their peers
     105 s   linear     the fused loss at four shapes against 6NDV at the measured rate, its peers
+     10 s   predicted  what the cost model says of those shapes, beside what was measured
+     15 s   products   dX in parts of the vocabulary, dW added in memory, beside the library's way
      40 s   tiles      the matrix kernel's tiles against the library's product
      50 s   update     an optimizer step of the trainer, shared prefix, padded, and TRL's
 
@@ -63,7 +65,7 @@ def steps(out: Path, device: str, small: bool) -> list[Step]:
     attention, window, softcap = _attention_arguments(small)
     vocab = "503" if small else "50257,50304,151936"
     found = [
-        Step("numerics", "benchmarks.numerics", [*on, "--vocab", vocab], 100),
+        Step("numerics", "benchmarks.numerics", [*on, "--vocab", vocab], 75),
         Step("attention", "benchmarks.attention", [*on, *attention], 60),
         Step("attention_window", "benchmarks.attention", [*on, *attention, *window], 50),
         Step("attention_softcap", "benchmarks.attention", [*on, *attention, *softcap], 50),
@@ -71,6 +73,10 @@ def steps(out: Path, device: str, small: bool) -> list[Step]:
         Step("linear", "benchmarks.loss", ["--job", "linear", *loss, *_shapes(four)], 105),
     ]
     if device == "cuda":
+        measured = ["--measured", str(out / "linear.json")]
+        found.append(Step("predicted", "benchmarks.tuning.cost_model", measured, 10))
+        products = ["--runs", "5", *_shapes(four)]
+        found.append(Step("products", "benchmarks.tuning.products", products, 15))
         found.append(Step("tiles", "benchmarks.tiles", _shapes(four), 40))
     found.append(
         Step("update", "benchmarks.step", [*on, *_update_arguments(small)], 50, TRAINER_NEEDS)

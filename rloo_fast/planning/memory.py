@@ -178,6 +178,7 @@ def at_the_loss(s: Setup) -> dict[str, float]:
 
     Its logits: one piece, never [N, V] (kernels/README.md). With more than one piece the lm_head's
     gradient is summed in float32, and rounded at the end. One GPU's whole lm_head is gathered.
+    These are the least: while more is free, a piece takes up to a quarter of that, at most 8 GiB.
     """
     c, head = s.width, s.shape.head
     logits = s.tokens * s.shape.vocab * c

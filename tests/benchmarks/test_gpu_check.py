@@ -23,9 +23,10 @@ from benchmarks.step import run as step_benchmark
 from benchmarks.tuning import numerics
 
 STEPS = [
-    "numerics", "attention", "attention_window", "attention_softcap", "logits", "linear", "tiles",
-    "update",
+    "numerics", "attention", "attention_window", "attention_softcap", "logits", "linear",
+    "predicted", "products", "tiles", "update",
 ]  # fmt: skip
+ON_GPU_ALONE = ("predicted", "products", "tiles")
 
 
 def test_every_result_is_within_its_bound(tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_the_steps_are_those_the_benchmarks_take(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [n for n in STEPS if n.startswith(("attention", "update"))])
 def test_a_small_step_runs_on_a_cpu(tmp_path, name):
     found = {s.name: s for s in gpu_check.steps(tmp_path, "cpu", small=True)}
-    assert [*found] == [n for n in STEPS if n != "tiles"]
+    assert [*found] == [n for n in STEPS if n not in ON_GPU_ALONE]
     module = importlib.import_module(f"{found[name].module}.run")
     assert module.main(found[name].arguments) == 0
     rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]

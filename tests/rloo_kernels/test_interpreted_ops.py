@@ -245,6 +245,8 @@ OPS: dict[str, tuple[Callable, str, dict[str, Any]]] = {
     "fused, frozen head bf16": (loss_op, HALF, {"frozen": (1,)}),
     "fused, frozen head, pieces fp32": (loss_op, FULL, {"frozen": (1,), "chunk_bytes": 6000}),
     "fused, two passes bf16": (loss_op, HALF, {"chunk_bytes": 1500}),
+    "fused, pieces bf16": (loss_op, HALF, {"chunk_bytes": 3600}),
+    "fused, known, pieces bf16": (loss_op, HALF, {"chunk_bytes": 3600, "ref": False}),
     "fused, normalize fp32": (loss_op, FULL, {"normalize": True}),
     "fused, k3 bf16": (loss_op, HALF, {"kl": "loss", **TOKEN, "advantage": "grpo"}),
     "fused, strided fp32": (loss_op, FULL, {"strided": True, "mask": True, "old": True}),

@@ -19,6 +19,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.autotuner import Autotuner
 
@@ -46,6 +47,7 @@ def fix_interpreter() -> None:
     if getattr(Builder, "_bf16_is_right", False):
         return
     Builder._bf16_is_right = True
+    Builder.create_descriptor_reduce = _descriptor_reduce
     _fix_casts()
     _fix_arithmetic()
     _fix_reductions()
@@ -80,6 +82,15 @@ def _widen(handle: Any) -> Any:
 
 def _narrow(values: np.ndarray) -> Any:
     return Handle(float32_to_bf16(values), tl.bfloat16)
+
+
+def _descriptor_reduce(self: Any, kind: Any, descriptor: Any, value: Any, indices: Any) -> Any:
+    """descriptor.atomic_add, which the stock interpreter lacks."""
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or value.dtype.scalar != tl.float32:
+        raise NotImplementedError(f"of descriptors only atomic_add of fp32 is here, got {kind}.")
+    pointers, mask = descriptor.materialize_pointers(indices)
+    add, order, scope = ir.ATOMIC_OP.FADD, ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+    return self.create_atomic_rmw(add, pointers, value, mask, order, scope)
 
 
 def _fix_casts() -> None:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from .gradients import GradientAccumulator
 from .piece import forward_piece, forward_rows
 from .types import LMHead, LogitGradient
 from .vocab_shards import Labels, SplitLabels
+from .waves import LEAST_INACTIVE_ROWS, Pieces
 
 
 class LossAndGradients(NamedTuple):
@@ -42,7 +42,8 @@ class LossAndGradients(NamedTuple):
 class ChunkedLoss:
     """One call of the op, over the N tokens that are not masked.
 
-    `need`: whether hidden, weight and bias get a gradient; `size`: rows of a piece. Inputs and
+    `need`: whether hidden, weight and bias get a gradient; `pieces`: how rows are cut;
+    `weight_dtype`: that of dW, which is not the weight's only if dW is summed. Inputs and
     cu_seqlens may lie on the CPU: looking at them there does not wait for a GPU, and nothing here
     looks at anything else of one but cu_seqlens that lie on it.
     """
@@ -57,15 +58,17 @@ class ChunkedLoss:
         options: LossOptions,
         want_entropy: bool,
         need: tuple[bool, bool, bool],
-        size: int,
+        pieces: Pieces,
+        weight_dtype: torch.dtype,
     ) -> None:
         self.hidden, self.head, self.token_ids = hidden, head, token_ids
         self.cu_seqlens = to_device(cu_seqlens, hidden.device)
         self.bounds: list[int] = cu_seqlens.tolist()
         check_bounds(self.bounds, len(token_ids))
-        self.given, self.options, self.size = inputs, options, size
+        self.given, self.options, self.pieces = inputs, options, pieces
         self.inputs = flat_inputs(inputs, hidden, hidden.device)
         self.need, self.frozen_head = need, need == (True, False, False)
+        self.weight_dtype = weight_dtype
         dtype = accumulation_dtype(hidden.dtype)
         self.logps = hidden.new_zeros(len(token_ids), dtype=dtype)
         self.entropy = torch.zeros_like(self.logps) if want_entropy else None
@@ -85,7 +88,7 @@ class ChunkedLoss:
             self._set_coefficients(everything)
         else:
             sums = self._chunk_by_chunk()
-        return self._result(*sums.finish())
+        return self._result(*sums.finish(self.weight_dtype))
 
     def _log_mode(self) -> None:
         head = "frozen lm_head, no dW" if self.frozen_head else "three products"
@@ -116,12 +119,17 @@ class ChunkedLoss:
         if place != bounds.device:
             bounds = torch.tensor(self.bounds)
         c, _ = coefficients_and_table(logps, bounds, inputs, None, self.options)
-        active, still = _active(c)
-        sums = self._accumulator(-(-len(active) // self.size))
-        active, still, c = (to_device(x, self.hidden.device) for x in (active, still, c))
-        if len(still):
+        parts = _by_coefficient(c, LEAST_INACTIVE_ROWS if self.hidden.is_cuda else 1)
+        cut = self.pieces.cut(0, len(c if parts is None else parts[0]))
+        sums = self._accumulator(len(cut))
+        c = to_device(c, self.hidden.device)
+        active = None
+        if parts is not None:
+            active, still = (to_device(x, self.hidden.device) for x in parts)
             self._forward(still)
-        for rows in _split(active, self.size):
+            sums.set_zero(still)
+        for part in cut:
+            rows = part if active is None else active[part]
             self._forward_and_add(sums, rows, c[rows])
         return sums
 
@@ -130,8 +138,9 @@ class ChunkedLoss:
         unit = self.options.num_generations if self.inputs.rewards is not None else 1
         if self.options.normalize:
             unit = len(self.bounds) - 1
-        chunks = plan_chunks(self.bounds, max(unit, 1), self.size)
-        sums = self._accumulator(sum(chunk.num_pieces(self.size) for chunk in chunks))
+        chunks = plan_chunks(self.bounds, max(unit, 1), self.pieces)
+        num_pieces = [1 if x.fits else len(self.pieces.cut(x.t0, x.t1)) for x in chunks]
+        sums = self._accumulator(sum(num_pieces))
         for chunk in chunks:
             if chunk.t0 == chunk.t1:
                 self._set_coefficients(chunk)
@@ -148,17 +157,17 @@ class ChunkedLoss:
         gradient = self._forward_with_gradient(chunk.tokens)
         self._set_coefficients(chunk)
         hidden, c = self.hidden[chunk.tokens], self.coefficients[chunk.tokens]
-        active, still = _active(c)  # clipped sequences have c = 0, unscorable ones too
-        if len(still):
-            gradient = gradient.select(active)
-            sums.add(active + chunk.t0, hidden[active], gradient, c[active])
-        else:
+        parts = _by_coefficient(c)  # clipped sequences have c = 0, unscorable ones too
+        if parts is None:
             sums.add(chunk.tokens, hidden, gradient, c)
+        else:
+            active, still = parts
+            sums.add(active + chunk.t0, hidden[active], gradient.select(active), c[active])
+            sums.set_zero(still + chunk.t0)
 
     def _unit_gradient_then_scale(self, sums: GradientAccumulator, chunk: Chunk) -> None:
         """Two products: dX is linear in c, so it is made for c = 1 and scaled once c is known."""
-        every = torch.arange(chunk.t0, chunk.t1, device=self.hidden.device)
-        for rows in _split(every, self.size):
+        for rows in self.pieces.cut(chunk.t0, chunk.t1):
             self._forward_and_add(sums, rows, None)
         self._set_coefficients(chunk)
         assert sums.hidden is not None
@@ -173,22 +182,30 @@ class ChunkedLoss:
         )
         self._forward(chunk.tokens)
         self._set_coefficients(chunk)
-        active, _ = _active(self.coefficients[chunk.tokens])
+        parts = _by_coefficient(self.coefficients[chunk.tokens])
         if isinstance(self.token_ids, SplitLabels):  # each piece is a collective: as many on all
-            active = torch.arange(chunk.t1 - chunk.t0, device=self.hidden.device)
-        for rows in _split(active + chunk.t0, self.size):
+            parts = None
+        if parts is None:
+            every = self.pieces.cut(chunk.t0, chunk.t1)
+        else:
+            active, still = (x + chunk.t0 for x in parts)
+            sums.set_zero(still)
+            every = [active[part] for part in self.pieces.cut(0, len(active))]
+        for rows in every:
             self._forward_and_add(sums, rows, self.coefficients[rows])
 
     # What a set of rows goes through
 
     def _accumulator(self, num_pieces: int) -> GradientAccumulator:
+        if self.weight_dtype != self.hidden.dtype:  # dW is handed over as a sum
+            num_pieces = max(num_pieces, 2)
         return GradientAccumulator(self.hidden, self.head, self.need, num_pieces)
 
     def _forward(self, rows: slice | Tensor) -> None:
         """Log-probs and entropies: one product."""
         want = self.entropy is not None
         hidden, ids = self.hidden[rows], self.token_ids[rows]
-        self.logps[rows], entropy = forward_rows(hidden, self.head, ids, self.size, want)
+        self.logps[rows], entropy = forward_rows(hidden, self.head, ids, self.pieces.most, want)
         if self.entropy is not None:
             self.entropy[rows] = entropy
 
@@ -208,7 +225,7 @@ class ChunkedLoss:
         return gradient
 
     def _forward_and_add(
-        self, sums: GradientAccumulator, rows: Tensor, coefficients: Tensor | None
+        self, sums: GradientAccumulator, rows: slice | Tensor, coefficients: Tensor | None
     ) -> None:
         """Log-probs, and the gradients for coefficients that are known; None for 1 each."""
         gradient = self._forward_with_gradient(rows)
@@ -241,18 +258,15 @@ class ChunkedLoss:
         )
 
 
-def _active(c: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows with c != 0, rows with c = 0), ascending; on a GPU (all, none): it would have to wait.
+def _by_coefficient(c: Tensor, least: int = 1) -> tuple[Tensor, Tensor] | None:
+    """(rows with c != 0, rows with c = 0), ascending; None where all rows are to run alike.
 
-    There the products of rows with c = 0, mostly clipped ones, cost less than an idle device.
+    That is where fewer than `least` have c = 0, and on a GPU: looking would wait. There the
+    products of rows with c = 0, mostly clipped ones, cost less than an idle device.
     """
     if c.is_cuda:
-        every = torch.arange(len(c), device=c.device)
-        return every, every[:0]
-    return c.nonzero().squeeze(1), (c == 0).nonzero().squeeze(1)
-
-
-def _split(index: Tensor, size: int) -> Iterator[Tensor]:
-    """`index` in parts of nearly equal length, at most `size`."""
-    num_pieces = -(-len(index) // size)
-    yield from index.tensor_split(num_pieces) if num_pieces else ()
+        return None
+    still = (c == 0).nonzero().squeeze(1)
+    if len(still) < least:
+        return None
+    return c.nonzero().squeeze(1), still

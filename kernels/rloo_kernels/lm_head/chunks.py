@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import NamedTuple
+
+from .waves import Pieces
+
+MOST_CUTS = 64  # places where chunks may end: their pairs are looked at, on the host
 
 
 class Chunk(NamedTuple):
@@ -24,23 +29,60 @@ class Chunk(NamedTuple):
     def tokens(self) -> slice:
         return slice(self.t0, self.t1)
 
-    def num_pieces(self, size: int) -> int:
-        """Pieces of at most `size` tokens that it takes; one for a chunk that fits."""
-        return 1 if self.fits else -(-(self.t1 - self.t0) // size)
 
+def plan_chunks(bounds: list[int], rows_per_unit: int, pieces: Pieces) -> list[Chunk]:
+    """Whole units of `rows_per_unit` rows, in order, at most `pieces.most` tokens to a chunk.
 
-def plan_chunks(bounds: list[int], rows_per_unit: int, size: int) -> list[Chunk]:
-    """Whole units of `rows_per_unit` rows, packed in order into pieces of at most `size` tokens.
-
-    `bounds` are cu_seqlens. A unit of more tokens is a chunk of its own that does not fit.
+    `bounds` are cu_seqlens. All that fits into one chunk is one; else they are cut where the chunks
+    take the least time in all, or without a shape are as full as can be. A unit of more tokens is
+    a chunk of its own that does not fit.
     """
+    ends = bounds[::rows_per_unit]  # of the units; the first one's start before them
+    cut = _fullest if pieces.shape is None or ends[-1] - ends[0] <= pieces.most else _fastest
     chunks: list[Chunk] = []
-    for r0 in range(0, len(bounds) - 1, rows_per_unit):
-        r1 = r0 + rows_per_unit
-        t0, t1 = bounds[r0], bounds[r1]
-        last = chunks[-1] if chunks else None
-        if last is not None and last.fits and t1 - last.t0 <= size:
-            chunks[-1] = Chunk(last.r0, r1, last.t0, t1, True)
-        else:
-            chunks.append(Chunk(r0, r1, t0, t1, t1 - t0 <= size))
+    i = 0
+    for j in cut(ends, pieces):
+        fits = ends[j] - ends[i] <= pieces.most
+        chunks.append(Chunk(i * rows_per_unit, j * rows_per_unit, ends[i], ends[j], fits))
+        i = j
     return chunks
+
+
+def _fullest(ends: list[int], pieces: Pieces) -> list[int]:
+    """Numbers of the units at which chunks end, each with as many units as fit."""
+    cuts = [0]
+    while cuts[-1] < len(ends) - 1:
+        fitting = bisect_right(ends, ends[cuts[-1]] + pieces.most) - 1
+        cuts.append(max(fitting, cuts[-1] + 1))
+    return cuts[1:]
+
+
+def _fastest(ends: list[int], pieces: Pieces) -> list[int]:
+    """Likewise, those that take the least time: the best way on from each unit, last unit first."""
+    kept = _with_few_cuts(ends, min(pieces.most, (ends[-1] - ends[0]) // MOST_CUTS))
+    num_cuts = len(kept)
+    least, best = [0.0] * num_cuts, [0] * num_cuts
+    for i in range(num_cuts - 2, -1, -1):
+        start = ends[kept[i]]
+        least[i], best[i] = pieces.steps(ends[kept[i + 1]] - start) + least[i + 1], i + 1
+        for j in range(i + 2, num_cuts):
+            n = ends[kept[j]] - start
+            if n > pieces.most:
+                break
+            time = pieces.steps(n) + least[j]
+            if time <= least[i]:
+                least[i], best[i] = time, j
+    cuts, i = list[int](), 0
+    while i < num_cuts - 1:
+        i = best[i]
+        cuts.append(kept[i])
+    return cuts
+
+
+def _with_few_cuts(ends: list[int], most: int) -> list[int]:
+    """0, the last unit's end, and those between at which parts of at most `most` tokens end."""
+    kept = [0]
+    for j in range(1, len(ends)):
+        if j + 1 == len(ends) or ends[j + 1] - ends[kept[-1]] > most:
+            kept.append(j)
+    return kept

@@ -17,9 +17,10 @@ FLOPs of one call, N tokens, D hidden size, V vocabulary, n tokens with c != 0:
     those that do not, and normalize=True                 2NDV + 6nDV (2NDV + 2NDV, frozen head)
 
 Rows that `mask` leaves out are not run. On a GPU rows with c = 0 are found only where that needs no
-wait: when the coefficients are known beforehand and the inputs were given on the CPU. Elsewhere n
+wait: when the coefficients are known beforehand and the inputs were given on the CPU; and they are
+run apart only from some hundred of them on, since that reads the weight once more. Elsewhere n
 counts them. Held at a time: one piece of logits (`chunk_bytes`), and with more than one piece an
-fp32 sum of dW.
+fp32 sum of dW, on a GPU until backward, which rounds it together with the upstream gradient.
 """
 
 # pyright: strict, reportUnknownMemberType=false
@@ -50,8 +51,8 @@ from ..loss.types import (
 from ..transfer import to_device
 from .checks import check_head
 from .chunked_loss import ChunkedLoss
-from .gradients import needed_gradients
-from .piece import piece_rows_of
+from .gradients import needed_gradients, weight_sum_dtype
+from .piece import pieces_of, planned_rows
 from .types import LMHead
 from .vocab_split import open_split, split_arguments, split_labels
 
@@ -97,6 +98,7 @@ def _fused_linear_rloo_loss(
     `SplitArguments`. The inputs (rewards ... mask) lie on one device, that of `hidden` or the CPU.
     """
     num_tokens, index = len(token_ids), None
+    flags, weight_dtype = (need[0], need[1], need[2]), weight_sum_dtype(hidden, num_tokens, size)
     inputs = LossInputs(rewards, advantages, token_advantages, old_logps, ref_logps, None)
     if mask is not None:  # rows left out are not run: what follows sees only those kept
         kept = mask.nonzero().squeeze(1)
@@ -113,9 +115,10 @@ def _fused_linear_rloo_loss(
         num_generations, beta, epsilon_low, epsilon_high, denominator, advantage, kl, level,
         token_mean, normalize,
     )  # fmt: skip
+    per_rank = weight.shape if split is None else (split.rows_per_rank, weight.shape[1])
     made = ChunkedLoss(
         hidden, head, labels, cu_seqlens, inputs, options, want_entropy,
-        (need[0], need[1], need[2]), size,
+        flags, pieces_of(hidden, per_rank, flags, size), weight_dtype,
     ).run()  # fmt: skip
     if split is not None and made.grad_hidden is not None:
         split.sum_hidden(made.grad_hidden)
@@ -148,12 +151,14 @@ def _fused_linear_rloo_loss_fake(
     cu_seqlens: Tensor,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    want_entropy, need, _ = args[-3:]
+    want_entropy, need, size = args[-3:]
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     table = logps.new_empty(len(TABLE_FIELDS), cu_seqlens.shape[0] - 1)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, weight_sum_dtype(hidden, hidden.shape[0], size), hidden.dtype)
     grads = (
-        hidden.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, need, strict=True)
+        hidden.new_empty(shape, dtype=dtype) if wanted else hidden.new_empty(0)
+        for shape, dtype, wanted in zip(shapes, dtypes, need, strict=True)
     )
     entropy = torch.empty_like(logps) if want_entropy else logps.new_empty(0)
     return (
@@ -218,7 +223,9 @@ def fused_linear_rloo_loss(
     `LossOptions` are those of `rloo_objective`, the head's options those of `linear_logprob`. The
     loss is differentiable in hidden, weight and bias; the gradients are made when they are asked
     for (requires_grad, and gradients enabled) and backward scales them. The result does not depend
-    on `chunk_bytes`, the bound on the logits alive at one time, beyond rounding.
+    on `chunk_bytes`, the bound on the logits alive at one time, beyond rounding. None: 384 MiB in
+    fp32, 768 MiB in bf16 and fp16; on a GPU all in one piece of at most 8 GiB, or pieces of 4 or 2
+    GiB, while four times that is free.
 
     With old_logps, beta and rewards, the KL in the reward is that of the present policy, or with
     kl_policy="sampling" that of old_logps, as in RLOOTrainer and TRL: see `rloo_objective`.
@@ -247,6 +254,7 @@ def fused_linear_rloo_loss(
     inputs, checked, made = with_known_kl(inputs, bounds, checked)
     flat = hidden.reshape(-1, hidden.shape[-1])
     split = split_arguments(weight, group, vocab_offset, vocab_size, sum_hidden_grad)
+    need = list(needed_gradients(hidden, weight, bias))
     with without_autocast(hidden):
         loss, coefficients, table, logps, entropy, *_ = _fused_linear_rloo_loss(
             flat,
@@ -262,8 +270,8 @@ def fused_linear_rloo_loss(
             split.shard,
             *option_values(checked, num_rows),
             return_entropy,
-            list(needed_gradients(hidden, weight, bias)),
-            piece_rows_of(flat, weight.shape[0], chunk_bytes, split),
+            need,
+            planned_rows(flat, weight, chunk_bytes, need[1], split),
         )
     objective = Objective(
         loss,

@@ -8,7 +8,7 @@ What lives at one time is one piece of logits. `piece_torch.py` has the mathemat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,23 +19,32 @@ from .piece_torch import forward_piece_torch
 from .types import LMHead, LogitGradient
 from .vocab_shards import Labels, SplitLabels
 from .vocab_split import SplitArguments, split_piece
+from .waves import HeadShape, Pieces
 
 # What a piece of logits may take. Pieces of fp32 are summed into the weight gradient at no cost;
 # pieces of bf16 and fp16 cost an fp32 copy of it, so they are fewer and larger.
 PIECE_BYTES = {torch.float32: 384 << 20, torch.float64: 384 << 20}
 PIECE_BYTES_HALF = 768 << 20
+# What it may take on a GPU while four times as much is free: all rows in one piece, or several.
+# Steps, so that the pieces, and with them the last bits of a result, seldom depend on the moment.
+ONE_PIECE_BYTES = 8 << 30
+PLANNED_BYTES = (4 << 30, 2 << 30)
 
 
 def piece_rows(hidden: Tensor, vocab_size: int, chunk_bytes: int | None) -> int:
     """The most rows of a piece: its logits take at most `chunk_bytes` (at least one row)."""
     if chunk_bytes is None:
         chunk_bytes = PIECE_BYTES.get(hidden.dtype, PIECE_BYTES_HALF)
-    bytes_per_row = vocab_size * hidden.element_size()
+    return max(1, min(hidden.shape[0], chunk_bytes // _bytes_per_row(hidden, vocab_size)))
+
+
+def _bytes_per_row(hidden: Tensor, vocab_size: int) -> int:
+    size = hidden.element_size()
     if use_triton(hidden):
         from .piece_triton import bytes_per_logit
 
-        bytes_per_row = vocab_size * bytes_per_logit(hidden)
-    return max(1, min(hidden.shape[0], chunk_bytes // max(bytes_per_row, 1)))
+        size = bytes_per_logit(hidden)
+    return max(vocab_size * size, 1)
 
 
 def piece_rows_of(
@@ -49,11 +58,83 @@ def piece_rows_of(
     return piece_rows(hidden, split.rows_per_rank, chunk_bytes)
 
 
-def pieces(num_rows: int, most: int) -> Iterator[slice]:
+def planned_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_bytes: int | None,
+    sums_weight: bool,
+    split: SplitArguments | None = None,
+) -> int:
+    """`piece_rows` for the loss: on a GPU without `chunk_bytes` as many as free memory allows.
+
+    Where the vocabulary is split, as `piece_rows_of`: free memory differs between ranks.
+
+    With `sums_weight` several pieces need an fp32 sum of dW, which one piece may take instead.
+    """
+    if split is not None and split.group is not None:
+        return piece_rows_of(hidden, len(weight), chunk_bytes, split)
+    if chunk_bytes is None and hidden.is_cuda and (free := free_bytes(hidden.device)):
+        spared = 4 * weight.numel() if sums_weight and hidden.dtype != torch.float16 else 0
+        chunk_bytes = planned_bytes(
+            hidden.shape[0] * _bytes_per_row(hidden, len(weight)), free, spared
+        )
+    return piece_rows(hidden, weight.shape[0], chunk_bytes)
+
+
+def planned_bytes(all_bytes: int, free: int, spared: int) -> int | None:
+    """Bytes of a piece where all logits take `all_bytes`; None, the fixed ones, if memory is short.
+
+    One piece takes none of the `spared` bytes that several need beside their logits.
+    """
+    for most in (ONE_PIECE_BYTES, *PLANNED_BYTES):
+        if 4 * most <= free:
+            if all_bytes <= most + spared:
+                return all_bytes
+            if most in PLANNED_BYTES:
+                return most
+    return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that torch can still hand out on a GPU, asked without waiting for it.
+
+    None where they are not to be asked: under torch.compile, in a CUDA graph, without a GPU, and
+    with deterministic algorithms, whose bits may not depend on the moment.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return None
+    if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+        return None
+    stats = torch.cuda.memory_stats(device)
+    held = stats.get("reserved_bytes.all.current", 0) - stats.get("allocated_bytes.all.current", 0)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def pieces_of(
+    hidden: Tensor, shape: tuple[int, ...], need: tuple[bool, bool, bool], most: int
+) -> Pieces:
+    """How rows are cut into pieces of at most `most`: on a GPU by waves of its processors.
+
+    `shape` (V, D) of the weight; of an average rank's where the vocabulary is split.
+    """
+    processors = num_processors(hidden)
+    if processors is None:
+        return Pieces(most)
+    vocab_size, depth = shape
+    return Pieces(most, HeadShape(depth, vocab_size, processors, need[0], need[1]))
+
+
+def num_processors(x: Tensor) -> int | None:
+    """Of the GPU that `x` lies on; None elsewhere."""
+    if not x.is_cuda or not torch.cuda.is_available():
+        return None
+    properties = cast(Any, torch.cuda).get_device_properties(x.device)
+    return int(properties.multi_processor_count)
+
+
+def pieces(num_rows: int, most: int) -> list[slice]:
     """Slices of nearly equal length, at most `most` rows each."""
-    size = -(-num_rows // max(-(-num_rows // most), 1))
-    for start in range(0, num_rows, max(size, 1)):
-        yield slice(start, min(start + size, num_rows))
+    return Pieces(most).cut(0, num_rows)
 
 
 def forward_piece(

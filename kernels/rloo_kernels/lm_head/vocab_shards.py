@@ -48,6 +48,11 @@ class VocabSplit:
     vocab_size: int  # V, of all ranks together
     sum_hidden_grad: bool  # whether dX is summed over the ranks
 
+    @property
+    def rows_per_rank(self) -> int:
+        """V / R, rounded up."""
+        return -(-self.vocab_size // dist.get_world_size(self.group))
+
     def sum_hidden(self, grad: Tensor) -> Tensor:
         """dX (N, D) of all ranks, written over that of this one's columns."""
         if self.sum_hidden_grad:

@@ -133,17 +133,21 @@ def _objective_fake(logps: Tensor, cu_seqlens: Tensor, *args: Any) -> tuple[Tens
 
 @torch.library.custom_op("rloo_kernels::loss_backward", mutates_args=())
 def scaled_gradient(gradient: Tensor, factor: Tensor, of: Tensor) -> Tensor:
-    """gradient * factor, where `gradient` is dloss / d`of`.
+    """gradient * factor in the dtype of `of`, where `gradient` is dloss / d`of`.
 
     An op of its own that takes `of` as an input, so that differentiating it once more is refused
-    and the gradient is not taken for a constant.
+    and the gradient is not taken for a constant. On a GPU one pass, whatever the dtypes.
     """
-    return (gradient * factor).to(gradient.dtype)
+    if gradient.is_cuda:
+        out = torch.empty_like(gradient, dtype=of.dtype)
+        # one number in one dimension: as a scalar it would be rounded to the gradient's dtype
+        return torch.mul(gradient, factor.reshape((1,) * max(gradient.ndim, 1)), out=out)
+    return (gradient * factor).to(of.dtype)
 
 
 @scaled_gradient.register_fake
 def _scaled_gradient_fake(gradient: Tensor, factor: Tensor, of: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
+    return torch.empty_like(gradient, dtype=of.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 from rloo_kernels import fused_linear_rloo_loss
 from rloo_kernels.dispatch import log_once
-from rloo_kernels.lm_head.chunks import plan_chunks
 
 from tests.support.kernel_helpers import Watch, bounds, nan_in_new_memory, plain_head  # noqa: F401
 from tests.support.kernel_losses import (
@@ -111,19 +110,6 @@ def test_the_logits_of_all_rows_never_exist(name, need):
             found.loss.backward()
     assert watch.largest == 12 * 500
     assert watch.peak < 4 * len(ids) * 500 / 2
-
-
-def test_plan_of_chunks_holds_every_row_once():
-    for lengths in (LENGTHS, [0] * 9, [9, 0, 0] * 3, [1] * 9):
-        for unit in (1, 3, 9):
-            for size in (1, 3, 5, 100):
-                chunks = plan_chunks(bounds(lengths).tolist(), unit, size)
-                assert [c.r0 for c in chunks] == [0, *(c.r1 for c in chunks[:-1])]
-                assert chunks[-1].r1 == 9
-                for c in chunks:
-                    assert (c.t0, c.t1) == (sum(lengths[: c.r0]), sum(lengths[: c.r1]))
-                    assert c.fits == (c.t1 - c.t0 <= size)
-                    assert c.fits or c.r1 - c.r0 == unit
 
 
 @pytest.mark.parametrize(
