@@ -6,6 +6,8 @@ calls are held against their sources by `tests/benchmarks/test_loss_peers.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,7 +104,7 @@ def liger_grpo(batch: Batch) -> Tensor:
     return out * TOKENS_PER_COMPLETION
 
 
-def _cce(batch: Batch, **options: object) -> Tensor:
+def _cce(batch: Batch, **options: Any) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     hidden, weight = batch.leaves

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import statistics
 import sys
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ def measured(shape: str, num_rows: int, runs: int) -> list[Row]:
     device = torch.device("cuda")
     for name, seconds in harness.time_interleaved(steps, device, runs=runs, warmup=2).items():
         rows[name].set_times(seconds)
-        rate = 2 * num_rows * depth * vocab_size / rows[name].seconds_median / 1e12
+        rate = 2 * num_rows * depth * vocab_size / statistics.median(seconds) / 1e12
         rows[name].add_note(f"{rate:.0f} TFLOP/s")
     return list(rows.values())
 

@@ -25,7 +25,7 @@ from tests.support.triton_process import run_worker
 N, D, V = 24, 32, 130
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = torch.arange(0, N + 1, 3)  # 8 completions
-SOFTCAP = {"softcap": 30.0, "temperature": 0.7}
+SOFTCAP: dict[str, Any] = {"softcap": 30.0, "temperature": 0.7}
 
 
 def head_inputs(dtype: torch.dtype, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,7 +22,8 @@ none where it is fp32 itself and no entropy is asked for. Passes over [n, V] bes
 softmax and one sum, each of them one parallel region per block of rows.
 """
 
-# pyright: strict, reportUnknownMemberType=false
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def forward_piece_torch(
     logps, rest, scale = (raw.new_empty(len(raw), dtype=dtype) for _ in range(3))
     entropy = raw.new_empty(len(raw) if want_entropy else 0, dtype=dtype)
     blocks = _blocks(raw, head, want_entropy)
-    copy = raw.new_empty(raw[blocks[0]].shape, dtype=dtype) if raw.dtype != dtype else None
+    copy = None if raw.dtype == dtype else torch.empty_like(raw[blocks[0]], dtype=dtype)
     for rows in blocks:
         ids = token_ids[rows, None]
         block = raw[rows] if copy is None else copy[: len(ids)].copy_(raw[rows])
@@ -82,8 +83,9 @@ def forward_piece_torch(
             if q.data_ptr() != raw[rows].data_ptr():
                 raw[rows] = q  # in the raw logits' place: nobody needs them again
     underflown = (logps < math.log(torch.finfo(dtype).tiny)).nonzero().squeeze(1)
-    for rows in underflown.split(len(raw) // 8 + 1):
-        logps[rows] = _logps_again(hidden[rows], head, token_ids[rows], dtype)
+    if len(underflown):
+        for rows in underflown.tensor_split(8):  # their logits beside those of the piece
+            logps[rows] = _logps_again(hidden[rows], head, token_ids[rows], dtype)
     statistics = RowStatistics(logps, raw.new_empty(0), raw.new_empty(0), rest, entropy)
     return statistics, LogitGradient(raw, scale) if want_gradient else None
 
@@ -106,7 +108,7 @@ def _blocks(raw: Tensor, head: LMHead, want_entropy: bool) -> list[slice]:
         return [slice(0, len(raw))]
     threads = torch.get_num_threads()  # each takes whole rows, equally many
     size = threads * max(1, BLOCK_BYTES // (4 * max(raw.shape[1], 1) * threads))
-    return [slice(start, start + size) for start in range(0, len(raw), size)]
+    return [slice(start, start + size) for start in range(0, max(len(raw), 1), size)]
 
 
 def _logps_again(hidden: Tensor, head: LMHead, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
