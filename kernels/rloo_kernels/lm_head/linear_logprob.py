@@ -94,7 +94,7 @@ def _linear_logprob(
     saves = _saved_for_backward(need, num_rows, size)
     if saves == "nothing":
         logps, entropy = forward_rows(hidden, head, labels, size, want_entropy)
-        saved, row_scale = hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+        saved, row_scale = hidden.new_empty(0), logps.new_empty(0)
     else:
         logps, entropy, saved, row_scale = _forward_and_save(
             hidden, head, labels, size, want_entropy, saves
@@ -112,7 +112,7 @@ def _forward_and_save(
     """As `_linear_logprob`, of rows none of which is masked."""
     logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     entropy = torch.zeros_like(logps) if want_entropy else logps.new_empty(0)
-    row_scale = hidden.new_empty(0, dtype=torch.float32)
+    row_scale = logps.new_empty(0)
     saved = hidden.new_empty(0, logit_gradient_width(hidden, head.weight))  # if no row is kept
     unit = GradientAccumulator(hidden, head, (saves == "unit dX", False, False), 1)
     for rows in pieces(hidden.shape[0], size):
@@ -164,7 +164,7 @@ def _linear_logprob_fake(
         width = hidden.shape[1] if unit else logit_gradient_width(hidden, weight)
         saved = hidden.new_empty(kept, width)
     scaled = saves == "logit gradient" and logit_gradient_is_scaled(hidden, weight)
-    row_scale = hidden.new_empty(saved.shape[0] if scaled else 0, dtype=torch.float32)
+    row_scale = logps.new_empty(saved.shape[0] if scaled else 0)
     return logps, entropy, saved, row_scale
 
 

@@ -175,9 +175,9 @@ def forward_rows(
 
 
 def logit_gradient_is_scaled(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether a piece's `LogitGradient` has a row scale: that of the matrix kernel does."""
+    """Whether a piece's `LogitGradient` has a row scale: the library's product has none."""
     if not use_triton(hidden):
-        return False
+        return True
     from .piece_triton import uses_matrix_kernel
 
     return uses_matrix_kernel(hidden, weight, want_gradient=True)
@@ -185,7 +185,7 @@ def logit_gradient_is_scaled(hidden: Tensor, weight: Tensor) -> bool:
 
 def logit_gradient_width(hidden: Tensor, weight: Tensor) -> int:
     """Distance between the rows of a piece's `LogitGradient`, in elements."""
-    if not logit_gradient_is_scaled(hidden, weight):
+    if not use_triton(hidden) or not logit_gradient_is_scaled(hidden, weight):
         return weight.shape[0]
     from .matrix_triton import stored_width
 

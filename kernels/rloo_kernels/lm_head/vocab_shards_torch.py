@@ -62,7 +62,8 @@ def split_piece_torch(
         if head.slope != 1.0:
             d.mul_(head.slope)
         raw[rows] = d
-    return statistics, LogitGradient(raw, None)
+    # as `forward_piece_torch`, whose M has a scale per row
+    return statistics, LogitGradient(raw, torch.ones_like(statistics.top))
 
 
 def _sums(raw: Tensor, head: LMHead, labels: SplitLabels, want_entropy: bool) -> ShardSums:
