@@ -39,11 +39,13 @@ $(BIN)/.dev: $(BIN)/.package
 	@touch $@
 
 # The kernels are compiled for GPUs with the installed Triton and with the oldest supported one.
-# OpenRLHF and verl are there to be patched, not run: what they need for that, and no more.
+# OpenRLHF and verl are there to be patched, not run: what they need for that, and no more. Peers of
+# the benchmarks lie beside them, to be read: they need a GPU.
 # Where vLLM cannot be installed, the tests that need it skip; in CI they do not.
 $(BIN)/.test: $(BIN)/.dev
 	$(MAKE) $(BIN)/.vllm || { test -z "$$CI" && echo "vLLM could not be installed"; }
 	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/triton36 triton==3.6.0 "numpy<2.4"
+	$(BIN)/pip install -qq --no-deps --upgrade --target $(VENV)/peers quack-kernels==0.6.5 cut-cross-entropy==25.1.1
 	$(BIN)/pip install -qq ray tensordict==0.10.0 omegaconf
 	$(BIN)/pip install -qq --no-deps openrlhf==0.11.2 verl==0.9.1
 	$(MAKE) $(BIN)/.browser
@@ -71,7 +73,7 @@ quickstart: $(BIN)/.package $(if $(filter vllm,$(ENGINE)),$(BIN)/.vllm)
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(BIN)/.test
-	RLOO_TRITON_36=$(abspath $(VENV)/triton36) $(PYTEST)
+	RLOO_TRITON_36=$(abspath $(VENV)/triton36) RLOO_PEERS=$(abspath $(VENV)/peers) $(PYTEST)
 
 # Unit tests alone: neither vLLM nor the trainers that are patched are installed for them.
 test-fast: $(BIN)/.dev

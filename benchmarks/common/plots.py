@@ -25,6 +25,7 @@ COLOURS = {
     "trl_fused": "#004466",
     "liger": "#009E73",
     "liger_grpo": "#8FD3BE",
+    "torch": "#B59A00",
     "cce": "#CC79A7",
     "cce_exact": "#EBC9DC",
     "quack": "#56B4E9",

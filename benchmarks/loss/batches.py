@@ -11,6 +11,7 @@ Letters: N rows (tokens), D hidden, V vocabulary, R = N / 64 completions, K = 4 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -53,6 +54,9 @@ class Batch:
     def load(cls, path: str) -> Batch:
         batch = cls(**torch.load(path))
         return replace(batch, leaves=tuple(x.requires_grad_() for x in batch.leaves))
+
+
+Objective = Callable[[Tensor, Batch], Tensor]  # log-probs (N,) -> loss
 
 
 def rloo_loss_torch(logps: Tensor, batch: Batch) -> Tensor:
@@ -167,10 +171,12 @@ def _norm_error(value: Tensor, reference: Tensor) -> float:
     return (difference / square) ** 0.5
 
 
-def _loss_and_coefficients(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor, float]:
+def _loss_and_coefficients(
+    logps: Tensor, batch: Batch, objective: Objective = rloo_loss_torch
+) -> tuple[Tensor, Tensor, float]:
     """(loss, dL/dlogp (N,), mean |A|) in float64."""
     logps = logps.detach().requires_grad_()
-    loss = rloo_loss_torch(logps, batch)
+    loss = objective(logps, batch)
     (coefficients,) = torch.autograd.grad(loss, logps)
     # on-policy dL/dlogp_it = -A_i / R
     scale = coefficients.abs().mean().item() * len(batch.rewards)
@@ -178,7 +184,7 @@ def _loss_and_coefficients(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor,
 
 
 @torch.no_grad()
-def linear_reference(batch: Batch) -> Reference:
+def linear_reference(batch: Batch, objective: Objective = rloo_loss_torch) -> Reference:
     """Float64 loss and gradients, block by block of the vocabulary: 8NDV, never [N, V]."""
     hidden, weight = batch.leaves
     num_rows, vocab = len(hidden), len(weight)
@@ -190,7 +196,7 @@ def linear_reference(batch: Batch) -> Reference:
         log_z = torch.logaddexp(log_z, z.logsumexp(-1))
     target = (x * weight[batch.token_ids].double()).sum(-1)
     with torch.enable_grad():
-        loss, c, scale = _loss_and_coefficients(target - log_z, batch)
+        loss, c, scale = _loss_and_coefficients(target - log_z, batch, objective)
     grad_hidden = torch.zeros_like(x)
     grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     for cols in columns:

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from rloo_kernels import fused_linear_rloo_loss, linear_logprob, rloo_loss, selective_log_softmax
 from torch import Tensor
 
+from benchmarks.loss import peers
 from benchmarks.loss.batches import (
     BETA,
     NUM_GENERATIONS,
     TOKENS_PER_COMPLETION,
     Batch,
+    Objective,
     rloo_loss_torch,
 )
 
@@ -32,19 +34,36 @@ def anywhere(device: torch.device) -> str | None:
     return None
 
 
-def needs(module: str, *, cuda: bool = False, capability: tuple[int, int] = (0, 0)) -> Available:
-    """Available where `module` is importable, and there is a GPU of that capability if asked."""
+def needs(
+    *modules: str,
+    cuda: bool = False,
+    capability: tuple[int, int] = (0, 0),
+    only: tuple[int, int] | None = None,
+) -> Available:
+    """Available where all `modules` are installed, and there is a GPU if asked: of that capability
+    or newer, or of the capability `only`."""
 
     def available(device: torch.device) -> str | None:
         if cuda and device.type != "cuda":
             return f"its kernels need a GPU, not {device.type}"
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        if cuda and torch.cuda.get_device_capability(device) < capability:
+        for module in modules:
+            if not _installed(module):
+                return f"{module} is not installed"
+        found = torch.cuda.get_device_capability(device) if cuda else capability
+        if found < capability:
             return f"needs compute capability {capability[0]}.{capability[1]} or newer"
+        if only is not None and found != only:
+            return f"needs compute capability {only[0]}.{only[1]}"
         return None
 
     return available
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class Provider:
     available: Available = anywhere
     note: str = ""
     loss_is_rloo: bool = True  # False: only the gradient is RLOO's, so only it is gated
+    objective: Objective = rloo_loss_torch  # of log-probs; what it is gated against
     prepare: Callable[[Batch], Batch] | None = None
     crop: Callable[[Tensor], Tensor] | None = None
 
@@ -92,10 +112,10 @@ def ours_logprob(batch: Batch) -> Tensor:
     return rloo_loss_torch(logps, batch)
 
 
-def eager(batch: Batch) -> Tensor:
+def eager(batch: Batch, objective: Objective = rloo_loss_torch) -> Tensor:
     logits = F.linear(*batch.leaves)
     logps = F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, batch.token_ids[:, None])
-    return rloo_loss_torch(logps.squeeze(-1), batch)
+    return objective(logps.squeeze(-1), batch)
 
 
 @functools.cache
@@ -107,85 +127,10 @@ def compiled(batch: Batch) -> Tensor:
     return _compiled(eager)(batch)
 
 
-def trl(batch: Batch) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
-
-    hidden, weight = batch.leaves
-    logps, *_ = ChunkedLogProbFunction.apply(
-        hidden, weight, None, batch.token_ids, 1.0, chunk_size, None, 1.0, ()
-    )
-    return rloo_loss_torch(logps, batch)
-
-
-def liger(batch: Batch) -> Tensor:
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    hidden, weight = batch.leaves
-    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, batch.token_ids)
-    return rloo_loss_torch(-nll, batch)
-
-
-def _advantages(logps: Tensor, batch: Batch) -> Tensor:
-    """A_i (R,) for ops that want them from outside, by the gradient of the plain torch loss."""
-    with torch.enable_grad():
-        logps = logps.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(rloo_loss_torch(logps, batch), logps)
-    return -grad.view(-1, TOKENS_PER_COMPLETION)[:, 0] * len(batch.rewards)
-
-
-def liger_grpo(batch: Batch) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
-
-    hidden, weight = batch.leaves
-    completions = (len(batch.rewards), TOKENS_PER_COMPLETION)
-    with torch.no_grad():
-        nll = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, batch.token_ids)
-    loss = LigerFusedLinearGRPOLoss(
-        beta=0.0,
-        compiled=False,
-        use_ref_model=False,
-        chunk_size=completions[0],
-        loss_type="dr_grpo",
-        max_completion_length=TOKENS_PER_COMPLETION,
-    )
-    ones = torch.ones(completions, device=hidden.device)
-    out, _ = loss(
-        hidden.view(*completions, -1),
-        weight,
-        batch.token_ids.view(completions),
-        ones,
-        _advantages(-nll, batch),
-    )
-    return out * TOKENS_PER_COMPLETION
-
-
-def _cce(batch: Batch, **options: object) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    hidden, weight = batch.leaves
-    impl = "cce" if hidden.is_cuda else "torch_compile"
-    nll = linear_cross_entropy(
-        hidden, weight, batch.token_ids, reduction="none", impl=impl, **options
-    )
-    return rloo_loss_torch(-nll.float(), batch)
-
-
-def cce(batch: Batch) -> Tensor:
-    return _cce(batch)
-
-
-def cce_exact(batch: Batch) -> Tensor:
-    return _cce(batch, filter_eps=None)
-
-
-def quack(batch: Batch) -> Tensor:
-    from quack.linear_cross_entropy import linear_cross_entropy_func
-
-    hidden, weight = batch.leaves
-    nll = linear_cross_entropy_func(hidden, weight, None, batch.token_ids, reduction="none")
-    return rloo_loss_torch(-nll.float(), batch)
+def _torch_has_it(device: torch.device) -> str | None:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has"
 
 
 LINEAR = {
@@ -199,32 +144,65 @@ LINEAR = {
     "eager": Provider(eager),
     "compile": Provider(compiled),
     "trl": Provider(
-        trl,
+        peers.trl,
         needs("trl"),
         note="chunked log-prob + torch loss; its trainer's old-log-prob pass is not counted",
     ),
+    "torch": Provider(
+        peers.torch_linear_cross_entropy,
+        _torch_has_it,
+        note="F.linear_cross_entropy in chunks, nll per token: its backward makes the logits again",
+    ),
     "liger": Provider(
-        liger,
+        peers.liger,
         needs("liger_kernel"),
-        note="scaled cross-entropy per token + torch loss; it has no RLOO loss",
+        note="scaled cross-entropy per token + torch loss; it has no RLOO loss. On sm_90 it picks "
+        "the kernel of liger_sm90, else its fallback",
+    ),
+    "liger_sm90": Provider(
+        peers.liger_sm90,
+        needs("liger_kernel", "cutlass", cuda=True, only=(9, 0)),
+        note="liger-kernel[cutedsl]: nll per token + torch loss; bf16 only",
+    ),
+    "liger_cutile": Provider(
+        peers.liger_cutile,
+        needs("liger_kernel", "cuda.tile", cuda=True, capability=(8, 0)),
+        note="liger-kernel[cutile]: nll per token + torch loss",
     ),
     "liger_grpo": Provider(
-        liger_grpo,
+        peers.liger_grpo,
         needs("liger_kernel"),
         note="chunked GRPO, which cannot express RLOO: advantages from a log-prob pass of its own, "
         "beta 0; the gradient is RLOO's on-policy, the loss value is not",
         loss_is_rloo=False,
     ),
     "cce": Provider(
-        cce, needs("cut_cross_entropy"), note="nll per token + torch loss; torch_compile on a CPU"
+        peers.cce,
+        needs("cut_cross_entropy"),
+        note="nll per token + torch loss; torch_compile on a CPU",
     ),
     "cce_exact": Provider(
-        cce_exact, needs("cut_cross_entropy", cuda=True), note="filter_eps=None: no entry skipped"
+        peers.cce_exact,
+        needs("cut_cross_entropy", cuda=True),
+        note="filter_eps=None: no entry skipped",
+    ),
+    "verl": Provider(
+        peers.verl,
+        needs("verl", "triton", cuda=True),
+        note="its Triton kernels: log-prob and entropy per token + torch loss; hidden size % 128",
     ),
     "quack": Provider(
-        quack,
+        peers.quack,
         needs("quack", cuda=True, capability=(9, 0)),
-        note="linear + cross_entropy per token, holds [N, V]; its chunked op takes a scalar loss",
+        note="linear + cross_entropy per token, holds [N, V]: what it has for coefficients that "
+        "come late",
+    ),
+    "quack_fused": Provider(
+        peers.quack_fused,
+        needs("quack", cuda=True, capability=(9, 0)),
+        note="another job: the sum over tokens of -log p, the products of ours. Its chunked op "
+        "takes one number's gradient and cannot express RLOO",
+        objective=peers.nll_sum,
     ),
 }
 
@@ -261,7 +239,7 @@ def trl_forward(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def trl_fused_forward(batch: Batch) -> tuple[Tensor, Tensor]:
-    from trl.kernels import selective_log_softmax_and_entropy
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
     logps, entropy = selective_log_softmax_and_entropy(batch.leaves[0], batch.token_ids)
     return logps, entropy.detach()
@@ -324,7 +302,7 @@ def liger_triton_grpo(batch: Batch) -> Tensor:
         None,
         None,
         ids,
-        _advantages(logps.flatten(), batch),
+        peers.advantages(logps.flatten(), batch),
         temperature=1.0,
         beta=0.0,
         eps_low=0.2,
@@ -354,7 +332,7 @@ LOGITS_FORWARD = {
     "compile": Provider(compiled_forward),
     "trl": Provider(trl_forward, needs("trl"), note="two calls, as its trainers made"),
     "trl_fused": Provider(trl_fused_forward, _trl_fused),
-    "liger": Provider(liger, no_logits_entropy_op),
+    "liger": Provider(peers.liger, no_logits_entropy_op),
 }
 
 LOGITS_LOSS = {

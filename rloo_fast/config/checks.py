@@ -7,6 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, cast
 
+from rloo_kernels.lm_head.fp8 import why_no_fp8
 from transformers import GenerationConfig
 
 from ..batching.layouts import LAYOUTS
@@ -115,6 +116,8 @@ def check_ranges(args: RLOOFields) -> None:
             "You passed `sync_ref_model=True` while `beta=0.0`, which keeps no reference model: "
             "set beta > 0 or sync_ref_model=False."
         )
+    if args.reference_head_fp8:
+        _reference_head_fp8(args)
     if args.reward_over_limit != "error" and args.reward_timeout_s is None:
         raise ValueError(
             f"reward_over_limit={args.reward_over_limit!r} needs reward_timeout_s, the limit in "
@@ -123,6 +126,16 @@ def check_ranges(args: RLOOFields) -> None:
     _merge_adapter(args)
     _loss(args)
     _generation_kwargs(args)
+
+
+def _reference_head_fp8(args: RLOOFields) -> None:
+    if args.beta == 0:
+        raise ValueError(
+            "reference_head_fp8=True has no effect with beta=0, which keeps no reference model: "
+            "leave it out, or set beta > 0."
+        )
+    if (reason := why_no_fp8(args.device)) is not None:
+        raise ValueError(f"reference_head_fp8=True cannot be used here: {reason}. Leave it out.")
 
 
 def _merge_adapter(args: RLOOFields) -> None:

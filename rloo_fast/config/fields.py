@@ -155,6 +155,11 @@ class RLOOFields(Names2024, WhichPrompts, SamplingAhead, ToolUse, TrainingArgume
         0.6, "reference <- alpha policy + (1 - alpha) reference (TR-DPO, arXiv:2404.09656)."
     )
     ref_model_sync_steps: int = _field(512, "Optimizer steps between two of those moves.")
+    reference_head_fp8: bool = _field(
+        False,
+        "Multiply the reference's lm_head in fp8, on H100 or newer: its log-probs come sooner, and "
+        "are off by about 0.02 nats per token.",
+    )
     max_nonfinite_steps: int = _field(
         5, "A step whose loss or gradient is not finite is skipped; this many in a row end the run."
     )

@@ -7,8 +7,9 @@
 Replaced: on logits `logprobs_from_logits`, `entropy_from_logits` and
 `entropy_from_logits_with_chunking` of `verl.utils.torch_functional`; on hidden states, with
 `use_fused_kernels=True`, what the "torch" backend (`FusedLinearForPPOFunction`) and the "triton"
-backend (`linear_cross_entropy`) call. The "liger" backend, and a vocabulary split over several
-processes (Megatron), stay verl's. Results are fp32 whatever the dtype of the inputs.
+backend (`linear_cross_entropy`) call, the latter with a vocabulary split over processes (Megatron)
+too. The "liger" backend, and what verl makes of a split vocabulary's logits (`vocab_parallel_*`),
+stay verl's. Results are fp32 whatever the dtype of the inputs.
 
 verl trains in Ray workers: name the function as their setup hook (see docs/integrations.md).
 """
@@ -70,24 +71,30 @@ def linear_cross_entropy(
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden (..., D), weight (V, D), labels (...) -> log-probs and entropies of
-    softmax(h W^T / temperature), each flat: (N,)."""
-    reason = None
+    softmax(h W^T / temperature), each flat: (N,).
+
+    With a group, weight (V / R, D) is this rank's part, as Megatron cuts it. The gradient of hidden
+    is then, as verl's, this rank's part of a sum, which the backward of Megatron's gathering of
+    sequence-parallel hidden states makes.
+    """
     if reduction.lower() != "none":
-        reason = f"reduction is {reduction!r}"
-    elif dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        reason = "the vocabulary is split over processes"
-    if reason is not None:
-        theirs = _PATCH.original("linear_cross_entropy", reason)
+        theirs = _PATCH.original("linear_cross_entropy", f"reduction is {reduction!r}")
         return theirs(hidden, weight, labels, temperature, reduction, dist_process_group)
-    return _score(hidden, weight, labels, temperature)
+    split = {}
+    if dist_process_group is not None:
+        split = {
+            "group": dist_process_group,
+            "vocab_offset": dist.get_rank(dist_process_group) * weight.shape[0],
+            "sum_hidden_grad": False,
+        }
+    return _score(hidden, weight, labels, temperature, **split)
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, **split: Any
 ) -> tuple[Tensor, Tensor]:
-    logps, entropies = linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
-    )
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    logps, entropies = linear_logprobs(rows, weight, ids, temperature=temperature, **split)
     assert entropies is not None
     return logps, entropies
 

@@ -15,6 +15,7 @@ from rloo_kernels import (
     Objective,
     fused_linear_rloo_loss,
     linear_logprob,
+    reference_logprob_fp8,
     rloo_loss,
     selective_log_softmax,
 )
@@ -68,9 +69,20 @@ class Policy:
         self.num_tokens_run = 0  # positions put through the model, fillers and padding included
         self._compile_options, self._compiled = compile_options, None
 
-    def logps(self, batch: MicroBatch, wrapped: nn.Module | None = None) -> TokenLogps:
-        """Log-prob and entropy of every target; for calls under no_grad."""
-        return self._run(lambda: (None, self._logps(batch)), batch, wrapped)[1]
+    def logps(
+        self, batch: MicroBatch, wrapped: nn.Module | None = None, *, fp8_head: bool = False
+    ) -> TokenLogps:
+        """Log-prob and entropy of every target; for calls under no_grad.
+
+        `fp8_head`: of a frozen reference, its lm_head multiplied in fp8.
+        """
+        return self._run(lambda: (None, self._logps(batch, fp8_head)), batch, wrapped)[1]
+
+    def why_no_fp8_head(self) -> str | None:
+        """Why `logps` cannot be asked for `fp8_head`, or None."""
+        if self.own_logits:
+            return f"the model's own logits are taken ({self.own_logits})"
+        return "its lm_head is not a plain linear layer" if self._head().linear is None else None
 
     def loss(
         self,
@@ -116,9 +128,10 @@ class Policy:
         head = find_head(base_causal_lm(self.model))
         return head._replace(linear=None) if self.own_logits else head
 
-    def _logps(self, batch: MicroBatch) -> TokenLogps:
+    def _logps(self, batch: MicroBatch, fp8_head: bool) -> TokenLogps:
         head = self._head()
         if head.linear is None:
+            assert not fp8_head, self.why_no_fp8_head()
             return TokenLogps(
                 *selective_log_softmax(
                     self._logits(batch)[0],
@@ -128,9 +141,8 @@ class Policy:
                 )
             )
         hidden, _ = self._hidden(batch)
-        return TokenLogps(
-            *self._at_head(head, linear_logprob, hidden, batch.targets, return_entropy=True)
-        )
+        op = reference_logprob_fp8 if fp8_head else linear_logprob
+        return TokenLogps(*self._at_head(head, op, hidden, batch.targets, return_entropy=True))
 
     def _loss(
         self, batch: MicroBatch, loss_inputs: LossInputs, options: dict[str, Any], router_loss: bool

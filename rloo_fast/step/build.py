@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from rloo_kernels.lm_head.fp8 import E4M3
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -274,6 +275,9 @@ def build_update(
     )
     runner = MicroBatchRunner(accelerator, can_retry=parallel.can_retry)
     advantages = AdvantageMaker(settings, accelerator)
+    why = (reference or policy).why_no_fp8_head() if args.reference_head_fp8 else None
+    if why is not None:
+        raise ValueError(f"reference_head_fp8=True cannot be used: {why}. Leave it out.")
     preparer = Preparer(
         policy,
         reference,
@@ -284,6 +288,7 @@ def build_update(
         parallel,
         rows_per_pass=args.rollout_forward_batch_size,
         has_dropout=dropout,
+        reference_head_fp8=args.reference_head_fp8,
         stage=clock.stage,
         say=say,
     )
@@ -299,7 +304,7 @@ def build_update(
     )
     check = ReferenceCheck(
         beta=args.beta,
-        dtype=_coarsest(policy.model, accelerator),
+        dtype=E4M3 if args.reference_head_fp8 else _coarsest(policy.model, accelerator),
         device=accelerator.device,
         stops=args.logp_diff_stop != 0,
         has_dropout=dropout,

@@ -33,6 +33,7 @@ class Preparer:
     """Passes without gradients over generation batches, and their advantages.
 
     `reference`: the frozen model; None: the policy with its start weights in place.
+    `reference_head_fp8`: its lm_head is multiplied in fp8, the policy's never.
     `stage(name)`: a context that times what runs in it. `say`: tells the user a sentence once.
     """
 
@@ -48,12 +49,14 @@ class Preparer:
         *,
         rows_per_pass: int | None,
         has_dropout: bool,
+        reference_head_fp8: bool,
         stage: Callable[[str], AbstractContextManager[None]],
         say: Callable[[str], None],
     ):
         self.policy, self.reference, self.planner = policy, reference, planner
         self.runner, self.advantages, self.settings = runner, advantages, settings
         self.parallel, self.rows_per_pass, self.has_dropout = parallel, rows_per_pass, has_dropout
+        self.reference_head_fp8 = reference_head_fp8
         self.stage, self.say = stage, say
         self.accelerator: Accelerator = parallel.accelerator
 
@@ -115,14 +118,15 @@ class Preparer:
         """With the reference model's log-probs of the completions; unchanged at beta = 0."""
         if self.settings.beta == 0:
             return batch
+        fp8 = self.reference_head_fp8
         if self.reference is not None:
-            logps, _ = self._logps(batch.generation, self.reference, None)
+            logps, _ = self._logps(batch.generation, self.reference, None, fp8)
         else:
             model = self.policy.model
             if not start_weights(model).is_taken:  # an engine has split the model since
                 start_weights(model).take()
             with self._evaluating(), reference_weights(model):
-                logps, _ = self._logps(batch.generation, self.policy, wrapped)
+                logps, _ = self._logps(batch.generation, self.policy, wrapped, fp8)
         return replace(batch, ref_logps=logps)
 
     def with_old_logps(self, batch: PreparedBatch, wrapped: nn.Module) -> PreparedBatch:
@@ -153,7 +157,11 @@ class Preparer:
             self.policy.model.train(training)
 
     def _logps(
-        self, batch: GenerationBatch, policy: Policy, wrapped: nn.Module | None
+        self,
+        batch: GenerationBatch,
+        policy: Policy,
+        wrapped: nn.Module | None,
+        fp8_head: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(log-probs, entropies) of every counted completion token: (N,) each, on the CPU."""
         planner, every_row = self.planner, list(range(batch.num_rows))
@@ -164,7 +172,7 @@ class Preparer:
         def run_one(plan: MicroBatchPlan, last: bool) -> None:
             micro_batch = planner.micro_batch(batch, plan)
             with torch.no_grad(), self.accelerator.autocast():
-                made = policy.logps(micro_batch, wrapped)
+                made = policy.logps(micro_batch, wrapped, fp8_head=fp8_head)
             if micro_batch.rows:
                 rows.append(micro_batch.rows)
                 found.append(torch.stack([made.logps.float(), made.entropy.float()]))

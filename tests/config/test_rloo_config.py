@@ -95,6 +95,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # field: (a value, the sentence it is a
 }
 ELSEWHERE = {  # field: the test that shows its effect
     "log_multimodal": "end_to_end/test_image_runs.py::test_trackers_get_the_images_of_prompts",
+    "reference_head_fp8": "step/test_reference_fp8.py::test_effect_of_reference_head_fp8",
     "layout": "step/test_update.py::test_a_step_is_the_same_in_every_layout",
     "fsdp": "end_to_end/test_train_engines.py::test_two_processes_train_what_one_does",
     "max_tokens_per_micro_batch": "step/test_update.py::test_number_of_forwards",

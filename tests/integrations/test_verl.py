@@ -6,9 +6,12 @@ tensordict, omegaconf); the contract, written out below under verl's names, alwa
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +20,10 @@ import torch
 from torch import Tensor
 
 import rloo_fast.integrations.verl as fast_verl
+from tests.support import verl_split_worker
+from tests.support.paths import SUPPORT
 from tests.support.tiny import make_model
+from tests.support.triton_process import run_worker
 
 LOGITS = "verl.utils.torch_functional"
 FUSED = "verl.utils.experimental.torch_functional"
@@ -205,14 +211,6 @@ def test_a_reduction_stays_with_verl(contract, caplog):
     assert "verl keeps its own linear_cross_entropy: reduction is 'mean'." in caplog.messages
 
 
-def test_a_split_vocabulary_stays_with_verl(contract, caplog, monkeypatch):
-    inputs, labels = sample_hidden()
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    fast_verl.patch()
-    contract.kernel.linear_cross_entropy(*inputs, labels, 1.0, "none", object())
-    assert "the vocabulary is split over processes" in caplog.text
-
-
 def test_unpatch_restores_the_very_same_objects(contract):
     with fast_verl.patched():
         assert contract.engine.logprobs_from_logits is fast_verl.logprobs_from_logits
@@ -262,3 +260,44 @@ def test_fused_forward_of_verl_gives_the_same(verl, temperature):
     ours = score(verl, temperature)
     scale = max(float(t.abs().max()) for t in theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_the_source_of_verl_takes_a_group_where_ours_does():
+    """Also where verl cannot be imported: the name and the parameters that `patch` relies on."""
+    spec = find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("verl is not installed: pip install --no-deps verl==0.9.1")
+    source = Path(spec.submodule_search_locations[0], *KERNEL.split(".")[1:]).with_suffix(".py")
+    forward = next(
+        node
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "forward"
+    )
+    taken = [argument.arg for argument in forward.args.args][1:]  # after ctx
+    assert taken == list(inspect.signature(fast_verl.linear_cross_entropy).parameters)
+    assert "linear_cross_entropy = LinearCrossEntropy.apply" in source.read_text()
+
+
+@pytest.fixture
+def split(verl):
+    """What two ranks found, each with half of the vocabulary."""
+    found = run_worker(SUPPORT / "verl_split_worker.py", interpret=False, timeout_s=600)
+    return [{k: [torch.tensor(x) for x in xs] for k, xs in rank.items()} for rank in found]
+
+
+@pytest.mark.slow
+def test_a_split_vocabulary_is_that_of_one_process_and_of_verl(split):
+    exact = verl_split_worker.exact()
+    for rank in split:
+        torch.testing.assert_close(
+            [x.double() for x in rank["ours"][:2]], exact[:2], rtol=1e-5, atol=1e-5
+        )
+        # verl's own code on the split logits, to the part of a sum that each rank's dX is
+        torch.testing.assert_close(
+            rank["ours, entropy"], rank["verl, entropy"], rtol=1e-5, atol=1e-5
+        )
+    grad_hidden = sum(rank["ours"][2] for rank in split)
+    grad_weight = torch.cat([rank["ours"][3] for rank in split])
+    torch.testing.assert_close(
+        [grad_hidden.double(), grad_weight.double()], exact[2:], rtol=1e-5, atol=1e-5
+    )

@@ -23,6 +23,7 @@ from .chunks import Chunk, plan_chunks
 from .gradients import GradientAccumulator
 from .piece import forward_piece, forward_rows
 from .types import LMHead, LogitGradient
+from .vocab_shards import Labels, SplitLabels
 from .waves import LEAST_INACTIVE_ROWS, Pieces
 
 
@@ -51,7 +52,7 @@ class ChunkedLoss:
         self,
         hidden: Tensor,
         head: LMHead,
-        token_ids: Tensor,
+        token_ids: Labels,
         cu_seqlens: Tensor,
         inputs: LossInputs,
         options: LossOptions,
@@ -182,6 +183,8 @@ class ChunkedLoss:
         self._forward(chunk.tokens)
         self._set_coefficients(chunk)
         parts = _by_coefficient(self.coefficients[chunk.tokens])
+        if isinstance(self.token_ids, SplitLabels):  # each piece is a collective: as many on all
+            parts = None
         if parts is None:
             every = self.pieces.cut(chunk.t0, chunk.t1)
         else:

@@ -27,7 +27,7 @@ fp32 sum of dW, on a GPU until backward, which rounds it together with the upstr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ from .chunked_loss import ChunkedLoss
 from .gradients import needed_gradients, weight_sum_dtype
 from .piece import pieces_of, planned_rows
 from .types import LMHead
+from .vocab_split import open_split, split_arguments, split_labels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @torch.library.custom_op("rloo_kernels::linear_rloo", mutates_args=())
@@ -72,6 +76,8 @@ def _fused_linear_rloo_loss(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    group: str | None,
+    shard: list[int],
     num_generations: int,
     beta: float,
     epsilon_low: float,
@@ -88,8 +94,8 @@ def _fused_linear_rloo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, coefficients, table, log-probs, entropies, dX, dW, db); the unwanted ones empty.
 
-    `need`: whether hidden, weight and bias get a gradient; `size`: rows of a piece. The inputs
-    (rewards ... mask) lie on one device, that of `hidden` or the CPU.
+    `need`: whether hidden, weight and bias get a gradient; `size`: rows of a piece; group, shard:
+    `SplitArguments`. The inputs (rewards ... mask) lie on one device, that of `hidden` or the CPU.
     """
     num_tokens, index = len(token_ids), None
     flags, weight_dtype = (need[0], need[1], need[2]), weight_sum_dtype(hidden, num_tokens, size)
@@ -101,16 +107,21 @@ def _fused_linear_rloo_loss(
         inputs = LossInputs(*inputs[:2], *(None if x is None else x[kept] for x in inputs[2:]))
         index = to_device(kept, hidden.device)
         hidden, token_ids = hidden[index], token_ids[index]
-    check_token_range(token_ids, weight.shape[0])
     head = LMHead(weight, bias, temperature, softcap, logit_scale)
+    split = open_split(group, shard)
+    check_token_range(token_ids, weight.shape[0] if split is None else split.vocab_size)
+    labels = token_ids if split is None else split_labels(hidden, head, token_ids, split)
     options = LossOptions(
         num_generations, beta, epsilon_low, epsilon_high, denominator, advantage, kl, level,
         token_mean, normalize,
     )  # fmt: skip
+    per_rank = weight.shape if split is None else (split.rows_per_rank, weight.shape[1])
     made = ChunkedLoss(
-        hidden, head, token_ids, cu_seqlens, inputs, options, want_entropy,
-        flags, pieces_of(hidden, weight, flags, size), weight_dtype,
+        hidden, head, labels, cu_seqlens, inputs, options, want_entropy,
+        flags, pieces_of(hidden, per_rank, flags, size), weight_dtype,
     ).run()  # fmt: skip
+    if split is not None and made.grad_hidden is not None:
+        split.sum_hidden(made.grad_hidden)
 
     def in_place(x: Tensor | None) -> Tensor:  # (kept, ...) -> (N, ...)
         if x is None:
@@ -166,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     if grad is None:
-        return (None,) * 27
+        return (None,) * 29
     # looking at the number is free on a CPU, and saves a copy of the weight gradient
     plain = type(grad) is Tensor and not torch.is_grad_enabled() and grad.device.type == "cpu"
     is_one = plain and float(grad) == 1.0
@@ -174,7 +185,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         (g if is_one else scaled_gradient(g, grad, x)) if wanted else None
         for g, x, wanted in zip(grads, inputs, ctx.need, strict=True)
     )
-    return (*found, *(None,) * 24)
+    return (*found, *(None,) * 26)
 
 
 _fused_linear_rloo_loss.register_autograd(_differentiate, setup_context=_setup_context)
@@ -196,6 +207,10 @@ def fused_linear_rloo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: ProcessGroup | str | None = None,
+    vocab_offset: int = 0,
+    vocab_size: int | None = None,
+    sum_hidden_grad: bool = True,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
     **options: Any,
@@ -214,6 +229,9 @@ def fused_linear_rloo_loss(
 
     With old_logps, beta and rewards, the KL in the reward is that of the present policy, or with
     kl_policy="sampling" that of old_logps, as in RLOOTrainer and TRL: see `rloo_objective`.
+
+    With `group`, weight and bias are this rank's rows of a split vocabulary, as in
+    `linear_logprob`; everything else is the same on all ranks.
 
     On a GPU, inputs that lie on the CPU are copied without a wait, and only in them are rows with
     coefficient 0 looked for, which are then skipped. A mask on the GPU waits for the device.
@@ -235,6 +253,7 @@ def fused_linear_rloo_loss(
     inputs = flat_inputs(inputs, hidden, common_device(inputs, hidden))
     inputs, checked, made = with_known_kl(inputs, bounds, checked)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    split = split_arguments(weight, group, vocab_offset, vocab_size, sum_hidden_grad)
     need = list(needed_gradients(hidden, weight, bias))
     with without_autocast(hidden):
         loss, coefficients, table, logps, entropy, *_ = _fused_linear_rloo_loss(
@@ -247,10 +266,12 @@ def fused_linear_rloo_loss(
             float(temperature),
             softcap,
             float(logit_scale),
+            split.group,
+            split.shard,
             *option_values(checked, num_rows),
             return_entropy,
             need,
-            planned_rows(flat, weight, chunk_bytes, need[1]),
+            planned_rows(flat, weight, chunk_bytes, need[1], split),
         )
     objective = Objective(
         loss,

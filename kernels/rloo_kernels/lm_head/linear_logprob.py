@@ -24,7 +24,7 @@ FLOPs, chosen by what requires a gradient:
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -40,10 +40,15 @@ from .piece import (
     forward_rows,
     logit_gradient_is_scaled,
     logit_gradient_width,
-    piece_rows,
+    piece_rows_of,
     pieces,
 )
 from .types import LMHead, LogitGradient
+from .vocab_shards import Labels
+from .vocab_split import open_split, split_arguments, split_labels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Saved = Literal["nothing", "unit dX", "logit gradient"]
 
@@ -70,38 +75,44 @@ def _linear_logprob(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    group: str | None,
+    shard: list[int],
     want_entropy: bool,
     need: list[bool],
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, entropies, saved for backward, row scale of what was saved).
 
-    `need`: whether hidden, weight and bias get a gradient; `size`: rows of a piece.
+    `need`: whether hidden, weight and bias get a gradient; `size`: rows of a piece; group, shard:
+    `SplitArguments`.
     """
-    head = LMHead(weight, bias, temperature, softcap, logit_scale)
+    head, split = LMHead(weight, bias, temperature, softcap, logit_scale), open_split(group, shard)
     num_rows = hidden.shape[0]
     index, (hidden, token_ids) = _take(keep, hidden, token_ids)
-    check_token_range(token_ids, weight.shape[0])
+    check_token_range(token_ids, weight.shape[0] if split is None else split.vocab_size)
+    labels = token_ids if split is None else split_labels(hidden, head, token_ids, split)
     saves = _saved_for_backward(need, num_rows, size)
     if saves == "nothing":
-        logps, entropy = forward_rows(hidden, head, token_ids, size, want_entropy)
-        saved, row_scale = hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+        logps, entropy = forward_rows(hidden, head, labels, size, want_entropy)
+        saved, row_scale = hidden.new_empty(0), logps.new_empty(0)
     else:
         logps, entropy, saved, row_scale = _forward_and_save(
-            hidden, head, token_ids, size, want_entropy, saves
+            hidden, head, labels, size, want_entropy, saves
         )
+        if split is not None and saves == "unit dX":
+            split.sum_hidden(saved)
     if want_entropy:
         entropy = _put_back(entropy, index, num_rows)
     return _put_back(logps, index, num_rows), entropy, saved, row_scale
 
 
 def _forward_and_save(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, size: int, want_entropy: bool, saves: Saved
+    hidden: Tensor, head: LMHead, token_ids: Labels, size: int, want_entropy: bool, saves: Saved
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_linear_logprob`, of rows none of which is masked."""
     logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     entropy = torch.zeros_like(logps) if want_entropy else logps.new_empty(0)
-    row_scale = hidden.new_empty(0, dtype=torch.float32)
+    row_scale = logps.new_empty(0)
     saved = hidden.new_empty(0, logit_gradient_width(hidden, head.weight))  # if no row is kept
     unit = GradientAccumulator(hidden, head, (saves == "unit dX", False, False), 1)
     for rows in pieces(hidden.shape[0], size):
@@ -134,6 +145,8 @@ def _linear_logprob_fake(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    group: str | None,
+    shard: list[int],
     want_entropy: bool,
     need: list[bool],
     size: int,
@@ -151,7 +164,7 @@ def _linear_logprob_fake(
         width = hidden.shape[1] if unit else logit_gradient_width(hidden, weight)
         saved = hidden.new_empty(kept, width)
     scaled = saves == "logit gradient" and logit_gradient_is_scaled(hidden, weight)
-    row_scale = hidden.new_empty(saved.shape[0] if scaled else 0, dtype=torch.float32)
+    row_scale = logps.new_empty(saved.shape[0] if scaled else 0)
     return logps, entropy, saved, row_scale
 
 
@@ -169,11 +182,13 @@ def _linear_logprob_backward(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    group: str | None,
+    shard: list[int],
     need: list[bool],
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/d(hidden, weight, bias), empty where not asked for."""
-    head = LMHead(weight, bias, temperature, softcap, logit_scale)
+    head, split = LMHead(weight, bias, temperature, softcap, logit_scale), open_split(group, shard)
     num_rows = hidden.shape[0]
     saves = _saved_for_backward(need, num_rows, size)
     index, (hidden, token_ids) = _take(keep, hidden, token_ids)
@@ -190,8 +205,11 @@ def _linear_logprob_backward(
             gradient = LogitGradient(matrix, row_scale if row_scale.numel() else None)
             sums.add(slice(None), hidden, gradient, grad)
         else:
-            _recompute(sums, hidden, head, token_ids, grad, grad_entropy, size)
+            labels = token_ids if split is None else split_labels(hidden, head, token_ids, split)
+            _recompute(sums, hidden, head, labels, grad, grad_entropy, size)
         found = sums.finish()
+        if split is not None and found[0] is not None:
+            split.sum_hidden(found[0])
     grads = [hidden.new_empty(0) if g is None else g for g in found]
     if need[0]:
         grads[0] = _put_back(grads[0], index, num_rows)
@@ -202,7 +220,7 @@ def _recompute(
     sums: GradientAccumulator,
     hidden: Tensor,
     head: LMHead,
-    token_ids: Tensor,
+    token_ids: Labels,
     grad: Tensor | None,
     grad_entropy: Tensor | None,
     size: int,
@@ -234,8 +252,8 @@ def _linear_logprob_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, temperature, softcap, logit_scale, _, need, size = inputs
-    ctx.options = (temperature, softcap, logit_scale, need, size)
+    *tensors, temperature, softcap, logit_scale, group, shard, _, need, size = inputs
+    ctx.options = (temperature, softcap, logit_scale, group, shard, need, size)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output[2:])
@@ -247,14 +265,14 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if not ctx.has_entropy:
         grad_entropy = None
-    need = ctx.options[3]
+    need = ctx.options[5]
     found: tuple[Tensor | None, ...] = (None, None, None)
     given = grad if grad is not None else grad_entropy
     if given is not None:
         with without_autocast(given):
             grads = _linear_logprob_backward(*ctx.saved_tensors, grad, grad_entropy, *ctx.options)
         found = tuple(g if wanted else None for g, wanted in zip(grads, need, strict=True))
-    return (*found, *(None,) * 8)
+    return (*found, *(None,) * 10)
 
 
 _linear_logprob.register_autograd(_differentiate, setup_context=_setup_context)
@@ -284,6 +302,10 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    group: ProcessGroup | str | None = None,
+    vocab_offset: int = 0,
+    vocab_size: int | None = None,
+    sum_hidden_grad: bool = True,
     mask: Tensor | None = None,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
@@ -297,6 +319,14 @@ def linear_logprob(
     GPU, finding them waits for the device). `chunk_bytes` bounds the logits alive at one time;
     the result does not depend on it, beyond rounding. FLOPs: see kernels/README.md.
 
+    With `group`, a torch.distributed group or its name, the vocabulary is split over its ranks:
+    weight and bias are the rows from `vocab_offset` on of `vocab_size` (None: as many on every
+    rank), and everything else, whether hidden requires a gradient too, is the same on all of them.
+    So are the results; the gradients of weight and bias are those of this rank's rows. Without
+    `sum_hidden_grad`, that of hidden is this rank's part of a sum that the caller makes (a
+    reduce-scatter where the rows are split next). `chunk_bytes` is then of a rank with the average
+    number of rows. Collectives: see kernels/README.md.
+
     Raises ValueError for shapes and dtypes that do not fit, a temperature or softcap that is not
     positive, and token ids outside [0, V); on a GPU, where checking the ids would wait for the
     device, such a row's log-prob is nan.
@@ -309,6 +339,7 @@ def linear_logprob(
     check_token_ids(token_ids, shape)
     if mask is not None and mask.shape != shape:
         raise ValueError(f"mask must be {tuple(shape)}, got {tuple(mask.shape)}.")
+    split = split_arguments(weight, group, vocab_offset, vocab_size, sum_hidden_grad)
     with without_autocast(hidden):
         logps, entropy, *_ = _linear_logprob(
             hidden,
@@ -319,8 +350,10 @@ def linear_logprob(
             float(temperature),
             softcap,
             float(logit_scale),
+            split.group,
+            split.shard,
             return_entropy,
             list(needed_gradients(hidden, weight, bias)),
-            piece_rows(hidden, weight.shape[0], chunk_bytes),
+            piece_rows_of(hidden, weight.shape[0], chunk_bytes, split),
         )
     return (logps, entropy) if return_entropy else logps

@@ -102,6 +102,23 @@ def stored_width(vocab_size: int) -> int:
     return -(-vocab_size // 16) * 16
 
 
+def label_logits(hidden: Tensor, head: LMHead, token_ids: Tensor) -> Tensor:
+    """z_y (n,) of hidden (n, D), up to `cap`; nan where an id is not in [0, V)."""
+    n, depth = hidden.shape
+    z_y = torch.empty(n, dtype=torch.float32, device=hidden.device)
+    if n == 0:
+        return z_y
+    _, inner, softcap = exponent_factors(head.temperature, head.softcap, head.logit_scale)
+    bias = None if head.bias is None else head.bias.contiguous()
+    _label_kernel[(n,)](
+        hidden, head.weight, bias, token_ids.contiguous(), z_y, depth, head.weight.shape[0],
+        hidden.stride(0), head.weight.stride(0), inner, softcap,
+        HAS_BIAS=bias is not None, MODE=cap_mode(head.softcap, head.logit_scale),
+        BLOCK_D=min(1024, triton.next_power_of_2(depth)), num_warps=4,
+    )  # fmt: skip
+    return z_y
+
+
 def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
     """Launches a kernel that makes descriptors, for which Triton asks an allocator for memory.
 
@@ -119,12 +136,19 @@ def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
 
 
 def matrix_piece(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, want_entropy: bool, store: bool
+    hidden: Tensor,
+    head: LMHead,
+    token_ids: Tensor,
+    want_entropy: bool,
+    store: bool,
+    label_z: Tensor | None = None,
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """`forward_piece_torch` without `upstream`; with `store` the gradient M too, scaled by row.
 
     `top` of the statistics is the anchor: z_y, or the maximum of a row that was done again.
     To be called on the device of `hidden`; hidden (n, D) in bf16, or in fp16 without `store`.
+    `label_z` (n,): the tokens' logits as `label_logits` makes them, where these are known; then an
+    id may be -1, a token that is none of these columns and counts as one more (`vocab_shards.py`).
     """
     n, depth = hidden.shape
     vocab_size = head.weight.shape[0]
@@ -152,17 +176,13 @@ def matrix_piece(
     tiles_n, tiles_v = triton.cdiv(n, tile.rows), triton.cdiv(vocab_size, tile.columns)
     redo_tiles_v = triton.cdiv(vocab_size, redo_tile.columns)
     pitch_v = triton.cdiv(max(tiles_v, redo_tiles_v), 16) * 16  # so that a row's sums are aligned
-    z_y, anchor = floats(n), floats(n)
+    z_y = label_logits(hidden, head, token_ids) if label_z is None else label_z.contiguous()
+    anchor = floats(n)
     sums = floats(n, pitch_v)
     weighted = floats(n, pitch_v) if want_entropy else None
     redo_rows = torch.empty(n, dtype=torch.int32, device=hidden.device)
     redo_count = torch.zeros((), dtype=torch.int32, device=hidden.device)
 
-    _label_kernel[(n,)](
-        hidden, head.weight, bias, token_ids, z_y, depth, vocab_size, *strides, inner, softcap,
-        HAS_BIAS=has_bias, MODE=mode, BLOCK_D=min(1024, triton.next_power_of_2(depth)),
-        num_warps=4,
-    )  # fmt: skip
     flags = {"MODE": mode, "WANT_ENTROPY": want_entropy, "STORE": store}
     kernel, grid = _head_kernel, tiles_n * tiles_v
     if tile.descriptors:

@@ -17,6 +17,8 @@ from ..dispatch import use_triton
 from ..logprob.types import RowStatistics, accumulation_dtype
 from .piece_torch import forward_piece_torch
 from .types import LMHead, LogitGradient
+from .vocab_shards import Labels, SplitLabels
+from .vocab_split import SplitArguments, split_piece
 from .waves import HeadShape, Pieces
 
 # What a piece of logits may take. Pieces of fp32 are summed into the weight gradient at no cost;
@@ -45,11 +47,32 @@ def _bytes_per_row(hidden: Tensor, vocab_size: int) -> int:
     return max(vocab_size * size, 1)
 
 
-def planned_rows(hidden: Tensor, weight: Tensor, chunk_bytes: int | None, sums_weight: bool) -> int:
+def piece_rows_of(
+    hidden: Tensor, vocab_size: int, chunk_bytes: int | None, split: SplitArguments
+) -> int:
+    """`piece_rows`, and the same on all ranks of a split: by what all of them know alike."""
+    if split.group is None:
+        return piece_rows(hidden, vocab_size, chunk_bytes)
+    if chunk_bytes is None:
+        chunk_bytes = PIECE_BYTES.get(hidden.dtype, PIECE_BYTES_HALF)
+    return piece_rows(hidden, split.rows_per_rank, chunk_bytes)
+
+
+def planned_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_bytes: int | None,
+    sums_weight: bool,
+    split: SplitArguments | None = None,
+) -> int:
     """`piece_rows` for the loss: on a GPU without `chunk_bytes` as many as free memory allows.
+
+    Where the vocabulary is split, as `piece_rows_of`: free memory differs between ranks.
 
     With `sums_weight` several pieces need an fp32 sum of dW, which one piece may take instead.
     """
+    if split is not None and split.group is not None:
+        return piece_rows_of(hidden, len(weight), chunk_bytes, split)
     if chunk_bytes is None and hidden.is_cuda and (free := free_bytes(hidden.device)):
         spared = 4 * weight.numel() if sums_weight and hidden.dtype != torch.float16 else 0
         chunk_bytes = planned_bytes(
@@ -87,12 +110,17 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def pieces_of(hidden: Tensor, weight: Tensor, need: tuple[bool, bool, bool], most: int) -> Pieces:
-    """How rows are cut into pieces of at most `most`: on a GPU by waves of its processors."""
+def pieces_of(
+    hidden: Tensor, shape: tuple[int, ...], need: tuple[bool, bool, bool], most: int
+) -> Pieces:
+    """How rows are cut into pieces of at most `most`: on a GPU by waves of its processors.
+
+    `shape` (V, D) of the weight; of an average rank's where the vocabulary is split.
+    """
     processors = num_processors(hidden)
     if processors is None:
         return Pieces(most)
-    vocab_size, depth = weight.shape
+    vocab_size, depth = shape
     return Pieces(most, HeadShape(depth, vocab_size, processors, need[0], need[1]))
 
 
@@ -112,7 +140,7 @@ def pieces(num_rows: int, most: int) -> list[slice]:
 def forward_piece(
     hidden: Tensor,
     head: LMHead,
-    token_ids: Tensor,
+    token_ids: Labels,
     *,
     want_entropy: bool = False,
     want_gradient: bool = False,
@@ -122,6 +150,8 @@ def forward_piece(
 
     With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw.
     """
+    if isinstance(token_ids, SplitLabels):
+        return split_piece(hidden, head, token_ids, want_entropy, want_gradient, upstream)
     forward = forward_piece_torch
     if use_triton(hidden):
         from .piece_triton import forward_piece_triton
@@ -131,7 +161,7 @@ def forward_piece(
 
 
 def forward_rows(
-    hidden: Tensor, head: LMHead, token_ids: Tensor, size: int, want_entropy: bool
+    hidden: Tensor, head: LMHead, token_ids: Labels, size: int, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """(log-probs (N,), entropies (N,) or empty) without a gradient, `size` rows at a time: 2NDV."""
     logps = hidden.new_zeros(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
@@ -145,9 +175,9 @@ def forward_rows(
 
 
 def logit_gradient_is_scaled(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether a piece's `LogitGradient` has a row scale: that of the matrix kernel does."""
+    """Whether a piece's `LogitGradient` has a row scale: the library's product has none."""
     if not use_triton(hidden):
-        return False
+        return True
     from .piece_triton import uses_matrix_kernel
 
     return uses_matrix_kernel(hidden, weight, want_gradient=True)
@@ -155,7 +185,7 @@ def logit_gradient_is_scaled(hidden: Tensor, weight: Tensor) -> bool:
 
 def logit_gradient_width(hidden: Tensor, weight: Tensor) -> int:
     """Distance between the rows of a piece's `LogitGradient`, in elements."""
-    if not logit_gradient_is_scaled(hidden, weight):
+    if not use_triton(hidden) or not logit_gradient_is_scaled(hidden, weight):
         return weight.shape[0]
     from .matrix_triton import stored_width
 

@@ -65,6 +65,17 @@ def forward_piece_triton(
     return library_piece(hidden, head, token_ids, want_entropy, want_gradient, upstream)
 
 
+def raw_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """h W^T + bias (n, V) in fp32, by a product of the library."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        raw = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+    else:
+        raw = hidden.float() @ head.weight.float().T
+    if head.bias is not None:
+        raw += head.bias
+    return raw
+
+
 def library_piece(
     hidden: Tensor,
     head: LMHead,
@@ -74,12 +85,7 @@ def library_piece(
     upstream: tuple[Tensor, Tensor] | None,
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """The "library" way; with `upstream` M is dL / d raw."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        raw = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
-    else:
-        raw = hidden.float() @ head.weight.float().T
-    if head.bias is not None:
-        raw += head.bias
+    raw = raw_logits(hidden, head)
     transform = {"softcap": head.softcap, "logit_scale": head.logit_scale}
     want_entropy = want_entropy or upstream is not None
     statistics = forward_triton(raw, token_ids, None, head.temperature, want_entropy, **transform)

@@ -41,7 +41,7 @@ class LogitGradient(NamedTuple):
     """M = d log p(y) / d raw of a piece of n rows, as row_scale[:, None] * matrix."""
 
     matrix: Tensor  # (n, V) in the hidden states' dtype; its rows may be further apart than V
-    row_scale: Tensor | None  # (n,) fp32; None: 1
+    row_scale: Tensor | None  # (n,) fp32, fp64 for fp64; None: 1
 
     def padded(self) -> Tensor:
         """The matrix with the padding between its rows, contiguous: (n, distance of two rows)."""

@@ -113,11 +113,12 @@ def block_gradient_(
     s: RowStatistics,
     grad: Tensor | None,
     grad_entropy: Tensor | None,
+    has_label: Tensor | None = None,
 ) -> Tensor:
-    """dL/dz (n, V), but for the factor 1 / tau, written over e = exp(x) with the token's entry 0.
+    """dL/dz (n, V), but for the factor 1 / tau, written over e = exp(x).
 
     `grad` and `grad_entropy` (n,) are dL/d(log-prob) and dL/d(entropy), None for 0; `x` is only
-    needed for the latter.
+    needed for the latter. `has_label` (n,): whether the token is one of these columns; None: yes.
     """
     total = s.log_total.exp()
     own = torch.zeros_like(total) if grad is None else grad * s.rest
@@ -134,6 +135,8 @@ def block_gradient_(
         e.mul_(weight).div_(total[:, None])
         p_y = s.logps.exp()
         own -= grad_entropy * p_y * (s.logps.clamp(min=LOWEST) + s.entropy)
+    if has_label is not None:  # the others keep what they have in the column that stands for it
+        own = torch.where(has_label, own, e.gather(-1, token_ids[:, None]).squeeze(-1))
     return e.scatter_(-1, token_ids[:, None], own[:, None])
 
 

@@ -32,6 +32,7 @@ def _row(pointer, row, inner_rows, stride_outer, stride_inner):
 def _forward_kernel(
     logits,
     ids,
+    label,
     keep,
     logps,
     top,
@@ -45,6 +46,7 @@ def _forward_kernel(
     scale,
     inner,
     softcap,
+    HAS_LABEL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     MODE: tl.constexpr,
@@ -64,12 +66,15 @@ def _forward_kernel(
             return
     base = _row(logits, row, inner_rows, stride_outer, stride_inner)
     y = tl.load(ids + row)
-    inside = (y >= 0) & (y < V)
-    z_y = tl.load(base + y, mask=inside, other=float("nan")).to(tl.float32)
-    z_y = cap(z_y, inner, softcap, MODE)
-
     # per lane: sum of 2^(z - m) and of 2^(z - m) (z - m), the token's own entry left out
-    m = float("-inf")
+    if HAS_LABEL:
+        z_y = tl.load(label + row)
+        m = z_y
+    else:
+        inside = (y >= 0) & (y < V)
+        z_y = tl.load(base + y, mask=inside, other=float("nan")).to(tl.float32)
+        z_y = cap(z_y, inner, softcap, MODE)
+        m = float("-inf")
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     lane = tl.arange(0, BLOCK)
@@ -202,8 +207,13 @@ def forward_triton(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_logits: Tensor | None = None,
 ) -> RowStatistics:
-    """`forward_torch`; the logits may be raw products of an lm_head with a soft-cap and scale."""
+    """`forward_torch`; the logits may be raw products of an lm_head with a soft-cap and scale.
+
+    `label_logits` (N,), up to `cap`: the tokens' logits where not every token is a column of these
+    logits; then an id may be -1, and its token counts as one more column.
+    """
     num_rows, vocab_size = token_ids.numel(), logits.shape[-1]
     columns = [torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(4)]
     entropy = logits.new_empty(num_rows if want_entropy else 0, dtype=torch.float32)
@@ -217,6 +227,7 @@ def forward_triton(
         _forward_kernel[(num_rows,)](
             logits,
             token_ids,
+            None if label_logits is None else label_logits.contiguous(),
             keep,
             *columns,
             entropy,
@@ -225,6 +236,7 @@ def forward_triton(
             stride_inner,
             vocab_size,
             *exponent_factors(temperature, softcap, logit_scale),
+            HAS_LABEL=label_logits is not None,
             HAS_MASK=keep is not None,
             WANT_ENTROPY=want_entropy,
             MODE=cap_mode(softcap, logit_scale),

@@ -167,7 +167,9 @@ def test_error_is_at_most_twice_that_of_torch(dtype, name, need, rows):
     def ours(hidden, weight, ids, bias):
         return fused(hidden, weight, ids, bounds(LENGTHS), bias, rows, **HEAD, **loss)
 
-    assert_error_at_most_twice(run(ours, dtype), run(plain, dtype), run(plain, torch.double))
+    # a gradient near 1 is off by up to eps / 4 by its last rounding alone, in either of the two
+    atol = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+    assert_error_at_most_twice(run(ours, dtype), run(plain, dtype), run(plain, torch.double), atol)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
