@@ -112,7 +112,8 @@ def test_a_prediction_stands_beside_what_was_measured(tmp_path, capsys):
     (line,) = json.loads(out.read_text())["rows"]
     assert line["measured_s"] == 0.09
     assert line["predicted_s"] == pytest.approx(sum(line["parts_s"].values()))
-    assert 1.0 < line["predicted_s"] / 0.0667 < 1.4
+    # the floor is of products D deep; those of dX and dW are deeper, and faster
+    assert 0.9 < line["predicted_s"] / 0.0667 < 1.2
     printed = capsys.readouterr().out
     assert re.search(rf"90\.00 +{line['predicted_s'] * 1e3:.2f} ", printed)
 
