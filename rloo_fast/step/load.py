@@ -107,14 +107,9 @@ def load_run(
         num_processes=args.world_size,
         with_images=with_images,
     )
+    shown_to = engine_class if with_images else None
     saved, stop_ids, tokenize = _load_texts(
-        policy,
-        processing_class,
-        args,
-        sources,
-        from_hub,
-        with_images=with_images,
-        engine_class=engine_class,
+        policy, processing_class, args, sources, from_hub, shown_to
     )
     train_dataset, eval_dataset = drop_long_prompts(
         train_dataset, eval_dataset, tokenize, args.max_prompt_length, args.prompts_per_generation
@@ -158,12 +153,13 @@ def _load_texts(
     args: RLOOConfig,
     sources: RewardSources,
     from_hub: dict[str, Any],
-    *,
-    with_images: bool,
-    engine_class: type[RolloutEngine],
+    shown_to: type[RolloutEngine] | None,
 ) -> tuple[Any, tuple[int, ...], RowTokenizer]:
-    """(what is saved with the policy, token ids that end a completion, how rows are read)."""
-    processor = find_processor(processing_class, policy, **from_hub) if with_images else None
+    """(what is saved with the policy, token ids that end a completion, how rows are read).
+
+    `shown_to`: the engine of a run with images; None: a text run.
+    """
+    processor = find_processor(processing_class, policy, **from_hub) if shown_to else None
     reader = None if processor is None else ImageReader(processor, policy)
     tokenizer = load_tokenizer(
         processing_class if reader is None else reader.processor.tokenizer, policy, **from_hub
@@ -183,7 +179,7 @@ def _load_texts(
         num_embeddings=size,
         check_columns=sources.check_columns,
         reader=reader,
-        engine_reads_images=engine_class.reads_images,
+        engine_reads_images=shown_to is not None and shown_to.reads_images,
     )
     return processor or tokenizer, stop_ids, tokenize
 
