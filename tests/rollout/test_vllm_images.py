@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from rloo_fast.models.vision import ImageReader
 from rloo_fast.records import RawPrompt, Sampling
