@@ -32,6 +32,7 @@ def features_repeated(model: Any, copies: ImageCopies | None) -> Iterator[None]:
         return
     name = "get_image_features"
     token, own, held = image_token_of(model.config), getattr(tower, name), vars(tower).get(name)
+    assert token is not None, type(model).__name__  # an ImageReader was made of it
     counts = [(ids.count(token), times) for ids, times in copies]
 
     def found(*args: Any, **kwargs: Any) -> Any:

@@ -245,7 +245,7 @@ def _load_texts(
         num_embeddings=size,
         check_columns=checked.check_columns,
         reader=reader,
-        engine_reads_images=checked.engine_class.reads_images,
+        engine_reads_images=with_images and checked.engine_class.reads_images,
         schemas=tools and tools.schemas,
         default=EMPTY_PROMPT if tools is not None and tools.has_environments else None,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from rloo_fast.models.vision import ImageReader
 from rloo_fast.records import RawPrompt, Sampling
@@ -31,7 +31,8 @@ require_vllm()
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 FAMILIES = ["idefics3"]
 if is_torchvision_available():
-    FAMILIES += ["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next"]
+    FAMILIES += ["smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"]
+    FAMILIES += ["llava_next", "internvl"]
 SAMPLING = Sampling(
     temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0, max_new_tokens=8,
     stop_token_ids=(1, NUMBER["<image>"]),
@@ -166,7 +167,7 @@ def test_a_server_is_sent_the_images_and_samples_the_same(tmp_path):
         served.load()
         assert served.difference() < TOLERANCE
         ids, more, raw = served.rows[0]
-        with pytest.raises(EngineError, match="it is for the prompt"):
+        with pytest.raises(EngineError, match="differ from token 1 on"):
             served.sample([([ids[0], 9, *ids[2:]], more, raw)])
         served.engine.close()
 

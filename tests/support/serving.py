@@ -70,7 +70,7 @@ def serving(
         processor.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder / "tokenizer")
         options = (*options, "--limit-mm-per-prompt", '{"video": 0}')
-        options = (*options, "--mm-processor-kwargs", '{"backend": "pil"}')
+        options = (*options, "--mm-processor-kwargs", '{"use_fast": false}')
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--tokenizer", str(folder / "tokenizer")]
     command += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]

@@ -11,7 +11,7 @@ import transformers as hf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.smolvlm import processing_smolvlm as smolvlm
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from tests.support.tiny import WORDS
 

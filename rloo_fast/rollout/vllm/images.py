@@ -19,10 +19,10 @@ from ..engine import EngineError
 def settings(processor: Any) -> dict[str, Any]:
     """Arguments of vllm.LLM: no room is made for videos, and images are resized by the same code as
     here (Pillow's and torchvision's pixels are not the same)."""
-    backend = getattr(processor.image_processor, "backend", None)
+    by_pillow = getattr(processor.image_processor, "backend", None) == "pil"
     return {
         "limit_mm_per_prompt": {"video": 0, "audio": 0},
-        "mm_processor_kwargs": None if backend is None else {"use_fast": backend != "pil"},
+        "mm_processor_kwargs": {"use_fast": False} if by_pillow else None,
     }
 
 

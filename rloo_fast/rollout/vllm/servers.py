@@ -26,6 +26,7 @@ from ..engine import EngineError, StaleWeights
 from ..settings import EngineSettings
 from .answers import OddAnswer
 from .fit import CONNECT_S, unfit
+from .images import check_prompt
 from .inflight import GENERATE, OtherWeights, most_bytes, read_sampled, request_fields, request_of
 from .server import RESERVED, VLLMServer
 from .together import gathering, others_waiting
@@ -81,6 +82,9 @@ class InflightServer(VLLMServer):
             request_of(fields, prompt_ids, seed, request_id, raw),
             most_bytes=most_bytes(len(prompt_ids), max_tokens),
         )
+        read = answer.get("prompt_token_ids")
+        if raw is not None and isinstance(read, list):
+            check_prompt(read, prompt_ids)
         try:
             return read_sampled(
                 answer,
