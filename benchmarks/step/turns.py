@@ -52,13 +52,13 @@ class Shape:
     """Tokens of each part."""
 
     num_prompts: int = 2
-    num_generations: int = 4
+    num_generations: int = 2
     turns: int = 6
-    tools: int = 500
-    question: int = 40
-    reasoning: int = 80
-    call: int = 30
-    said: int = 60
+    tools: int = 300
+    question: int = 30
+    reasoning: int = 48
+    call: int = 16
+    said: int = 32
 
     def described(self, case: str) -> str:
         return (

@@ -29,9 +29,14 @@ class Session(Protocol):
     """The rows of a rollout. `texts`: of rows whose completion is not what their tokens say, as
     these are finished. `environments`: of the rows; None: they have none."""
 
-    rows: list[Prompt]
-    texts: Mapping[int, str | list[Message]]
-    environments: list[Any] | None
+    @property
+    def rows(self) -> list[Prompt]: ...
+
+    @property
+    def texts(self) -> Mapping[int, str | list[Message]]: ...
+
+    @property
+    def environments(self) -> list[Any] | None: ...
 
     def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout: ...
 
