@@ -58,7 +58,7 @@ def tokenize(
     for row in rows:
         text: Any = row.get("prompt", default)
         inputs = None
-        if text is None and "prompt" not in row:
+        if default is None and "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
         if reader is not None:
             text, ids, inputs = prompt_with_images(row, reader, chat_template_kwargs)
