@@ -60,7 +60,7 @@ def tokenize(
     for row in rows:
         text: Any = row.get("prompt", default)
         inputs = None
-        if text is None and "prompt" not in row:
+        if default is None and "prompt" not in row:
             raise UnusableRow(f"a row has no 'prompt', only {sorted(row)}: name its text 'prompt'.")
         raw = None
         if reader is not None:

@@ -197,7 +197,8 @@ def build_collector(
 ) -> Collector:
     open_session: Open | None = None
     if rollout_func is not None:
-        ends = {*sampling.stop_token_ids, tokenize.tokenizer.pad_token_id}
+        padding: Any = tokenize.tokenizer.pad_token_id
+        ends = {*sampling.stop_token_ids, padding}
         open_session = partial(
             FunctionSession.open, function=rollout_func, tokenizer=tokenize.tokenizer, ends=ends
         )

@@ -122,9 +122,9 @@ def chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
             if pair not in merges:
                 merges.append(pair)
             vocab.setdefault(word[:end], len(vocab))
-    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    core.decoder = decoders.ByteLevel()  # pyright: ignore
+    core: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

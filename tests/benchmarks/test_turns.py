@@ -1,0 +1,32 @@
+"""The conversations of `benchmarks.step.turns`, and how many of their tokens are run."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.step.turns import Shape, trajectories, trl_tree_tokens
+from rloo_fast.batching.layouts import LAYOUTS, UnitIds
+
+SHAPE = Shape(turns=3, tools=40, question=12, reasoning=9, call=5, said=6)
+
+
+@pytest.mark.parametrize(("case", "strands"), [("kept", 1), ("dropped", 3)])
+def test_each_sampled_token_counts_once(case, strands):
+    for prompt, found in trajectories(SHAPE, case, 1000):
+        assert len(found) == strands
+        assert sum(len(strand.counted) for strand in found) == 3 * (9 + 5)
+        assert all(strand.ids[: len(prompt)] == prompt for strand in found)
+        assert len(found[-1].ids) == 52 + 3 * 5 + 2 * 6 + (27 if case == "kept" else 9)
+
+
+@pytest.mark.parametrize("case", ["kept", "dropped"])
+def test_never_more_tokens_than_trls_tree(case):
+    pytest.importorskip("trl.experimental.async_grpo.packing")
+    units = []
+    for prompt, strands in trajectories(SHAPE, case, 50_000):
+        n = len(prompt)
+        places = [[place - n for place in strand.counted] for strand in strands]
+        run = [strand.ids[n : strand.counted[-1]] for strand in strands]
+        units.append(UnitIds(prompt, run, places))
+    made = LAYOUTS["shared_prefix"].lines(units, pad_token_id=0, multiple_of=1, sizes=None)
+    assert len(made.input_ids[0]) <= trl_tree_tokens(SHAPE, case)
