@@ -137,7 +137,8 @@ class Steps:
             "callbacks": [self.watch],
         }
         if is_trl:
-            from trl import GRPOConfig, GRPOTrainer
+            from trl.trainer.grpo_config import GRPOConfig
+            from trl.trainer.grpo_trainer import GRPOTrainer
 
             config: Any = GRPOConfig(**arguments, loss_type="grpo")
             self.trainer: Any = GRPOTrainer(args=config, rollout_func=_told(rows), **common)
