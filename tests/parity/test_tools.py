@@ -185,7 +185,7 @@ def differences(case: dict[str, Any], tmp: Path) -> dict[str, float]:
     assert len(ours.gradients) == len(theirs.gradients) == settings.get("num_iterations", 1) * STEPS
     usual = {n: max(g[n].norm() for g in theirs.gradients) for n in theirs.gradients[0]}
     # an on-policy loss is a sum of advantages that cancel: measured against their size
-    size = max(max(abs(log["loss"]), log["reward_std"]) for log in theirs.logs)
+    size = max(max(abs(log["loss"]), log.get("reward_std", 0.0)) for log in theirs.logs)
     steps = list(zip(ours.logs, theirs.logs, strict=True))
     rewards = [name for name in theirs.logs[0] if name.startswith("reward") and "frac" not in name]
     return {
