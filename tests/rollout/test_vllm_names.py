@@ -59,7 +59,9 @@ USED = {
     "vllm.logprobs.Logprob": ["logprob"],
     "vllm.platforms": ["current_platform"],
     "vllm.platforms.current_platform": ["is_cpu"],
-    "vllm._custom_ops": ["_supports_onednn"],
+    "vllm.model_executor.layers.utils": [
+        ("dispatch_cpu_unquantized_gemm", "layer", "remove_weight"),
+    ],
     "vllm.config.VllmConfig": ["model_config"],
     "vllm.config.ModelConfig": [
         "quantization", "logprobs_mode", "generation_config", "enable_sleep_mode", "max_model_len",

@@ -114,8 +114,8 @@ def wrong_temperature(trainer, initial: Weights):
     engine = trainer.rollouts.engine
     params = engine._params
 
-    def warmer(sampling, seed):
-        made = params(sampling, seed)
+    def warmer(sampling, seed, num_prompt):
+        made = params(sampling, seed, num_prompt)
         made.temperature = 1.2
         return made
 

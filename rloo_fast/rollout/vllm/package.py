@@ -6,6 +6,7 @@ import os
 from importlib import import_module
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from .host import host_unchanged
@@ -41,7 +42,21 @@ def runs_on_cpu() -> bool:
     """Whether this vLLM is a CPU build; if so, keep it from computing with copies of weights."""
     if not import_module("vllm.platforms").current_platform.is_cpu():
         return False
-    # else linear layers compute with a packed copy of their weights, which no sync reaches
-    custom_ops: Any = import_module("vllm._custom_ops")
-    custom_ops._supports_onednn = False
+    layers: Any = import_module("vllm.model_executor.layers.utils")
+    if layers.dispatch_cpu_unquantized_gemm.__module__ != __name__:
+        layers.dispatch_cpu_unquantized_gemm = _unpacked(layers.dispatch_cpu_unquantized_gemm)
     return True
+
+
+def _unpacked(dispatch: Any) -> Any:
+    """In place of vLLM's choice of a product for a layer on a CPU: torch's, with the weights as
+    they are. vLLM's (oneDNN; on a CPU with AMX, in bfloat16, its own for small ones; AMD's
+    zentorch) compute with a packed copy of the weights, which no sync reaches."""
+
+    def plain(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:  # no linear layer
+            dispatch(layer, remove_weight)
+
+    return plain
