@@ -218,7 +218,7 @@ def test_on_a_cpu_the_budget_is_fixed():
     hidden = torch.empty(10**5, 64, dtype=torch.bfloat16)
     assert piece.planned_rows(hidden, weight, None, True) == (768 << 20) // (2 * 50304)
     assert piece.planned_rows(hidden, weight, 2 * 50304 * 5, True) == 5
-    assert piece.pieces_of(hidden, weight, (True, True, False), 7) == Pieces(7)
+    assert piece.pieces_of(hidden, weight.shape, (True, True, False), 7) == Pieces(7)
 
 
 def test_free_memory_is_asked_without_waiting_and_not_where_bits_must_repeat(monkeypatch):
