@@ -19,6 +19,8 @@ from tests.support.pretend_cuda import CUDA, PretendCuda
 
 jit = pytest.importorskip("triton.runtime.jit", reason="Triton has wheels for Linux alone")
 
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
 
 class CurrentDevice:
     """Stands in for torch.cuda.device, as a context; `now` is None outside of one."""
@@ -50,10 +52,13 @@ def current():
     def run(kernel, *args, **kwargs):
         current.run(kernel, *args, **kwargs)
 
-    target = SimpleNamespace(backend="cuda", arch=90, warp_size=32)
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    active = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        utils=SimpleNamespace(get_device_properties=lambda device: {"multiprocessor_count": 132}),
+    )
     with (
-        mock.patch("triton.runtime.driver", driver),
+        mock.patch("triton.runtime.driver", SimpleNamespace(active=active)),
         mock.patch.object(jit.JITFunction, "run", run),
         mock.patch.object(torch.cuda, "device", current.context),
     ):
@@ -92,15 +97,26 @@ def launch_piece(dtype):
     forward_piece_triton(hidden, LMHead(weight, None, 1.0, None, 1.0), ids, False, True, None)
 
 
+def launch_weight():
+    from rloo_kernels.lm_head.weight_triton import add_in_memory, adds_in_memory
+
+    total, matrix, scaled = on_cuda(
+        torch.zeros(64, 32), torch.randn(4, 64).bfloat16(), torch.randn(4, 32).bfloat16()
+    )
+    assert adds_in_memory(total, matrix, scaled)
+    add_in_memory(total, matrix, scaled)
+
+
 @pytest.mark.parametrize(
     ("launch", "kernels"),
     [
         (launch_rows, {"_forward_kernel", "_backward_kernel"}),
         (launch_objective, {"_segments_kernel"}),
         (lambda: launch_piece(torch.float32), {"_forward_kernel", "_backward_kernel"}),
-        (lambda: launch_piece(torch.bfloat16), {"_head_kernel", "_combine_kernel"}),
+        (lambda: launch_piece(torch.bfloat16), {"persistent_kernel", "combine_kernel"}),
+        (launch_weight, {"_weight_kernel"}),
     ],
-    ids=["rows", "objective", "library piece", "matrix piece"],
+    ids=["rows", "objective", "library piece", "matrix piece", "weight gradient"],
 )
 def test_kernels_are_launched_on_the_device_of_their_tensors(current, launch, kernels):
     with PretendCuda():

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -146,6 +147,19 @@ def test_who_adds_is_decided_by_alignment_and_rows(seen):
     assert seen["refusals"] == {
         "plain": True, "odd D": False, "odd V": False, "most rows": True, "more rows": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "takes"), [(80, False), (90, True), (100, True), (120, False)])
+def test_a_device_without_room_for_its_tiles_does_not_add_in_memory(arch, takes, monkeypatch):
+    """sm_120 has TMA, but 99 KiB of shared memory a block: the tile of sm_100 asks for 112."""
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
+    from rloo_kernels.lm_head.weight_triton import adds_in_memory
+
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    matrix, scaled = (torch.empty(4, x, dtype=torch.bfloat16) for x in (32, 16))
+    assert adds_in_memory(torch.empty(32, 16), matrix, scaled) == takes
 
 
 def test_the_loss_adds_in_memory_from_its_second_chunk_on(seen):

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from .waves import Pieces
@@ -34,11 +34,11 @@ def plan_chunks(bounds: list[int], rows_per_unit: int, pieces: Pieces) -> list[C
     """Whole units of `rows_per_unit` rows, in order, at most `pieces.most` tokens to a chunk.
 
     `bounds` are cu_seqlens. All that fits into one chunk is one; else they are cut where the chunks
-    take the least time in all, or without a shape are as full as can be. A unit of more tokens is
-    a chunk of its own that does not fit.
+    take the least time in all, or without a shape are few and nearly equal. A unit of more tokens
+    is a chunk of its own that does not fit.
     """
     ends = bounds[::rows_per_unit]  # of the units; the first one's start before them
-    cut = _fullest if pieces.shape is None or ends[-1] - ends[0] <= pieces.most else _fastest
+    cut = _equal if pieces.shape is None or ends[-1] - ends[0] <= pieces.most else _fastest
     chunks: list[Chunk] = []
     i = 0
     for j in cut(ends, pieces):
@@ -48,11 +48,19 @@ def plan_chunks(bounds: list[int], rows_per_unit: int, pieces: Pieces) -> list[C
     return chunks
 
 
-def _fullest(ends: list[int], pieces: Pieces) -> list[int]:
-    """Numbers of the units at which chunks end, each with as many units as fit."""
+def _equal(ends: list[int], pieces: Pieces) -> list[int]:
+    """Numbers of the units at which chunks end: the fewest chunks, their largest the smallest."""
+    fewest = len(_full(ends, pieces.most))
+    # the smaller their bound, the more chunks
+    least = bisect_left(range(pieces.most), True, key=lambda n: len(_full(ends, n)) <= fewest)
+    return _full(ends, least)
+
+
+def _full(ends: list[int], most: int) -> list[int]:
+    """Likewise, each chunk with as many units as fit into `most`, at least one."""
     cuts = [0]
     while cuts[-1] < len(ends) - 1:
-        fitting = bisect_right(ends, ends[cuts[-1]] + pieces.most) - 1
+        fitting = bisect_right(ends, ends[cuts[-1]] + most) - 1
         cuts.append(max(fitting, cuts[-1] + 1))
     return cuts[1:]
 

@@ -59,6 +59,7 @@ def forward_piece_torch(
     entropy = raw.new_empty(len(raw) if want_entropy else 0, dtype=dtype)
     blocks = _blocks(raw, head, want_entropy)
     copy = None if raw.dtype == dtype else torch.empty_like(raw[blocks[0]], dtype=dtype)
+    on_cpu, least = raw.device.type == "cpu", math.log(torch.finfo(dtype).tiny)
     for rows in blocks:
         ids = token_ids[rows, None]
         block = raw[rows] if copy is None else copy[: len(ids)].copy_(raw[rows])
@@ -66,7 +67,11 @@ def forward_piece_torch(
         q, own, others = _softmax(z if head.temperature == 1.0 else z.div_(head.temperature), ids)
         total = own + others
         p_y = own / total
-        logps[rows] = log_p_y = torch.where(own > others, -(others / own).log1p(), p_y.log())
+        log_p_y = torch.where(own > others, -(others / own).log1p(), p_y.log())
+        if not on_cpu:  # to look which underflow, as below, would wait for the device
+            again = z.gather(-1, ids).squeeze(-1) - z.logsumexp(-1)
+            log_p_y = torch.where(log_p_y < least, again, log_p_y)
+        logps[rows] = log_p_y
         rest[rows], scale[rows] = others / total, -head.slope / total
         if want_entropy:
             log_p = q.log().clamp_(min=LOWEST).sub_(total.log()[:, None])
@@ -80,10 +85,9 @@ def forward_piece_torch(
             q.scatter_(-1, ids, -others[:, None])
             if slope is not None:
                 q.mul_(slope)
-            if q.data_ptr() != raw[rows].data_ptr():
+            if copy is not None or q is not block:
                 raw[rows] = q  # in the raw logits' place: nobody needs them again
-    underflown = (logps < math.log(torch.finfo(dtype).tiny)).nonzero().squeeze(1)
-    if len(underflown):
+    if on_cpu and len(underflown := (logps < least).nonzero().squeeze(1)):
         for rows in underflown.tensor_split(8):  # their logits beside those of the piece
             logps[rows] = _logps_again(hidden[rows], head, token_ids[rows], dtype)
     statistics = RowStatistics(logps, raw.new_empty(0), raw.new_empty(0), rest, entropy)

@@ -96,7 +96,7 @@ def tile_for(depth: int, softcap: float | None, why_not: str | None) -> Tile:
     """
     if _forced_tile is not None:
         return _fitting(_forced_tile, depth)
-    kind = _kind_of_device()
+    kind = kind_of_device()
     key = kind
     if kind == "hopper" and softcap is not None:
         key = "hopper, soft-cap"
@@ -114,14 +114,14 @@ def tile_for(depth: int, softcap: float | None, why_not: str | None) -> Tile:
 
 def redo_tile_for(depth: int) -> Tile:
     """The tile for rows that are done again: by pointers, since they lie anywhere."""
-    return _fitting(POINTER_TILES[_kind_of_device()], depth)
+    return _fitting(POINTER_TILES[kind_of_device()], depth)
 
 
 def _fitting(tile: Tile, depth: int) -> Tile:
     return tile._replace(depth=min(tile.depth, max(16, triton.next_power_of_2(depth))))
 
 
-def _kind_of_device() -> str:
+def kind_of_device() -> str:
     """The key of POINTER_TILES for the current device."""
     if INTERPRETED:
         return "interpreter"

@@ -47,12 +47,6 @@ def num_waves(rows: int, columns: int, num_processors: int) -> int:
     return -(-num_tiles(rows, columns) // num_processors)
 
 
-def wave_efficiency(rows: int, columns: int, num_processors: int) -> float:
-    """Share of the waves' area that is results: 1 where no processor waits for another."""
-    area = num_waves(rows, columns, num_processors) * num_processors * TILE * TILE_WIDE
-    return rows * columns / area
-
-
 def steps_in_parts(rows: int, columns: int, depth: int, parts: int, num_processors: int) -> float:
     """Time of an fp32 product as the sum of `parts` products, each of its share of the depth."""
     waves = -(-num_tiles(rows, columns) * parts // num_processors)

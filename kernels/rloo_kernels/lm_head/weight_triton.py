@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..dispatch import INTERPRETED, on_device_of
+from ..dispatch import on_device_of
+from .tiles_triton import kind_of_device, num_processors
 from .waves import REDUCE_ADD_MOST_ROWS
 
 
@@ -33,7 +34,7 @@ class WeightTile(NamedTuple):
     num_stages: int
 
 
-TILES = {
+TILES = {  # by `kind_of_device`; the others have no TMA, or no room for these tiles
     "interpreter": WeightTile(32, 64, 32, 4, 1),
     "hopper": WeightTile(128, 256, 64, 8, 3),  # 213 KB of shared memory
     "blackwell": WeightTile(128, 256, 64, 8, 2),  # triton 3.6 keeps more of the sum there
@@ -76,19 +77,17 @@ def adds_in_memory(total: Tensor, matrix: Tensor, scaled: Tensor) -> bool:
     )
     if not aligned or len(scaled) > REDUCE_ADD_MOST_ROWS:
         return False
-    if INTERPRETED:
-        return True
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    with on_device_of(total):
+        return kind_of_device() in TILES
 
 
 def add_in_memory(total: Tensor, matrix: Tensor, scaled: Tensor) -> None:
     """total (V, D) fp32 += matrix^T scaled; matrix (n, V) and scaled (n, D) in bf16."""
-    tile = _tile()
     (n, depth), vocab_size = scaled.shape, matrix.shape[1]
-    tiles_v, tiles_d = triton.cdiv(vocab_size, tile.rows), triton.cdiv(depth, tile.columns)
-    num_programs = min(tiles_v * tiles_d, _num_processors())
     with on_device_of(total):
+        tile = TILES[kind_of_device()]
+        tiles_v, tiles_d = triton.cdiv(vocab_size, tile.rows), triton.cdiv(depth, tile.columns)
+        num_programs = min(tiles_v * tiles_d, num_processors())
         _weight_kernel[(num_programs,)](
             TensorDescriptor.from_tensor(matrix, [tile.depth, tile.rows]),
             TensorDescriptor.from_tensor(scaled, [tile.depth, tile.columns]),
@@ -97,17 +96,3 @@ def add_in_memory(total: Tensor, matrix: Tensor, scaled: Tensor) -> None:
             GROUP=GROUP, BLOCK_V=tile.rows, BLOCK_D=tile.columns, BLOCK_N=tile.depth,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-
-
-def _tile() -> WeightTile:
-    if INTERPRETED:
-        return TILES["interpreter"]
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return TILES["hopper" if arch < 100 else "blackwell"]
-
-
-def _num_processors() -> int:
-    if INTERPRETED:
-        return 3
-    active = triton.runtime.driver.active
-    return active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"]

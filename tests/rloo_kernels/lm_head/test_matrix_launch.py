@@ -24,7 +24,7 @@ from triton.runtime import _allocation  # noqa: E402
 @pytest.fixture
 def device(request, monkeypatch):
     kind, release = request.param
-    monkeypatch.setattr(tiles_triton, "_kind_of_device", lambda: kind)
+    monkeypatch.setattr(tiles_triton, "kind_of_device", lambda: kind)
     monkeypatch.setattr(triton, "__version__", release)
 
 

@@ -13,6 +13,7 @@ import torch
 from rloo_kernels import fused_linear_rloo_loss
 from rloo_kernels.lm_head import fused_linear_rloo_loss as op
 from rloo_kernels.lm_head.gradients import GradientAccumulator
+from rloo_kernels.lm_head.piece_torch import forward_piece_torch
 from rloo_kernels.lm_head.types import LMHead, LogitGradient
 from rloo_kernels.lm_head.waves import LEAST_INACTIVE_ROWS, HeadShape, Pieces
 from rloo_kernels.loss.rloo_objective import scaled_gradient
@@ -118,8 +119,8 @@ def cuda(monkeypatch):
         yield cuda
 
 
-def pieces_by_waves(hidden, weight, need, most):
-    vocab_size, depth = weight.shape
+def pieces_by_waves(hidden, shape, need, most):
+    vocab_size, depth = shape
     return Pieces(
         most, HeadShape(depth, vocab_size, 2, need[0], need[1]) if hidden.is_cuda else None
     )
@@ -209,6 +210,24 @@ def test_a_call_waits_for_nothing(cuda):
         )  # fmt: skip
         torch.autograd.grad(found.loss, leaves)
     assert cuda.waits == []
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("softcap", [None, 400.0])
+def test_torchs_log_probs_of_impossible_tokens_wait_for_nothing(softcap, temperature, cuda):
+    """Without Triton, and in fp64: which exponentials underflow, nobody looks."""
+    hidden, weight, ids, _ = make(torch.float32)
+    head = LMHead(40 * weight, None, temperature, softcap, 1.0)
+    raw = hidden.double() @ head.weight.double().T
+    z = (raw if softcap is None else softcap * torch.tanh(raw / softcap)) / temperature
+    want = z.log_softmax(-1).gather(-1, ids[:, None]).squeeze(1)
+    there, ids = head._replace(weight=head.weight.to(CUDA)), ids.to(CUDA)
+    hidden = hidden.to(CUDA)
+    cuda.waits.clear()
+    found, _ = forward_piece_torch(hidden, there, ids, False, True, None)
+    assert cuda.waits == []
+    assert (want < -120).any()  # fp32's exponential ends at 104
+    torch.testing.assert_close(host(found.logps).double(), want, rtol=1e-5, atol=1e-3)
 
 
 def test_the_factor_of_backward_is_not_rounded_to_the_dtype_of_the_weights(cuda):

@@ -12,13 +12,13 @@ from rloo_kernels.lm_head.chunks import MOST_CUTS, plan_chunks
 from rloo_kernels.lm_head.waves import (
     PARTS,
     TILE,
+    TILE_WIDE,
     HeadShape,
     Pieces,
     best_parts,
     num_waves,
     rows_of_piece,
     steps_in_parts,
-    wave_efficiency,
 )
 
 from tests.support.kernel_helpers import bounds
@@ -47,7 +47,8 @@ def case(name: str, processors: int, gib: float) -> tuple[HeadShape, int]:
 def test_waves_of_the_example():
     """266 tiles of 132 processors are three waves, 252 are two."""
     assert [num_waves(n, 3584, 132) for n in (2341, 2304)] == [3, 2]
-    assert [round(wave_efficiency(n, 3584, 132), 2) for n in (2341, 2304)] == [0.65, 0.95]
+    full = [n * 3584 / (num_waves(n, 3584, 132) * 132 * TILE * TILE_WIDE) for n in (2341, 2304)]
+    assert [round(share, 2) for share in full] == [0.65, 0.95]
     most = (768 << 20) // (2 * 152064)
     assert rows_of_piece(N, most, HeadShape(3584, 152063, 132)) == 2304  # no parts of a prime V
     assert rows_of_piece(N, most, HeadShape(3584, 152064, 132)) == 2560
@@ -137,11 +138,25 @@ def test_plan_of_chunks_holds_every_row_once(shape):
                 assert c.fits or c.r1 - c.r0 == unit
 
 
-def test_without_a_shape_chunks_are_as_full_as_can_be():
+def test_without_a_shape_chunks_are_few_and_nearly_equal():
     chunks = plan_chunks(bounds([3, 4, 2, 9, 1, 1, 1]).tolist(), 1, Pieces(7))
     assert [(c.t0, c.t1, c.fits) for c in chunks] == [
-        (0, 7, True), (7, 9, True), (9, 18, False), (18, 21, True),
+        (0, 3, True), (3, 9, True), (9, 18, False), (18, 21, True),
     ]  # fmt: skip
+    chunks = plan_chunks(bounds([256] * 8).tolist(), 1, Pieces(2001))  # not 1,792 and 256
+    assert [c.t1 - c.t0 for c in chunks] == [1024, 1024]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_without_a_shape_chunks_are_the_fewest_and_then_the_smallest_of_all_ways(seed):
+    rng = random.Random(seed)
+    units, most = [rng.randint(0, 9) for _ in range(8)], rng.randint(9, 20)
+    chunks = plan_chunks(bounds(units).tolist(), 1, Pieces(most))
+    inner = range(1, len(units))
+    ways = [(0, *c, len(units)) for r in range(8) for c in itertools.combinations(inner, r)]
+    sizes = [(len(w) - 1, max(sum(units[i:j]) for i, j in itertools.pairwise(w))) for w in ways]
+    best = min(x for x in sizes if x[1] <= most)
+    assert (len(chunks), max(c.t1 - c.t0 for c in chunks)) == best
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -203,7 +218,7 @@ def test_on_a_cpu_the_budget_is_fixed():
     hidden = torch.empty(10**5, 64, dtype=torch.bfloat16)
     assert piece.planned_rows(hidden, weight, None, True) == (768 << 20) // (2 * 50304)
     assert piece.planned_rows(hidden, weight, 2 * 50304 * 5, True) == 5
-    assert piece.pieces_of(hidden, weight, (True, True, False), 7) == Pieces(7)
+    assert piece.pieces_of(hidden, weight.shape, (True, True, False), 7) == Pieces(7)
 
 
 def test_free_memory_is_asked_without_waiting_and_not_where_bits_must_repeat(monkeypatch):
