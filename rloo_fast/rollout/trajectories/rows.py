@@ -41,7 +41,7 @@ def trajectory_rows(
             here[key] = _shared(here.get(key, prompt), ids)
     common: dict[tuple[int, int], list[int]] = {}  # of everyone, so that all raise what one does
     for key, ids in chain.from_iterable(found.items() for found in everyone(here)):
-        common[key] = _shared(common.get(key, ids), ids)
+        common[key] = _shared(common[key], ids) if key in common else ids
     if any(not ids for ids in common.values()):
         raise ValueError(
             "the parts of a trajectory begin with different tokens, so that they have nothing in "
