@@ -23,6 +23,7 @@ from ..distributed.collectives import any_process, gather_objects
 from ..distributed.gathering import holds_whole_weights
 from ..models.adapters import base_causal_lm, check_forward, is_peft_model, is_quantised
 from ..models.dropout import has_dropout
+from ..models.loading import num_embeddings
 from ..models.reference import start_weights
 from ..objective.advantages import AdvantageMaker
 from ..objective.losses import LOSSES
@@ -200,7 +201,11 @@ def build_collector(
         padding: Any = tokenize.tokenizer.pad_token_id
         ends = {*sampling.stop_token_ids, padding}
         open_session = partial(
-            FunctionSession.open, function=rollout_func, tokenizer=tokenize.tokenizer, ends=ends
+            FunctionSession.open,
+            function=rollout_func,
+            tokenizer=tokenize.tokenizer,
+            ends=ends,
+            num_ids=num_embeddings(model),
         )
     if tools is not None:
         open_session = ToolSessions(

@@ -196,7 +196,10 @@ def _check(
         check_columns = _any_columns  # the function may make more of them
     if tools is not None:
         if with_images:
-            raise ValueError("tools with images are not in this version: leave one of them out.")
+            raise ValueError(
+                "tools with images are not in this version: leave the tools out, or the images "
+                "(without any, the model's tokenizer is the processing_class, not its processor)."
+            )
         check_columns = check_rows(train, evaluation, tools, sources, look=look)
         tokenizer = check_template(model, processing_class, args, tools, from_hub)
         processing_class = processing_class or tokenizer

@@ -11,6 +11,7 @@ keys are columns for the reward functions: a list with a value per completion, o
 from __future__ import annotations
 
 import copy
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,9 +38,11 @@ def call_rollout_func(
     *,
     decode: Callable[[list[int]], str],
     ends: set[int],
+    num_ids: int | None,
 ) -> Made:
     """`function(prompts)`, checked. `ends`: token ids of which one at the end of a completion says
-    that it ended. Raises ValueError for what is missing or does not fit."""
+    that it ended; `num_ids`: that the model takes, None if it does not say. Raises ValueError for
+    what is missing or does not fit."""
     output = function([copy.deepcopy(row.text) for row in rows])
     if not isinstance(output, Mapping):
         raise ValueError(
@@ -54,8 +57,8 @@ def call_rollout_func(
             "trainer: give it another name."
         )
     count = len(rows)
-    prompts = _ids(output["prompt_ids"], "prompt_ids", count)
-    completions = _ids(output["completion_ids"], "completion_ids", count)
+    prompts = _ids(output["prompt_ids"], "prompt_ids", count, num_ids)
+    completions = _ids(output["completion_ids"], "completion_ids", count, num_ids)
     if empty := [i for i, ids in enumerate(prompts) if not ids]:
         raise ValueError(f"rollout_func: prompt_ids[{empty[0]}] is empty.")
     logps, mask = output["logprobs"], output.get(MASK)
@@ -88,7 +91,7 @@ def _messages(row: Prompt, text: str) -> Any:
     return [{"role": "assistant", "content": text}] if is_conversational(row.text) else text
 
 
-def _ids(value: Any, name: str, count: int) -> list[list[int]]:
+def _ids(value: Any, name: str, count: int, num_ids: int | None) -> list[list[int]]:
     rows = _list(value, name)
     if len(rows) != count:
         raise ValueError(
@@ -99,6 +102,12 @@ def _ids(value: Any, name: str, count: int) -> list[list[int]]:
     for i, row in enumerate(ids):
         if not all(isinstance(token, numbers.Integral) for token in row):
             raise ValueError(f"rollout_func: {name}[{i}] must be token ids, got {row!r:.80}.")
+        end = math.inf if num_ids is None else num_ids
+        if wrong := [token for token in row if not 0 <= token < end]:
+            raise ValueError(
+                f"rollout_func: {name}[{i}] has {wrong[0]}, which is no token of the model: ids "
+                f"are from 0 to {end - 1}."
+            )
     return [[int(token) for token in row] for row in ids]
 
 

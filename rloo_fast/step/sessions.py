@@ -160,9 +160,10 @@ class FunctionSession:
         function: Callable[[list[Any]], Any],
         tokenizer: Any,
         ends: set[int],
+        num_ids: int | None,
     ) -> Iterator[FunctionSession]:
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        yield cls(call_rollout_func(function, rows, decode=decode, ends=ends))
+        yield cls(call_rollout_func(function, rows, decode=decode, ends=ends, num_ids=num_ids))
 
     def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout:
         ids, sampled = self.rollout.completion_ids, self.rollout.num_sampled

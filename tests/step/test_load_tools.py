@@ -11,6 +11,7 @@ from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.sandbox import Sandbox
 from tests.support.tool_chats import make_chat_model, make_chat_tokenizer
 from tests.support.tool_functions import Counter, add
+from tests.support.vision import make_processor, make_vision_model
 
 USER = [{"role": "user", "content": "Count."}]
 ROWS = [{"prompt": USER, "answer": str(i)} for i in range(8)]
@@ -137,6 +138,16 @@ def test_it_is_said_before_a_model_is_loaded(given, message, tmp_path):
     with mock.patch(LOADS) as load, pytest.raises(ValueError, match=message):
         make(tmp_path, **given)
     assert not load.called
+
+
+def test_with_a_processor_it_says_that_a_tokenizer_would_do(tmp_path):
+    with pytest.raises(ValueError, match="the model's tokenizer is the processing_class, not its"):
+        make(
+            tmp_path,
+            tools=[add],
+            model=make_vision_model("llava"),
+            processing_class=make_processor("llava"),
+        )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,11 @@ def made(rows=ROWS, **changes):
     output = {**GOOD, **changes}
     output = {key: value for key, value in output.items() if value != "left out"}
     return call_rollout_func(
-        lambda prompts: output, rows, decode=lambda ids: " ".join(map(str, ids)), ends={9}
+        lambda prompts: output,
+        rows,
+        decode=lambda ids: " ".join(map(str, ids)),
+        ends={9},
+        num_ids=10,
     )
 
 
@@ -63,7 +67,7 @@ def test_prompts_are_copies():
         prompts[1][0]["content"] = "spoilt"
         return GOOD
 
-    call_rollout_func(spoil, ROWS, decode=str, ends=set())
+    call_rollout_func(spoil, ROWS, decode=str, ends=set(), num_ids=None)
     assert ROWS[1].text[0]["content"] == "b"
 
 
@@ -74,6 +78,8 @@ def test_prompts_are_copies():
         ({"completion_ids": [[4]]}, "given 2 prompts, one for each completion, and returned 1"),
         ({"completion_ids": [["a"], [6]]}, r"completion_ids\[0\] must be token ids"),
         ({"completion_ids": 3}, "completion_ids must be a list"),
+        ({"completion_ids": [[4, 5, 10], [6]]}, r"completion_ids\[0\] has 10, .* from 0 to 9"),
+        ({"prompt_ids": [[1, 2], [-1]]}, r"prompt_ids\[1\] has -1, which is no token"),
         ({"prompt_ids": [[], [3]]}, r"prompt_ids\[0\] is empty"),
         ({"logprobs": [[-0.1], [-0.4]]}, "logprobs must have one value for every token"),
         ({"logprobs": [[None] * 3, [0.0]]}, r"logprobs\[0\] must be numbers"),
@@ -89,4 +95,4 @@ def test_what_does_not_fit_is_said(changes, message):
 
 def test_something_else_than_a_dict():
     with pytest.raises(ValueError, match="must return a dict"):
-        call_rollout_func(lambda prompts: None, ROWS, decode=str, ends=set())
+        call_rollout_func(lambda prompts: None, ROWS, decode=str, ends=set(), num_ids=None)

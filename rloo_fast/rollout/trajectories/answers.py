@@ -51,14 +51,20 @@ class Answers:
         return bool(ids) and ids[-1] in self.stop_ids
 
     def read(
-        self, text: str, opening: str, tools: list[Any] | None = None, plain: str | None = None
+        self,
+        text: str,
+        opening: str,
+        tools: list[Any] | None = None,
+        plain: str | None = None,
+        *,
+        is_cut: bool = False,
     ) -> Message:
-        """The message of a turn that says `text` behind `opening`. What cannot be read, such as a
-        call that is no JSON, is a text, `plain` if it is given, as in TRL."""
+        """The message of a turn that says `text` behind `opening`; `is_cut`: it was not at its end.
+        What cannot be read, such as a call that is no JSON, is a text, `plain` if it is given, as
+        in TRL."""
+        whole = text if is_cut else text + self.template.end
         try:
-            read: Any = self.tokenizer.parse_response(
-                text + self.template.end, self.spec, prefix=opening, tools=tools
-            )
+            read: Any = self.tokenizer.parse_response(whole, self.spec, prefix=opening, tools=tools)
             return _checked(dict(read))
         except Exception:  # parsers of a template, on what a model wrote
             return {"role": "assistant", "content": text if plain is None else plain}

@@ -138,7 +138,8 @@ class Conversation:
             self.ended = "length"
             return
         plain = self.template.tokenizer.decode(turn.ids, skip_special_tokens=True)
-        message = self.answers.read(said, part.opening, self.schemas, plain)
+        is_cut = turn.finish_reason == "length"
+        message = self.answers.read(said, part.opening, self.schemas, plain, is_cut=is_cut)
         self.messages.append(message)
         calls = message.get("tool_calls")
         self._written.append(self.answers.as_written(message, said))

@@ -7,6 +7,7 @@ write what opens a turn anew. What all strands of a group begin with is the prom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from ...records import Trajectory
@@ -30,23 +31,25 @@ def trajectory_rows(
     """`groups`: number of each row's prompt, which other processes may have rows of too;
     `is_masked`: rows of which no token counts. `everyone`: see TrajectorySampler.
 
-    Raises ValueError for a group whose prompts have nothing in common.
+    Prompts of a group that begin with different tokens, as a rollout_func may write them, share
+    nothing. Raises ValueError, on every process, where a strand does not begin as its prompt does.
     """
-    common: dict[int, list[int]] = {}
-    for one, group, prompt in zip(trajectories, groups, prompt_ids, strict=True):
+    keys = [(group, ids[0]) for group, ids in zip(groups, prompt_ids, strict=True)]
+    here: dict[tuple[int, int], list[int]] = {}
+    for one, key, prompt in zip(trajectories, keys, prompt_ids, strict=True):
         for ids in [prompt, *(strand.ids for strand in one.strands)]:
-            common[group] = _shared(common.get(group, prompt), ids)
-    for other in everyone(common):
-        for group in common.keys() & other.keys():
-            common[group] = _shared(common[group], other[group])
+            here[key] = _shared(here.get(key, prompt), ids)
+    common: dict[tuple[int, int], list[int]] = {}  # of everyone, so that all raise what one does
+    for key, ids in chain.from_iterable(found.items() for found in everyone(here)):
+        common[key] = _shared(common[key], ids) if key in common else ids
     if any(not ids for ids in common.values()):
         raise ValueError(
-            "trajectories of one prompt begin with different tokens, so that they have nothing in "
+            "the parts of a trajectory begin with different tokens, so that they have nothing in "
             "common: a chat template must write the same for the start of each."
         )
-    cuts = [len(common[group]) for group in groups]
+    cuts = [len(common[key]) for key in keys]
     return TrajectoryRows(
-        prompt_ids=[common[group] for group in groups],
+        prompt_ids=[common[key] for key in keys],
         strand_ids=[
             [strand.ids[cut:] for strand in one.strands]
             for one, cut in zip(trajectories, cuts, strict=True)

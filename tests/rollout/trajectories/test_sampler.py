@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from rloo_fast.data.seeds import step_seed
-from rloo_fast.records import Rollout, Sampling
+from rloo_fast.records import Rollout, Sampling, Strand, Trajectory
 from rloo_fast.rollout.stops import Stops
 from rloo_fast.rollout.trajectories import Language, Limits, TrajectorySampler, trajectory_rows
 from rloo_fast.rollout.trajectories.history import RewrittenContext
@@ -277,6 +277,39 @@ def test_processes_agree_on_what_a_group_has_in_common():
     first, second = together([rows_of(0), rows_of(1)])
     assert first.prompt_ids == second.prompt_ids
     assert len(first.prompt_ids[0]) < len(prompts[0].ids)
+
+
+def rows_from(group, prompts, starts, everyone=lambda value: [value]):
+    return trajectory_rows(
+        [Trajectory([Strand([*ids, 9], [len(ids)])], []) for ids in starts],
+        [group] * len(prompts),
+        prompts,
+        [False] * len(prompts),
+        everyone,
+    )
+
+
+def test_all_processes_refuse_what_one_does():
+    """Those that went on would wait for the one that did not."""
+    wrong = lambda everyone: rows_from(0, [[5, 6]], [[7, 6]], everyone)  # noqa: E731
+    right = lambda everyone: rows_from(1, [[5, 6]], [[5, 6]], everyone)  # noqa: E731
+    found = together([wrong, right])
+    assert ["nothing in common" in str(one) for one in found] == [True, True]
+
+
+def test_prompts_of_a_group_that_begin_with_different_tokens_share_nothing():
+    prompts = [[5, 6], [5, 7], [8, 6]]
+    rows = rows_from(0, prompts, prompts)
+    assert rows.prompt_ids == [[5], [5], [8, 6]]
+    assert rows.strand_ids == [[[6, 9]], [[7, 9]], [[9]]]
+    assert rows.counted == [[[1]], [[1]], [[0]]]
+
+
+def test_a_turn_that_was_cut_says_no_more_than_was_sampled():
+    """Of reasoning that never ends, the token that would end the turn is not a part."""
+    script = {0: [ids_of("<think>\nFour, or", ends=False)]}
+    _, (one,), _ = run(script)
+    assert one.messages == [{"role": "assistant", "content": "", "reasoning_content": "Four, or"}]
 
 
 def test_a_template_that_changes_anything_but_turns_is_refused():
