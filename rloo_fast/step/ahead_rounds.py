@@ -167,9 +167,14 @@ class AheadRounds:
 
     def _synchronize(self, num_ready: int, acceptance: float) -> None:
         """The policy's weights into the engine, where that is due; every process calls."""
-        version, engine = self.cycle.version(), self.cycle.engine
+        version, held = self.cycle.version(), self.cycle.engine.version
         self._advance(num_ready, acceptance)
-        if engine.version is None or version - engine.version >= self.settings.weight_sync_steps:
+        # groups of the next round that wait for a later batch need newer weights than its own
+        trained_by = version + self.steps_until(0, num_ready, acceptance)
+        oldest = max(
+            version + 1 - self.settings.weight_sync_steps, trained_by - self.settings.max_staleness
+        )
+        if held is None or held < oldest:
             self.cycle.synchronize()
             self._advance(num_ready, acceptance)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -118,3 +120,31 @@ def test_a_curriculum_alone_takes_every_round_whole(tmp_path):
     logs = [row for row in trainer.state.log_history if "dynamic/rounds" in row]
     assert {row["dynamic/generated_per_used"] for row in logs} == {1.0}
     assert max(batch.staleness.max() for batch in trainer.trained) > 0
+
+
+@pytest.fixture
+def not_for_ever() -> Iterator[None]:
+    """What waits for ever fails."""
+
+    def ended(*_: Any) -> None:
+        raise TimeoutError("it waits for what does not come")
+
+    before = signal.signal(signal.SIGALRM, ended)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("not_for_ever")
+def test_a_round_for_a_later_batch_gets_weights_that_are_new_enough(tmp_path):
+    """With groups that wait, the next round may end in the batch behind its own: from weights that
+    are `max_staleness` old by now, as `weight_sync_steps` leaves them, it would never start."""
+
+    def most_teach(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) % 7) for text in completions]
+
+    settings = {"weight_sync_steps": 2, "per_device_train_batch_size": 16, "max_steps": 6}
+    trainer = run(tmp_path, 1, most_teach, **settings)
+    trainer.train()
+    assert max(batch.staleness.max() for batch in trainer.trained) <= 1
