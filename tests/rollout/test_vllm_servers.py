@@ -295,6 +295,22 @@ def test_what_ends_a_call_ends_its_other_requests():
         assert time.monotonic() - begin < 10
 
 
+def test_after_hanging_up_dead_servers_are_taken_out_as_before():
+    dying, other = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(dying, other) as engine:
+        engine.hang_up()  # a first run has ended
+        dying.die()
+        found = engine.generate([[5], [6], [7]], SAMPLING, [0, 1, 2], version=1)
+        assert len(found.completion_ids) == 3
+        assert engine.num_taken_out == 1
+    dying, other = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(dying, other) as engine:
+        engine.hang_up()
+        dying.die()
+        load(engine, 2)
+        assert engine.num_taken_out == 1
+
+
 def test_hanging_up_also_ends_a_request_that_is_about_to_connect(monkeypatch):
     server = StandInServer(token_s=1.0)
     endpoint = Endpoint(server.url, 5)

@@ -269,6 +269,7 @@ class VLLMServers(RequestEngine):
     # Weights
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        self.begin()
         with others_waiting(self._barrier), gathering(buckets) as gathered:
             if self._is_main:
                 self._on_each(InflightServer.pause)
