@@ -98,10 +98,12 @@ class AheadRounds:
             if self._is_main:
                 self._submit(state, *waiting)
                 scored, num_again = self._scored(number)
-        share, drawn = share_of(scored, collector.accelerator), self._drawn.pop(number)
-        self.number += 1
+        drawn = self._drawn.pop(number)
         prompts = drawn.prompts
         assert isinstance(prompts, list), prompts
+        rows = [prompt for prompt in prompts for _ in range(self.settings.num_generations)]
+        share = share_of(scored, rows, collector.accelerator)
+        self.number += 1
         return Round(drawn.numbers, share, lambda: prompts, num_again)
 
     def end_batch(self, num_ready: int, acceptance: float) -> dict[str, int]:
