@@ -15,7 +15,7 @@ from tests.support.kill_resume import make_trainer
 
 
 def test_the_steps_before_a_broken_reward_are_saved(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer: Any = make_trainer(tmp_path, save_strategy="no")
     rewards, calls = trainer.rewards.functions[0], []
     function = rewards.function
 
