@@ -28,5 +28,5 @@ class SamplingAhead:
     queue_maxsize: int = _field(
         -1,
         "Most completions that are being sampled or wait for their step, with max_staleness. -1: "
-        "those of max_staleness + 1 generation batches.",
+        "those of max_staleness + 1 generation batches, with dynamic_sampling of all their rounds.",
     )

@@ -64,7 +64,7 @@ class AheadRounds:
     Round 0 is the next one. With `w` groups that wait for a batch, batches of B groups, and a share
     a of the prompts whose groups are trained, the groups of round j are all trained after
 
-        steps_until(j) = floor((w + a B (j + 1) - 1) / B)
+        steps_until(j) = floor((w + a B (j + 1) - min(1, a B)) / B)
 
     further optimizer steps. A round starts once the engine's weights are at most `max_staleness`
     older than those that will train it by then. Where more is accepted than expected, a group may
@@ -98,13 +98,15 @@ class AheadRounds:
             if self._is_main:
                 self._submit(state, *waiting)
                 scored, num_again = self._scored(number)
-        share, drawn = share_of(scored, collector.accelerator), self._drawn.pop(number)
-        self.number += 1
+        drawn = self._drawn.pop(number)
         prompts = drawn.prompts
         assert isinstance(prompts, list), prompts
+        rows = [prompt for prompt in prompts for _ in range(self.settings.num_generations)]
+        share = share_of(scored, rows, collector.accelerator)
+        self.number += 1
         return Round(drawn.numbers, share, lambda: prompts, num_again)
 
-    def end_batch(self, num_ready: int, acceptance: float) -> dict[str, int]:
+    def end_batch(self, num_ready: float, acceptance: float) -> dict[str, int]:
         self._advance(num_ready, max(acceptance, 1 / self.settings.max_rounds))
         return self.counts()
 
@@ -121,13 +123,15 @@ class AheadRounds:
         """Completions of the main process' queue, for the log."""
         return self._flight.counts() if self._flight is not None else {}
 
-    def steps_until(self, ahead: int, num_ready: int, acceptance: float) -> int:
+    def steps_until(self, ahead: int, num_ready: float, acceptance: float) -> int:
         size = self.settings.prompts_per_batch
-        return max(int((num_ready + acceptance * size * (ahead + 1) - 1) // size), 0)
+        accepted = acceptance * size  # of a round
+        last = num_ready + accepted * (ahead + 1) - min(1.0, accepted) + 1e-9
+        return max(int(last // size), 0)
 
     # Prompts
 
-    def _draw(self, number: int, state: TrainerState, num_ready: int, acceptance: float) -> None:
+    def _draw(self, number: int, state: TrainerState, num_ready: float, acceptance: float) -> None:
         """Prompts of every round that may be sampled now. Raises what one of the next round
         raised."""
         most = min(self.settings.max_staleness, max(state.max_steps - state.global_step, 1) - 1)
@@ -165,15 +169,20 @@ class AheadRounds:
 
     # Sampling
 
-    def _synchronize(self, num_ready: int, acceptance: float) -> None:
+    def _synchronize(self, num_ready: float, acceptance: float) -> None:
         """The policy's weights into the engine, where that is due; every process calls."""
-        version, engine = self.cycle.version(), self.cycle.engine
+        version, held = self.cycle.version(), self.cycle.engine.version
         self._advance(num_ready, acceptance)
-        if engine.version is None or version - engine.version >= self.settings.weight_sync_steps:
+        # groups of the next round that wait for a later batch need newer weights than its own
+        trained_by = version + self.steps_until(0, num_ready, acceptance)
+        oldest = max(
+            version + 1 - self.settings.weight_sync_steps, trained_by - self.settings.max_staleness
+        )
+        if held is None or held < oldest:
             self.cycle.synchronize()
             self._advance(num_ready, acceptance)
 
-    def _advance(self, num_ready: int, acceptance: float) -> None:
+    def _advance(self, num_ready: float, acceptance: float) -> None:
         version, held = self.cycle.version(), self.cycle.engine.version
         if self._flight is not None and held is not None:
             self._flight.advance(
@@ -183,7 +192,7 @@ class AheadRounds:
                 lambda ahead: self.steps_until(ahead, num_ready, acceptance),
             )
 
-    def _submit(self, state: TrainerState, num_ready: int, acceptance: float) -> None:
+    def _submit(self, state: TrainerState, num_ready: float, acceptance: float) -> None:
         settings = self.settings
         if self._flight is None:
             self._flight = Flight(

@@ -176,7 +176,8 @@ class Collector:
                     session.rows, groups, session.texts, state, session.environments
                 )
                 rollout, per_function = self._sample_and_score(session, seeds, scoring, given, mode)
-        self.rollouts.sleep()
+        with self.failing_together():  # of its own: it may wait for all processes
+            self.rollouts.sleep()
         completions = scoring.batch.completions(range(size)) if self.with_texts else []
         return Scored(session.rows, rollout, per_function, completions, given)
 
@@ -319,13 +320,14 @@ class Collector:
         groups = (numbers // num_generations).tolist()
         parts = None
         if rollout.trajectories is not None:
-            parts = trajectory_rows(
-                rollout.trajectories,
-                groups,
-                [row.ids for row in rows],
-                [count == 0 for count in counted],
-                partial(gather_objects, self.accelerator),
-            )
+            with self.failing_together():  # of groups that one process has alone
+                parts = trajectory_rows(
+                    rollout.trajectories,
+                    groups,
+                    [row.ids for row in rows],
+                    [count == 0 for count in counted],
+                    partial(gather_objects, self.accelerator),
+                )
         return GenerationBatch(
             prompt_ids=parts.prompt_ids if parts else [row.ids for row in rows],
             completion_ids=rollout.completion_ids,

@@ -77,7 +77,8 @@ class StreamSource:
             # the first round's draws are those of a run without dynamic sampling
             round_seed = step_seed(seed, -number) if number else seed
             self._round(rounds, needed - len(self.ready), round_seed, state)
-        counts = self.rounds.end_batch(len(self.ready), self.acceptance.rate)
+        # a batch that stays short is trained like a whole one
+        counts = self.rounds.end_batch(max(len(self.ready), needed), self.acceptance.rate)
         chosen, self.ready = self.ready[:needed], self.ready[needed:]
         num_short = needed - len(chosen)
         chosen += self._fill(rounds, num_short)
@@ -94,7 +95,8 @@ class StreamSource:
 
     def _round(self, rounds: _Rounds, needed: int, seed: int, state: TrainerState) -> None:
         size = self.acceptance.num_prompts(needed, at_most=self.prompts_per_batch)
-        wanted = Wanted(size, seed, len(self.ready), self.acceptance.rate)
+        done = self.prompts_per_batch * len(rounds.scored) / max(self.max_rounds, 1)
+        wanted = Wanted(size, seed, max(len(self.ready), done), self.acceptance.rate)
         taken = self.rounds.take(wanted, state)
         batch = self.collector.without_scores(taken.scored, self.num_generations)
         texts = self.collector.texts(taken.scored)

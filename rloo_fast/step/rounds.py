@@ -27,7 +27,8 @@ class Wanted(NamedTuple):
 
     num_prompts: int
     seed: int
-    num_ready: int = 0  # groups that wait for a batch already
+    # groups that wait for a batch already; no less than the share of its rounds that are done
+    num_ready: float = 0
     acceptance: float = 1.0  # share of the prompts whose groups are expected to be trained
 
 
@@ -43,7 +44,7 @@ class Rounds(Protocol):
         """The next one."""
         ...
 
-    def end_batch(self, num_ready: int, acceptance: float) -> dict[str, int]:
+    def end_batch(self, num_ready: float, acceptance: float) -> dict[str, int]:
         """A batch is whole, and trained next; `num_ready`: groups, with those of the batch. Returns
         counts for the log."""
         ...
@@ -87,7 +88,7 @@ class SampledRounds:
             lambda: self.collector.tokenize(rows[: len(taken)]),
         )
 
-    def end_batch(self, num_ready: int, acceptance: float) -> dict[str, int]:
+    def end_batch(self, num_ready: float, acceptance: float) -> dict[str, int]:
         return {}
 
     def over_age(self, group: GenerationBatch) -> bool:

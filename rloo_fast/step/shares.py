@@ -5,23 +5,24 @@ from __future__ import annotations
 from accelerate import Accelerator
 
 from ..distributed.collectives import gather_objects
-from ..records import Rollout
+from ..records import Prompt, Rollout
 from .collect import GivenByRewards, Scored
 
 
-def share_of(scored: Scored | None, accelerator: Accelerator) -> Scored:
-    """This process' rows of what the main one has; None on the others. Every process must call."""
+def share_of(scored: Scored | None, rows: list[Prompt], accelerator: Accelerator) -> Scored:
+    """This process' rows of what the main one has; None on the others. `rows`: all of them, which
+    every process has, and which are not sent: images are large. Every process must call."""
     if accelerator.num_processes == 1:
         assert scored is not None
         return scored
-    whole = gather_objects(accelerator, scored)[0]
+    whole = gather_objects(accelerator, scored and scored._replace(rows=[]))[0]
     assert whole is not None
-    size = len(whole.rows) // accelerator.num_processes
+    size = len(rows) // accelerator.num_processes
     start = accelerator.process_index * size
     mine = slice(start, start + size)
-    extra = {n: v[mine] for n, v in whole.given.extra.items() if len(v) == len(whole.rows)}
+    extra = {n: v[mine] for n, v in whole.given.extra.items() if len(v) == len(rows)}
     return Scored(
-        whole.rows[mine],
+        rows[mine],
         _rows_of(whole.rollout, mine),
         whole.rewards[mine],
         whole.completions[mine],

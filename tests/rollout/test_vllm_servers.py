@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,6 +167,21 @@ def test_a_restarted_server_is_taken_out_and_named_so(caplog):
         assert "the server was restarted" in caplog.text
 
 
+def test_a_restarted_server_ends_no_process_that_only_waits_for_weights(caplog):
+    servers = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(*servers) as engine:
+        urls = [server.url for server in servers]
+        waiting = VLLMServers(urls, timeout_s=5, is_main=False, weight_transfer="http")
+        load(waiting, 1)
+        servers[0].label = "default"
+        Asking(engine, 2).wait()  # the main process finds out
+        for one in (engine, waiting):
+            load(one, 2)
+            assert [server.base_url for server in one.servers] == [servers[1].url]
+        assert "holds weights 'default'" in caplog.text
+        waiting.close()
+
+
 def test_whoever_waits_for_the_main_process_is_met_also_when_it_fails():
     server, together = StandInServer(), threading.Barrier(2)
 
@@ -279,6 +295,22 @@ def test_what_ends_a_call_ends_its_other_requests():
         assert time.monotonic() - begin < 10
 
 
+def test_after_hanging_up_dead_servers_are_taken_out_as_before():
+    dying, other = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(dying, other) as engine:
+        engine.hang_up()  # a first run has ended
+        dying.die()
+        found = engine.generate([[5], [6], [7]], SAMPLING, [0, 1, 2], version=1)
+        assert len(found.completion_ids) == 3
+        assert engine.num_taken_out == 1
+    dying, other = StandInServer(0.001), StandInServer(0.001)
+    with servers_of(dying, other) as engine:
+        engine.hang_up()
+        dying.die()
+        load(engine, 2)
+        assert engine.num_taken_out == 1
+
+
 def test_hanging_up_also_ends_a_request_that_is_about_to_connect(monkeypatch):
     server = StandInServer(token_s=1.0)
     endpoint = Endpoint(server.url, 5)
@@ -303,6 +335,22 @@ def test_a_server_that_is_there_and_answers_nothing_is_given_up(monkeypatch):
         endpoint._watch = Watch(endpoint._answers, every_s=0.05, most_silent=2)
         with pytest.raises(ServerGone):
             endpoint.ask("/v1/completions", {})
+
+
+def test_a_process_without_files_to_ask_with_goes_on_waiting(monkeypatch):
+    server = StandInServer(0.01)
+
+    def no_files(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with servers_of(server) as engine:
+        endpoint = engine.servers[0]._server
+        endpoint._watch = Watch(endpoint._answers, every_s=0.02, most_silent=2)
+        asking = Asking(engine, 1)
+        while not num_asked(server):
+            time.sleep(0.01)
+        monkeypatch.setattr("socket.create_connection", no_files)
+        assert len(asking.wait()) == 1
 
 
 def test_a_slow_answer_of_a_server_that_is_well_is_waited_for():
@@ -352,6 +400,24 @@ def test_one_that_fails_does_not_keep_the_others_waiting():
     errors = feed(buckets(), [fails, lambda some: taken.extend(len(b) for b in some)])
     assert [type(error) for error in errors] == [EngineError, type(None)]
     assert taken == [1, 1, 1]
+
+
+def test_one_that_is_gone_though_its_thread_has_not_ended_is_fed_no_more(monkeypatch):
+    set_exception = Future.set_exception
+
+    def late(*args: Any) -> None:
+        time.sleep(0.2)
+        set_exception(*args)
+
+    def fails(some: Any) -> None:
+        raise EngineError("full")
+
+    monkeypatch.setattr(Future, "set_exception", late)
+    errors: list[BaseException | None] = []
+    fed = threading.Thread(target=lambda: errors.extend(feed(buckets(), [fails])), daemon=True)
+    fed.start()
+    fed.join(10)
+    assert [type(error) for error in errors] == [EngineError]
 
 
 def test_an_error_of_the_buckets_ends_all_takers():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from datasets import Dataset
 
 from rloo_fast.data.ledger import Fate
 from tests.step.test_ahead import ahead, prompts_of
-from tests.support.kill_ahead import PROMPTS, K, ledger_counts
+from tests.support.kill_ahead import ENGINE, PROMPTS, K, ledger_counts
 
 STEPS = 8
 # more than a run draws: a prompt that comes twice was drawn twice
@@ -118,3 +120,51 @@ def test_a_curriculum_alone_takes_every_round_whole(tmp_path):
     logs = [row for row in trainer.state.log_history if "dynamic/rounds" in row]
     assert {row["dynamic/generated_per_used"] for row in logs} == {1.0}
     assert max(batch.staleness.max() for batch in trainer.trained) > 0
+
+
+@pytest.fixture
+def not_for_ever() -> Iterator[None]:
+    """What waits for ever fails."""
+
+    def ended(*_: Any) -> None:
+        raise TimeoutError("it waits for what does not come")
+
+    before = signal.signal(signal.SIGALRM, ended)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("not_for_ever")
+def test_a_round_for_a_later_batch_gets_weights_that_are_new_enough(tmp_path):
+    """With groups that wait, the next round may end in the batch behind its own: from weights that
+    are `max_staleness` old by now, as `weight_sync_steps` leaves them, it would never start."""
+
+    def most_teach(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) % 7) for text in completions]
+
+    settings = {"weight_sync_steps": 2, "per_device_train_batch_size": 16, "max_steps": 6}
+    trainer = run(tmp_path, 1, most_teach, **settings)
+    trainer.train()
+    assert max(batch.staleness.max() for batch in trainer.trained) <= 1
+
+
+def test_rounds_behind_a_batch_that_stays_short_are_not_begun_too_early(tmp_path):
+    def nothing_teaches(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    engine = ENGINE.replace("SlowCopiedEngine", "CopiedEngine")
+    given = {"max_sampling_rounds": 2, "rollout_engine": engine}
+    trainer = run(tmp_path, 1, nothing_teaches, **given)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "dynamic/rounds" in row]
+    assert {row["dynamic/rounds"] for row in logs} == {2.0}
+    # the first rounds are drawn when every prompt is expected to teach
+    assert sum(row["async/sampled_again"] for row in logs[2:]) == 0
+
+
+def test_what_comes_behind_a_whole_batch_is_trained_later_however_little_teaches(tmp_path):
+    rounds = run(tmp_path, 1).source.rounds
+    assert [rounds.steps_until(ahead, 2, 0.1) for ahead in (0, 9, 10)] == [1, 1, 2]
+    assert [rounds.steps_until(ahead, 1, 0.5) for ahead in (0, 1, 2)] == [0, 1, 1]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from rloo_fast import RLOOTrainer
+from rloo_fast.rollout.engine import EngineError
 from tests.support.interrupted import names
 from tests.support.kill_resume import make_trainer
 
 
 def test_the_steps_before_a_broken_reward_are_saved(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer: Any = make_trainer(tmp_path, save_strategy="no")
     rewards, calls = trainer.rewards.functions[0], []
     function = rewards.function
 
@@ -25,3 +31,41 @@ def test_the_steps_before_a_broken_reward_are_saved(tmp_path):
     assert step > 0
     assert f"checkpoint-{step} holds the {step} steps done" in caught.value.__notes__[0]
     assert names(tmp_path) == [f"checkpoint-{step}"]
+
+
+def saved_steps(trainer: Any, error: type[Exception], match: str) -> list[str]:
+    """Checkpoints of a run that `error` ended, which all processes have heard of."""
+    with pytest.raises(error, match=match):
+        trainer.train()
+    assert trainer.collector.failed
+    return names(Path(trainer.args.output_dir))
+
+
+def test_an_engine_that_cannot_sleep_ends_all_processes(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="no")
+
+    engine, done = trainer.rollouts.engine, []
+
+    def sleep(level: int) -> None:
+        done.append(level)
+        if len(done) == 3:
+            raise EngineError("it does not sleep")
+
+    engine._sleep = sleep
+    assert saved_steps(trainer, EngineError, "does not sleep") == ["checkpoint-2"]
+
+
+def test_trajectories_of_one_process_that_cannot_be_rows_end_all_processes(tmp_path, monkeypatch):
+    def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        count, broken = len(prompts), trainer.state.global_step == 2
+        return {
+            "prompt_ids": [[5 + broken * i] for i in range(count)],
+            "completion_ids": [[6 + i, 7] for i in range(count)],
+            "logprobs": None,
+            "env_mask": [[1, 1]] * count,
+        }
+
+    made = partial(RLOOTrainer, rollout_func=rollout_func)
+    monkeypatch.setattr("tests.support.kill_resume.RLOOTrainer", made)
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    assert saved_steps(trainer, ValueError, "nothing in common") == ["checkpoint-2"]

@@ -76,6 +76,7 @@ class RequestEngine(RolloutEngine):
         )
 
     def _asked(self, requests: list[Callable[[], Sampled]], on_finished: OnFinished) -> Rollout:
+        self.begin()
         done: dict[int, Sampled] = {}
         pool = ThreadPoolExecutor(self.most_requests)
         try:

@@ -269,6 +269,7 @@ class VLLMServers(RequestEngine):
     # Weights
 
     def _load(self, version: int, buckets: Iterable[Bucket]) -> None:
+        self.begin()
         with others_waiting(self._barrier), gathering(buckets) as gathered:
             if self._is_main:
                 self._on_each(InflightServer.pause)
@@ -293,8 +294,11 @@ class VLLMServers(RequestEngine):
             self._judge(server, error)
 
     def _judge(self, server: InflightServer, error: BaseException | None) -> None:
-        """What becomes of a server that raised: a dead one is taken out, the others end the run."""
-        if error is not None and not (
+        """What becomes of a server that raised: one that is dead, or holds other weights, is taken
+        out, the others end the run."""
+        if isinstance(error, StaleWeights):
+            self._take_out(server, error)
+        elif error is not None and not (
             isinstance(error, EngineError) and self._taken_out(server, error)
         ):
             raise error
@@ -315,6 +319,7 @@ def feed(
     """
     shelves: list[queue.Queue[Bucket | None]] = [queue.Queue() for _ in takers]
     asking = [threading.Event() for _ in takers]  # or gone
+    gone = [False for _ in takers]
 
     def run(number: int) -> None:
         def iterate() -> Iterator[Bucket]:
@@ -327,15 +332,16 @@ def feed(
         try:
             takers[number](iterate())
         finally:
+            gone[number] = True  # its future is done somewhat later
             asking[number].set()
 
     with ThreadPoolExecutor(len(takers)) as pool:
         running = [pool.submit(run, number) for number in range(len(takers))]
         try:
             for bucket in buckets:
-                for event, shelf, future in zip(asking, shelves, running, strict=True):
+                for number, (event, shelf) in enumerate(zip(asking, shelves, strict=True)):
                     event.wait()
-                    if not future.done():
+                    if not gone[number]:
                         event.clear()
                         shelf.put(bucket)
                 for event in asking:

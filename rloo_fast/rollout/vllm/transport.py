@@ -92,6 +92,8 @@ class Endpoint:
             self.get("/health", HEALTH_S)
         except Refused:
             return True  # an engine that is dead ends what it was asked by itself
+        except OutOfFiles:
+            return True  # nobody asked it
         except EngineError:
             return False
         return True
