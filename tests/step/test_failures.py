@@ -10,6 +10,7 @@ import pytest
 
 from rloo_fast import RLOOTrainer
 from rloo_fast.rollout.engine import EngineError
+from rloo_fast.step import collect
 from tests.support.interrupted import names
 from tests.support.kill_resume import make_trainer
 
@@ -55,11 +56,11 @@ def test_an_engine_that_cannot_sleep_ends_all_processes(tmp_path):
     assert saved_steps(trainer, EngineError, "does not sleep") == ["checkpoint-2"]
 
 
-def test_trajectories_of_one_process_that_cannot_be_rows_end_all_processes(tmp_path, monkeypatch):
+def test_trajectories_that_cannot_be_rows_end_all_processes(tmp_path, monkeypatch):
     def rollout_func(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        count, broken = len(prompts), trainer.state.global_step == 2
+        count = len(prompts)
         return {
-            "prompt_ids": [[5 + broken * i] for i in range(count)],
+            "prompt_ids": [[5] for _ in range(count)],
             "completion_ids": [[6 + i, 7] for i in range(count)],
             "logprobs": None,
             "env_mask": [[1, 1]] * count,
@@ -68,4 +69,12 @@ def test_trajectories_of_one_process_that_cannot_be_rows_end_all_processes(tmp_p
     made = partial(RLOOTrainer, rollout_func=rollout_func)
     monkeypatch.setattr("tests.support.kill_resume.RLOOTrainer", made)
     trainer = make_trainer(tmp_path, save_strategy="no")
+    rows = collect.trajectory_rows
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise ValueError("they have nothing in common")
+        return rows(*args, **kwargs)
+
+    monkeypatch.setattr(collect, "trajectory_rows", fails)
     assert saved_steps(trainer, ValueError, "nothing in common") == ["checkpoint-2"]
