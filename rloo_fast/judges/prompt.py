@@ -6,7 +6,7 @@ import re
 
 from ..config.paths import user_path
 from ..records import PromptText
-from ..rewards.builtin import completion_text
+from ..rewards.builtin import content_text
 
 PLACES: tuple[str, ...] = ("{prompt}", "{text0}", "{text1}")
 DEFAULT = """\
@@ -59,7 +59,7 @@ def prompt_text(prompt: PromptText) -> str:
     """A prompt as one text: of a single message its content, of several each with its role."""
     if isinstance(prompt, str):
         return prompt
-    contents = [completion_text([message]) for message in prompt]
+    contents = [content_text(message.get("content")) for message in prompt]
     if len(prompt) == 1:
         return contents[0]
     roles = [message["role"] for message in prompt]

@@ -30,7 +30,7 @@ def completion_text(completion: Completion) -> str:
             "A completion is a string or a list of {'role': ..., 'content': ...} messages, "
             f"got {completion!r:.80}."
         )
-    return "\n".join(_content_text(m.get("content")) for m in completion if _is_own(m))
+    return "\n".join(content_text(m.get("content")) for m in completion if _is_own(m))
 
 
 def answer_text(completion: Completion) -> str:
@@ -57,7 +57,7 @@ def describe_sample(
     number = index if rows is None else rows[index]
     prompt, completion = prompts[index], completions[index]
     if isinstance(prompt, list):  # the last message is what tells one conversation from another
-        prompt = _content_text(prompt[-1].get("content"))
+        prompt = content_text(prompt[-1].get("content"))
     return (
         f"sample {number} (prompt {prompt!r:.80}, completion {completion_text(completion)!r:.80})"
     )
@@ -115,7 +115,8 @@ BUILTINS: dict[str, Callable[..., Any] | str] = {
 }
 
 
-def _content_text(content: Any) -> str:
+def content_text(content: Any) -> str:
+    """The text of a message's content, whoever wrote it; "" of None."""
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content)
     return content or ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .builtin import completion_text
+from .builtin import completion_text, content_text
 from .calls import CallEnded, Log, LoopBlocked, RewardTimeout
 
 MAX_NAMED = 3  # samples in a message
@@ -107,7 +107,7 @@ def describe(batch: Batch, rows: list[int]) -> str:
 def _describe(batch: Batch, row: int) -> str:
     prompt = batch.prompts[row]
     if isinstance(prompt, list):  # the last message is what tells one conversation from another
-        prompt = completion_text(prompt[-1:])
+        prompt = content_text(prompt[-1].get("content"))
     ids = [f"{n} {batch.columns[n][row]!r:.80}, " for n in ID_COLUMNS if n in batch.columns]
     completion = completion_text(batch.completions([row])[0])
     return f"sample {row} ({''.join(ids)}prompt {_ends(prompt)}, completion {_ends(completion)})"
