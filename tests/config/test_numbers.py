@@ -52,7 +52,9 @@ RIGHT: dict[str, tuple] = {
     "logp_diff_warn": (None, 0, 1.0, INF), "logp_diff_stop": (None, 0, 1.0, INF),
     "importance_sampling_cap": (0.5, 2),
     "max_staleness": (0, 1, 4), "max_inflight_tasks": (-1, 1, 256), "weight_sync_steps": COUNT,
-    "queue_maxsize": (-1, 1, 1024),
+    "queue_maxsize": (-1, 1, 1024), "max_tool_calling_iterations": LEFT_OUT,
+    "tool_timeout_s": (None, 0.1, 60), "trajectory_timeout_s": (None, 0.1, 60),
+    "tool_threads": (0, 1, 32),
 }  # fmt: skip
 OF_THEIR_OWN = (
     "pad_to_multiple_of", "reward_clip_range", "reward_over_limit", "vllm_group_port",

@@ -167,6 +167,16 @@ ELSEWHERE = {  # field: the test that shows its effect
         "step/test_ahead.py::"
         "test_no_token_is_older_than_the_bound_and_prompts_keep_their_order",
     ),
+    "max_tool_calling_iterations": "rollout/trajectories/test_sampler.py::"
+    "test_max_tool_calling_iterations",
+    "tool_failure": "tools/test_tool_set.py::"
+    "test_a_failure_ends_the_trajectory_where_the_run_says_so",
+    "tool_threads": "tools/test_tool_set.py::"
+    "test_more_calls_than_threads_hang_and_the_next_is_answered",
+    "tool_timeout_s": "tools/test_tool_set.py::"
+    "test_a_call_that_hangs_fails_in_time_and_others_go_on",
+    "trajectory_timeout_s": "rollout/trajectories/test_sampler.py::"
+    "test_a_trajectory_ends_when_its_time_is_up_though_its_tool_hangs",
     "max_inflight_tasks": "rollout/test_flight.py::"
     "test_groups_start_whole_and_in_order_as_far_as_there_is_room",
     **dict.fromkeys(
