@@ -77,6 +77,6 @@ def test_one_server_may_be_a_text_or_a_list(given, tmp_path):
 def test_images_are_sampled_ahead_by_engines_that_read_them_themselves(tmp_path):
     args = config(tmp_path, max_staleness=1, rollout_engine="engine.py:Mine")
     takes = {"takes_images": True, "reads_images": False}
-    with pytest.raises(ValueError, match="not offered with rollout_engine='engine.py:Mine' yet"):
+    with pytest.raises(ValueError, match=r"not offered with rollout_engine='engine\.py:Mine' yet"):
         check_images_are_offered(args, type("Mine", (), takes))
     check_images_are_offered(args, type("Mine", (), takes | {"reads_images": True}))
