@@ -125,7 +125,7 @@ class Collector:
         self.progress, self.tools = progress, tools
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.open_session = open_session or partial(
-            EngineSession.open, rollouts=rollouts, sampling=sampling, stops=self.stops
+            EngineSession.open, rollouts=rollouts, stops=self.stops
         )
         self.failed = False  # the newest rollout or its rewards, on some process
 
@@ -170,7 +170,7 @@ class Collector:
         groups = [prompt for prompt, _ in places]
         with ExitStack() as sessions:
             with self.failing_together():  # a session's processes wait for each other
-                session = sessions.enter_context(self.open_session(rows))
+                session = sessions.enter_context(self.open_session(rows, self.sampling))
             with self.failing_together():
                 scoring = self.begin_rewards(
                     session.rows, groups, session.texts, state, session.environments

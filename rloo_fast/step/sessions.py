@@ -41,7 +41,8 @@ class Session(Protocol):
     def sample(self, seeds: list[int], mode: str, finished: Finished) -> Rollout: ...
 
 
-Open = Callable[[list[Prompt]], AbstractContextManager[Session]]
+# rows, and the sampling as it is set now
+Open = Callable[[list[Prompt], Sampling], AbstractContextManager[Session]]
 
 
 class EngineSession:
@@ -59,7 +60,7 @@ class EngineSession:
     @classmethod
     @contextmanager
     def open(
-        cls, rows: list[Prompt], rollouts: RolloutCycle, sampling: Sampling, stops: Stops
+        cls, rows: list[Prompt], sampling: Sampling, *, rollouts: RolloutCycle, stops: Stops
     ) -> Iterator[EngineSession]:
         yield cls(rows, rollouts, sampling, stops)
 
@@ -120,7 +121,7 @@ class ToolSessions:
         accelerator: Accelerator,
     ):
         self.tools, self.tokenize = tools, tokenize
-        self.rollouts, self.sampling = rollouts, sampling
+        self.rollouts = rollouts
         language = Language.of(
             tokenize.tokenizer, tokenize.chat_template_kwargs, sampling.stop_token_ids
         )
@@ -129,14 +130,14 @@ class ToolSessions:
         )
 
     @contextmanager
-    def __call__(self, rows: list[Prompt]) -> Iterator[ToolSession]:
+    def __call__(self, rows: list[Prompt], sampling: Sampling) -> Iterator[ToolSession]:
         opened = self.tools.open([dataset_row(row) for row in rows])
         try:
             rows = [
                 row if one.text == row.text else self.tokenize.with_text(row, one.text)
                 for row, one in zip(rows, opened, strict=True)
             ]
-            yield ToolSession(rows, opened, self.rollouts, self.sampling, self.sampler)
+            yield ToolSession(rows, opened, self.rollouts, sampling, self.sampler)
         finally:
             self.tools.close(one.tool_set for one in opened)
 
@@ -156,6 +157,7 @@ class FunctionSession:
     def open(
         cls,
         rows: list[Prompt],
+        sampling: Sampling,
         *,
         function: Callable[[list[Any]], Any],
         tokenizer: Any,
