@@ -296,7 +296,7 @@ def counted(name: str, claims: list, call: Callable[[], Any]) -> Iterator[dict[s
 def work() -> dict[str, Any]:
     torch.manual_seed(0)
     lines: list[dict[str, Any]] = []
-    for kernel, name, claim, call in [*traced_rows(), *traced_objectives()]:
+    for kernel, name, claim, call in [*traced_rows(), *traced_objectives(), *traced_weights()]:
         lines += counted(name, [(kernel, claim)], call)
     for name, claims, call in traced_heads():
         lines += counted(name, claims, call)
