@@ -287,7 +287,7 @@ def counted(name: str, claims: list, call: Callable[[], Any]) -> Iterator[dict[s
             yield {
                 "case": f"{kernel}: {name}",
                 "argument": argument,
-                "seen": [a.loaded_bytes, a.stored_bytes],
+                "seen": [a.loaded_bytes, a.stored_bytes + a.atomic_bytes],  # added: not loaded
                 "claimed": list(claim.get(argument, (0, 0))),
                 "stores": sorted({int(x) for x in a.stores}),
             }

@@ -66,7 +66,8 @@ def test_settings_of_the_engine_in_process(tmp_path, monkeypatch):
     assert settings == {
         "dtype": torch.bfloat16, "sleeps": True, "tensor_parallel_size": 2,
         "max_model_length": 64, "gpu_memory_utilization": 0.5, "model_impl": "transformers",
-        "regex": "w1+", "seed": 7, "adapter": None, "processor": None, "engine_kwargs": {"max_num_seqs": 3},
+        "regex": "w1+", "seed": 7, "adapter": None, "processor": None,
+        "engine_kwargs": {"max_num_seqs": 3},
         "max_num_seqs": 24,  # of two processes that share an engine
     }  # fmt: skip
 
