@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Logged names that depend on the clock or the machine: a resumed run repeats all but these.
-TIMING = ("step_time", "eps", "model_preparation_time")
+TIMING = ("step_time", "eps", "model_preparation_time", "tools/wait_s")
 TIMING_PREFIXES = ("time/", "throughput/", "memory/")
 TIMING_SUFFIXES = ("_per_second", "_runtime")
 

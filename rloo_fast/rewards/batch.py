@@ -32,12 +32,19 @@ class Batch:
         decode: Decode,
         num_functions: int,
     ) -> None:
-        self.prompts, self.columns = prompts, columns
+        self.prompts = list(prompts)
+        self.columns = {name: list(column) for name, column in columns.items()}
         self.completion_ids: list[Any] = [None] * len(prompts)  # None: not finished
         self.rewards = torch.full((len(prompts), num_functions), math.nan, dtype=torch.float32)
         self._completions: list[Any] = [None] * len(prompts)
         self._decode, self._lock = decode, threading.Lock()
         self._logs: list[list[tuple[list[int], Log | None]]] = [[] for _ in range(num_functions)]
+
+    def set_row(self, row: int, prompt: Any, columns: Mapping[str, Any]) -> None:
+        """What becomes known of a row only as it is sampled, before it is finished."""
+        self.prompts[row] = prompt
+        for name, value in columns.items():
+            self.columns[name][row] = value
 
     def completions(self, rows: Sequence[int]) -> list[Any]:
         with self._lock:

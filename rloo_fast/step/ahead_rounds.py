@@ -84,7 +84,7 @@ class AheadRounds:
         # of the main process, while there is something to sample
         self._flight: Flight | None = None
         self._pending: dict[int, Pending] = {}
-        self._workers = make_workers(cycle)
+        self._workers = make_workers(cycle, collector.converse)
         self._is_main = collector.accelerator.is_main_process
 
     def take(self, wanted: Wanted, state: TrainerState) -> Round:
@@ -265,10 +265,12 @@ class AheadRounds:
         }
 
     def _found(self) -> dict[int, Found | None]:
-        """By batch: the completions that are there of each group; None: no group has begun."""
+        """By batch: the completions that are there of each group, but those whose environment is
+        held, which no checkpoint can keep; None: no group has begun."""
         found: dict[int, Found | None] = {n: drawn.found for n, drawn in self._drawn.items()}
         if self._flight is not None:
-            for group, rows in self._flight.known():
+            for group, known in self._flight.known():
+                rows = [row if row is None or row.held is None else None for row in known]
                 begun = found.get(group.batch)
                 found[group.batch] = [*(begun or []), rows]
         return found

@@ -36,7 +36,7 @@ from ..records import Prompt, Sampling
 from ..reports.progress import rollout_bar
 from ..rewards import Rewards
 from ..rewards.shaping import ScoreSettings, SoftPunish
-from ..rollout.ahead import SharedCycle
+from ..rollout.ahead import Converse, SharedCycle
 from ..rollout.build import make_engine, make_room
 from ..rollout.cycle import RolloutCycle
 from ..rollout.engine import RolloutEngine
@@ -197,6 +197,7 @@ def build_collector(
     rollout_func: Callable[[list[Any]], Any] | None = None,
 ) -> Collector:
     open_session: Open | None = None
+    converse: Converse | None = None
     if rollout_func is not None:
         padding: Any = tokenize.tokenizer.pad_token_id
         ends = {*sampling.stop_token_ids, padding}
@@ -221,6 +222,7 @@ def build_collector(
             ),
             accelerator,
         )
+        converse = open_session.converse
     hidden_size = base_causal_lm(model).config.get_text_config().hidden_size
     cache = args.soft_punish_cache
     looked_at = (
@@ -247,6 +249,7 @@ def build_collector(
         shows_images=not {"wandb", "trackio"}.isdisjoint(args.report_to or ()),
         tokens_per_pair=6 * hidden_size,  # see Layout.cost
         open_session=open_session,
+        converse=converse,
         tools=tools,
         stage=clock.stage,
         hidden=lambda seconds: clock.add("reward_hidden", seconds),

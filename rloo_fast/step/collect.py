@@ -36,6 +36,7 @@ from ..records import (
 from ..rewards import Rewards, Scoring
 from ..rewards.functions import ENVIRONMENTS
 from ..rewards.shaping import ScoreSettings
+from ..rollout.ahead import Converse
 from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import Stops
 from ..rollout.trajectories import trajectory_rows
@@ -88,8 +89,8 @@ class Collector:
     rewards' time ran beside the rollout. `tokens_per_pair`: see `Layout.cost`. `with_texts`: texts
     of all processes are gathered for whoever looks at them; `with_images`: images too, where a
     tracker `shows_images`. `progress(completions)`: a context that is told the tokens of each that
-    is finished. `open_session`: how completions are made; None: by the engine alone. `tools`:
-    of a run with some, whose calls are counted.
+    is finished. `open_session`: how completions are made; None: by the engine alone. `converse`:
+    how they are made ahead of their step. `tools`: of a run with some, whose calls are counted.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Collector:
         shows_images: bool,
         tokens_per_pair: float,
         open_session: Open | None = None,
+        converse: Converse | None = None,
         tools: RunTools | None = None,
         stage: Callable[[str], AbstractContextManager[None]],
         hidden: Callable[[float], None],
@@ -122,7 +124,7 @@ class Collector:
         self.with_texts, self.with_images = with_texts, with_images
         self.shows_images = shows_images
         self.tokens_per_pair, self.stage, self.hidden = tokens_per_pair, stage, hidden
-        self.progress, self.tools = progress, tools
+        self.progress, self.tools, self.converse = progress, tools, converse
         self.stops = Stops(sampling, tokenize.tokenizer)
         self.open_session = open_session or partial(
             EngineSession.open, rollouts=rollouts, stops=self.stops

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import Prompt
+from ..records import Prompt, Strand, Trajectory
 from ..rollout.ahead import Sampled
 
 Found = list[list[Sampled | None]]  # completions of each group, None: not there
@@ -25,17 +25,28 @@ def found_to_plain(found: Found | None) -> list[list[Any]] | None:
     """As lists and numbers, which torch.load(weights_only=True) reads."""
     if found is None:
         return None
-    return [[None if row is None else list(row) for row in rows] for rows in found]
+    return [[None if row is None else _to_plain(row) for row in rows] for rows in found]
+
+
+def _to_plain(row: Sampled) -> list[Any]:
+    trajectory = row.trajectory and {
+        **vars(row.trajectory),
+        "strands": [[strand.ids, [*strand.counted]] for strand in row.trajectory.strands],
+    }
+    return [row.ids, row.finish_reason, row.logps, row.versions, trajectory]
 
 
 def found_from_plain(found: Any, shift: int) -> Found | None:
     """The inverse; `shift` is added to the versions of weights."""
     if found is None:
         return None
-    return [
-        [
-            None if row is None else Sampled(*row[:3], versions=[v + shift for v in row[3]])
-            for row in rows
-        ]
-        for rows in found
-    ]
+    return [[None if row is None else _from_plain(row, shift) for row in rows] for rows in found]
+
+
+def _from_plain(row: list[Any], shift: int) -> Sampled:
+    ids, reason, logps, versions, *more = row  # before there were tools, nothing more
+    trajectory = more[0] if more else None
+    if trajectory is not None:
+        strands = [Strand(*strand) for strand in trajectory["strands"]]
+        trajectory = Trajectory(**{**trajectory, "strands": strands})
+    return Sampled(ids, reason, logps, [v + shift for v in versions], trajectory)

@@ -67,10 +67,11 @@ def load_tools(given: ToolArguments, args: RLOOConfig) -> RunTools | None:
         failure_ends=args.tool_failure == "end",
         execute_model_code=args.execute_model_code,
     )
-    if args.max_staleness:
+    if args.max_staleness and not args.tool_threads:
         raise ValueError(
-            f"max_staleness={args.max_staleness} with tools is not in this version: leave one of "
-            "them out."
+            f"tool_threads=0 with max_staleness={args.max_staleness} is refused: trajectories are "
+            "sampled while the trainer's own thread trains, so that tools cannot run in it. Leave "
+            "tool_threads out."
         )
     if tools.has_environments and args.remove_unused_columns:
         raise ValueError(
@@ -92,9 +93,16 @@ def _check_rollout_func(args: RLOOConfig, *, has_tools: bool) -> None:
             "rollout_func makes the whole of every completion, so that tools and "
             "environment_factory would never be used: pass it, or them."
         )
-    if args.max_staleness or args.dynamic_sampling:
-        name = "max_staleness" if args.max_staleness else "dynamic_sampling"
-        raise ValueError(f"{name} with rollout_func is not in this version: leave one of them out.")
+    if args.max_staleness:
+        raise ValueError(
+            f"max_staleness={args.max_staleness} with rollout_func is refused: it samples with "
+            "what it likes, so that nobody knows which weights drew a token, and how old it is. "
+            "Leave one of them out."
+        )
+    if args.dynamic_sampling:
+        raise ValueError(
+            "dynamic_sampling with rollout_func is not in this version: leave one of them out."
+        )
 
 
 def _refuse_settings_without_tools(args: RLOOConfig) -> None:

@@ -15,9 +15,12 @@ from accelerate import Accelerator
 from ..data.tokenize import RowTokenizer
 from ..distributed.collectives import gather_objects
 from ..records import ImageInputs, Message, Prompt, RawPrompt, Rollout, Sampling, Trajectory
+from ..rollout.ahead import Held, Sampled
+from ..rollout.ahead.flight import Row
+from ..rollout.ahead.requests import sampled_of
 from ..rollout.cycle import RolloutCycle
 from ..rollout.stops import KeptRows, Stops
-from ..rollout.trajectories import Language, Limits, TrajectorySampler
+from ..rollout.trajectories import Generate, Language, Limits, TrajectorySampler
 from ..tools import Opened, RunTools
 from ..tools.run_tools import EMPTY_PROMPT
 from .rollout_func import Made, call_rollout_func
@@ -128,18 +131,44 @@ class ToolSessions:
         self.sampler = TrajectorySampler(
             language, limits, stops, partial(gather_objects, accelerator)
         )
+        self.alone = TrajectorySampler(language, limits, stops)  # of one process
 
     @contextmanager
     def __call__(self, rows: list[Prompt], sampling: Sampling) -> Iterator[ToolSession]:
         opened = self.tools.open([dataset_row(row) for row in rows])
         try:
-            rows = [
-                row if one.text == row.text else self.tokenize.with_text(row, one.text)
-                for row, one in zip(rows, opened, strict=True)
-            ]
+            rows = self._with_texts(rows, opened)
             yield ToolSession(rows, opened, self.rollouts, sampling, self.sampler)
         finally:
             self.tools.close(one.tool_set for one in opened)
+
+    def converse(self, rows: list[Row], generate: Generate, sampling: Sampling) -> list[Sampled]:
+        """Trajectories of rows that are sampled ahead, in any thread. Whoever scores them closes
+        their environments."""
+        prompts = [row.group.prompt for row in rows]
+        opened = self.tools.open([dataset_row(prompt) for prompt in prompts])
+        tool_sets = [one.tool_set for one in opened]
+        try:
+            prompts = self._with_texts(prompts, opened)
+            seeds = [row.group.seeds[row.sample] for row in rows]
+            rollout = self.alone(generate, prompts, tool_sets, sampling, seeds)
+        except BaseException:
+            self.tools.close(tool_sets)
+            raise
+        sampled = sampled_of(rollout)
+        if not self.tools.has_environments:
+            return sampled
+        held = [
+            Held(prompt, one.environment, partial(self.tools.close, [one]))
+            for prompt, one in zip(prompts, tool_sets, strict=True)
+        ]
+        return [s._replace(held=one) for s, one in zip(sampled, held, strict=True)]
+
+    def _with_texts(self, rows: list[Prompt], opened: Sequence[Opened]) -> list[Prompt]:
+        return [
+            row if one.text == row.text else self.tokenize.with_text(row, one.text)
+            for row, one in zip(rows, opened, strict=True)
+        ]
 
 
 class FunctionSession:

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from rloo_fast.rollout.ahead import Flight, Group, Sampled
+from rloo_fast.records import Prompt
+from rloo_fast.rollout.ahead import Flight, Group, Held, Sampled
+from rloo_fast.rollout.ahead.flight import Row
 
 K = 2
 
 
 def group(batch: int, place: int = 0) -> Group:
-    return Group(batch, place, [7], [place * K + i for i in range(K)])
+    return Group(batch, place, Prompt("w7", [7], {}), [place * K + i for i in range(K)])
 
 
 def sampled(*versions: int) -> Sampled:
@@ -161,3 +163,13 @@ def test_what_comes_after_the_end_is_dropped():
     flight.put(row, sampled(0))
     assert flight.known()[0][1] == [None, None]
     assert flight.next_row() is None
+
+
+def test_what_comes_after_the_end_lets_go_of_its_environment():
+    flight, closed, heard = flight_of(1), [], []
+    flight.submit([group(0)], lambda *given: heard.append(given))
+    flight.close()
+    held = Held(Prompt("w7", [7], {}), "a room", lambda: closed.append("a room"))
+    flight.put(Row(group(0), 0), sampled(0)._replace(held=held))
+    assert closed == ["a room"]
+    assert not heard

@@ -15,6 +15,12 @@ from tests.support.vision import make_processor, make_vision_model
 
 USER = [{"role": "user", "content": "Count."}]
 ROWS = [{"prompt": USER, "answer": str(i)} for i in range(8)]
+AHEAD = {
+    "max_staleness": 1,
+    "use_vllm": True,
+    "vllm_mode": "server",
+    "vllm_server_base_url": "http://localhost:1",
+}
 LOADS = "rloo_fast.step.load.load_policy"
 # templates that lose what tools need
 NO_CALLS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -121,6 +127,14 @@ CASES = {
     "tools and rollout_func": (
         {"tools": [add], "rollout_func": lambda prompts, trainer: {}},
         "pass it, or them",
+    ),
+    "tools in the trainer's thread": (
+        {"tools": [add], "settings": {**AHEAD, "tool_threads": 0}},
+        "tool_threads=0 with max_staleness=1 is refused",
+    ),
+    "rollout_func ahead": (
+        {"rollout_func": lambda prompts, trainer: {}, "settings": AHEAD},
+        "max_staleness=1 with rollout_func is refused",
     ),
     "limits without tools": (
         {"settings": {"tool_failure": "end", "tool_timeout_s": 3}},

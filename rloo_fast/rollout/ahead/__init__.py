@@ -7,14 +7,16 @@ them in threads; `requests.py` is what an engine offers that answers requests on
 """
 
 from .cycle import SharedCycle
-from .flight import Flight, Group, Sampled
+from .flight import Flight, Group, Held, Sampled
 from .requests import RequestEngine
-from .workers import CallWorker, RequestWorkers, Workers, make_workers
+from .workers import CallWorker, Converse, RequestWorkers, Workers, make_workers
 
 __all__ = [
     "CallWorker",
+    "Converse",
     "Flight",
     "Group",
+    "Held",
     "RequestEngine",
     "RequestWorkers",
     "Sampled",

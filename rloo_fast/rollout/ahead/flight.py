@@ -18,18 +18,28 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...records import RawPrompt
+from ...records import Prompt, Trajectory
+
+
+class Held(NamedTuple):
+    """The environment that a trajectory acted in, until it is scored; in memory alone."""
+
+    prompt: Prompt  # with what the environment's `reset` said
+    environment: Any
+    close: Callable[[], None]  # gives it to the next trajectory
 
 
 class Sampled(NamedTuple):
-    """One completion as an engine sampled it."""
+    """One completion as an engine sampled it, or a trajectory of several, see `Rollout`."""
 
     ids: list[int]
     finish_reason: str  # as Rollout's
     logps: list[float] | None
     versions: list[int]  # of the weights that sampled each token, never falling
+    trajectory: Trajectory | None = None
+    held: Held | None = None  # of a run with environments
 
 
 class Group(NamedTuple):
@@ -37,9 +47,8 @@ class Group(NamedTuple):
 
     batch: int
     place: int  # of the prompt in the batch
-    prompt_ids: list[int]
+    prompt: Prompt
     seeds: list[int]  # one per completion
-    raw: RawPrompt | None = None  # of a run with images
 
 
 class Row(NamedTuple):
@@ -177,6 +186,10 @@ class Flight:
 
     # An engine's threads
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def next_row(self) -> Row | None:
         """The next completion to sample; waits for one. None: the flight is closed."""
         rows = self._next(1)
@@ -187,11 +200,14 @@ class Flight:
         return self._next(self.max_inflight)
 
     def put(self, row: Row, sampled: Sampled) -> None:
-        """A completion is there."""
+        """A completion is there. Once the flight is closed nobody wants it."""
         with self._changed:
             entry = self._entries.get((row.group.batch, row.group.place))
-            if entry is None or self._closed:
-                return
+            wanted = entry is not None and not self._closed
+        if entry is None or not wanted:
+            if sampled.held is not None:
+                sampled.held.close()
+            return
         entry.on_sampled(row, sampled)  # before the trainer can see it
         with self._changed:
             entry.found[row.sample] = sampled

@@ -91,10 +91,39 @@ class RequestEngine(RolloutEngine):
             raise
         finally:
             pool.shutdown(wait=False)
-        rows = [done[index] for index in range(len(requests))]
-        logps = [row.logps for row in rows]
-        return Rollout(
-            [row.ids for row in rows],
-            [row.finish_reason for row in rows],
-            None if any(row is None for row in logps) else [row or [] for row in logps],
+        return rollout_of([done[index] for index in range(len(requests))])
+
+
+def rollout_of(rows: Sequence[Sampled], *, with_versions: bool = False) -> Rollout:
+    """These completions, or trajectories, as what an engine returns."""
+    logps = [row.logps for row in rows]
+    trajectories = [row.trajectory for row in rows if row.trajectory is not None]
+    newest = [row.versions[-1] for row in rows if row.versions]
+    return Rollout(
+        [row.ids for row in rows],
+        [row.finish_reason for row in rows],
+        None if None in logps else [row for row in logps if row is not None],
+        weights_version=max(newest, default=None) if with_versions else None,
+        token_versions=[row.versions for row in rows] if with_versions else None,
+        trajectories=trajectories or None,
+    )
+
+
+def sampled_of(rollout: Rollout) -> list[Sampled]:
+    """The inverse, of a rollout whose weights are known."""
+    count = len(rollout.completion_ids)
+    version, versions = rollout.weights_version, rollout.token_versions
+    if versions is None:
+        versions = [[version] * n if version is not None else [] for n in rollout.num_sampled]
+    nothing: list[Any] = [None] * count
+    return [
+        Sampled(*row)
+        for row in zip(
+            rollout.completion_ids,
+            rollout.finish_reasons,
+            rollout.logps or nothing,
+            versions,
+            rollout.trajectories or nothing,
+            strict=True,
         )
+    ]

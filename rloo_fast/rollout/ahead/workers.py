@@ -3,22 +3,34 @@
 requests   an engine that answers them one by one: weights are loaded while they are under way
 calls      any other that has its own weights: all that may start is a call of `generate`, weights
            are loaded between two calls
+
+Without tools a row is one request. With them it is a conversation, each of whose turns is one; of
+an engine of calls, all rows that may start are held as conversations side by side.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from ...records import Sampling
+from ...records import Rollout, Sampling
 from ...rewards.calls import daemon
+from ..engine import EngineError
+from ..trajectories import Generate
 from .cycle import SharedCycle
 from .flight import Flight, Row, Sampled
-from .requests import RequestEngine
+from .requests import RequestEngine, rollout_of, sampled_of
+
+# rows, what samples a turn of each, how -> their trajectories
+Converse = Callable[[list[Row], Generate, Sampling], list[Sampled]]
 
 
 class Workers(ABC):
-    """Started once; they end when the flight is closed."""
+    """Started once; they end when the flight is closed. `converse`: of a run with tools."""
+
+    def __init__(self, converse: Converse | None = None):
+        self.converse = converse
 
     @abstractmethod
     def start(self, flight: Flight, sampling: Sampling) -> None: ...
@@ -31,7 +43,8 @@ class Workers(ABC):
 class RequestWorkers(Workers):
     """A thread per open request."""
 
-    def __init__(self, engine: RequestEngine):
+    def __init__(self, engine: RequestEngine, converse: Converse | None = None):
+        super().__init__(converse)
         self.engine = engine
 
     def start(self, flight: Flight, sampling: Sampling) -> None:
@@ -42,15 +55,30 @@ class RequestWorkers(Workers):
     def _work(self, flight: Flight, sampling: Sampling) -> None:
         try:
             while (row := flight.next_row()) is not None:
-                prompt_ids, seed = row.group.prompt_ids, row.group.seeds[row.sample]
-                prepared = self.engine.prepare(sampling, len(prompt_ids))
-                if (raw := row.group.raw) is None:
-                    sampled = self.engine.complete(prompt_ids, seed, prepared)
+                if self.converse is None:
+                    sampled = self._complete(row, sampling)
                 else:
-                    sampled = self.engine.complete_raw(prompt_ids, raw, seed, prepared)
+                    (sampled,) = self.converse([row], partial(self._turn, flight), sampling)
                 flight.put(row, sampled)
         except BaseException as error:  # the trainer's thread is waiting for it
             flight.fail(error)
+
+    def _complete(self, row: Row, sampling: Sampling) -> Sampled:
+        prompt, seed = row.group.prompt, row.group.seeds[row.sample]
+        prepared = self.engine.prepare(sampling, len(prompt.ids))
+        if prompt.raw is None:
+            return self.engine.complete([*prompt.ids], seed, prepared)
+        return self.engine.complete_raw([*prompt.ids], prompt.raw, seed, prepared)
+
+    def _turn(
+        self, flight: Flight, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout:
+        """Of the one conversation of a thread, unless nobody waits for it any more."""
+        if flight.is_closed:
+            raise EngineError("the flight is closed")
+        (ids,), (seed,) = prompt_ids, seeds
+        sampled = self.engine.complete(ids, seed, self.engine.prepare(sampling, len(ids)))
+        return rollout_of([sampled], with_versions=True)
 
     def stop(self) -> None:
         self.engine.hang_up()
@@ -59,7 +87,8 @@ class RequestWorkers(Workers):
 class CallWorker(Workers):
     """One thread, and one call at a time."""
 
-    def __init__(self, cycle: SharedCycle):
+    def __init__(self, cycle: SharedCycle, converse: Converse | None = None):
+        super().__init__(converse)
         self.cycle = cycle
 
     def start(self, flight: Flight, sampling: Sampling) -> None:
@@ -68,7 +97,10 @@ class CallWorker(Workers):
     def _work(self, flight: Flight, sampling: Sampling) -> None:
         try:
             while rows := flight.next_rows():
-                sampled = self._call(rows, sampling)
+                if self.converse is None:
+                    sampled = self._call(rows, sampling)
+                else:
+                    sampled = self.converse(rows, partial(self._turns, flight), sampling)
                 for row, one in zip(rows, sampled, strict=True):
                     flight.put(row, one)
         except BaseException as error:  # the trainer's thread is waiting for it
@@ -76,20 +108,23 @@ class CallWorker(Workers):
 
     def _call(self, rows: list[Row], sampling: Sampling) -> list[Sampled]:
         rollout = self.cycle.generate_as_loaded(
-            [list(row.group.prompt_ids) for row in rows],
+            [[*row.group.prompt.ids] for row in rows],
             sampling,
             [row.group.seeds[row.sample] for row in rows],
-            [row.group.raw for row in rows],
+            [row.group.prompt.raw for row in rows],
         )
-        version = rollout.weights_version
-        assert version is not None
-        logps: Any = rollout.logps or [None] * len(rows)
-        found = zip(rollout.completion_ids, rollout.finish_reasons, logps, strict=True)
-        return [Sampled(ids, reason, lps, [version] * len(ids)) for ids, reason, lps in found]
+        return sampled_of(rollout)
+
+    def _turns(
+        self, flight: Flight, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout:
+        if flight.is_closed:
+            raise EngineError("the flight is closed")
+        return self.cycle.generate_as_loaded(prompt_ids, sampling, seeds, [])
 
 
-def make_workers(cycle: SharedCycle) -> Workers:
+def make_workers(cycle: SharedCycle, converse: Converse | None = None) -> Workers:
     """Those that suit the engine of `cycle`."""
     if isinstance(cycle.engine, RequestEngine):
-        return RequestWorkers(cycle.engine)
-    return CallWorker(cycle)
+        return RequestWorkers(cycle.engine, converse)
+    return CallWorker(cycle, converse)

@@ -8,6 +8,6 @@ on as it was: see `template.py`.
 
 from .conversation import Language, Limits
 from .rows import trajectory_rows
-from .sampler import TrajectorySampler
+from .sampler import Generate, TrajectorySampler
 
-__all__ = ["Language", "Limits", "TrajectorySampler", "trajectory_rows"]
+__all__ = ["Generate", "Language", "Limits", "TrajectorySampler", "trajectory_rows"]
