@@ -99,10 +99,6 @@ def _check_rollout_func(args: RLOOConfig, *, has_tools: bool) -> None:
             "what it likes, so that nobody knows which weights drew a token, and how old it is. "
             "Leave one of them out."
         )
-    if args.dynamic_sampling:
-        raise ValueError(
-            "dynamic_sampling with rollout_func is not in this version: leave one of them out."
-        )
 
 
 def _refuse_settings_without_tools(args: RLOOConfig) -> None:

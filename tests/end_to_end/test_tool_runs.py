@@ -236,3 +236,45 @@ def test_a_rollout_func_makes_the_completions(tmp_path):
     assert first["completions/mean_length"] == sum(seen[0][1]) / 8  # of what was sampled
     assert first["sampling/logp_diff_max"] < 1e-3
     assert not torch.equal(before, trainer.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_prompts_without_signal_are_replaced_in_what_a_rollout_func_makes(masked, tmp_path):
+    asked, trained = [], []
+
+    def rollout(prompts, trainer):
+        asked.append(len(prompts))
+        ids = trainer.processing_class.apply_chat_template(prompts, add_generation_prompt=True)
+        ids = ids["input_ids"]
+        drawn = trainer.rollouts.generate(ids, trainer.collector.sampling, [*range(len(ids))])
+        found = {
+            "prompt_ids": ids,
+            "completion_ids": drawn.completion_ids,
+            "logprobs": drawn.logps,
+        }
+        mask = [[1] * len(row) for row in drawn.completion_ids]
+        return found | ({"env_mask": mask} if masked else {})
+
+    def every_second(completions, start, **kwargs):
+        return [float(row % 4 * (n % 2)) for row, n in enumerate(start)]
+
+    trainer = make(
+        tmp_path, rollout_func=rollout, reward_funcs=every_second,
+        settings={
+            "max_completion_length": 6, "eval_strategy": "no", "dynamic_sampling": True,
+            "beta": 0.0, "max_steps": 2,
+        },
+    )  # fmt: skip
+    collect = trainer.source.next
+
+    def noting(*args):
+        collected = collect(*args)
+        trained.append(collected.batch)
+        return collected
+
+    trainer.source.next = noting
+    trainer.train()
+    assert [batch.num_rows for batch in trained] == [8, 8]
+    assert all(set(batch.rows.reward.tolist()) == {0.0, 1.0, 2.0, 3.0} for batch in trained)
+    assert sum(asked) > 16
+    assert logs(trainer)[0]["dynamic/acceptance"] < 1
