@@ -127,13 +127,13 @@ class RunTools:
             opened.append(Opened(tool_set, text))
         return opened
 
-    def close(self, tool_sets: Iterable[ToolSet]) -> None:
+    def close(self, tool_sets: Iterable[ToolSet], *, reuse: bool = True) -> None:
         """Give the environments of these to whoever opens the next; one that a call still works on
-        is left to it."""
+        is left to it. reuse=False: something else does."""
         for tool_set in tool_sets:
             with self._lock:
                 kind, _ = self._open.pop(id(tool_set), (None, None))
-            if kind is not None and tool_set.is_free:
+            if kind is not None and reuse and tool_set.is_free:
                 kind.give_back(tool_set.environment)
 
     def end(self) -> None:
