@@ -139,14 +139,26 @@ def message_of(error: BaseException) -> str:
 
 
 def _content(value: Any) -> str | list[dict[str, Any]]:
-    """A list of content blocks as it is, anything else as its text. Raises ValueError for blocks
-    that are no text."""
+    """A list of content blocks as `_plain` has it, anything else as its text. Raises ValueError for
+    blocks that are no text."""
     if isinstance(value, list) and value and all(_is_block(item) for item in value):
         if other := sorted({str(item["type"]) for item in value} - {"text"}):
             raise ValueError(
                 f"A tool returned content of type {', '.join(other)}; only text can be read."
             )
-        return [{**item, "text": _text(item.get("text", ""))} for item in value]
+        return [_plain({**item, "text": _text(item.get("text", ""))}) for item in value]
+    return _text(value)
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists and numbers as they are, anything else as its text: what JSON has, so that
+    messages can be sent to other processes and kept in a checkpoint."""
+    if value is None or type(value) in (int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {_text(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return _text(value)
 
 

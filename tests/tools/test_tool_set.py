@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 
@@ -49,6 +50,7 @@ ODD = {
     "silent": Silent(),
     "list": [1, 2],
     "blocks": [{"type": "text", "text": "two"}],
+    "odd blocks": [{"type": "text", "text": "two", "rank": Fraction(1, 2), "seen": {1: (True,)}}],
     "image": [{"type": "image", "image": "x.png"}],
     "dict": {"a": 1},
 }
@@ -107,6 +109,8 @@ def test_a_call_that_fails_answers_with_the_error(caller, name, arguments, conte
         ("surrogate", "a?b"),
         ("list", "[1, 2]"),
         ("blocks", [{"type": "text", "text": "two"}]),
+        # as a checkpoint can hold it
+        ("odd blocks", [{"type": "text", "text": "two", "rank": "1/2", "seen": {"1": [True]}}]),
         ("dict", "{'a': 1}"),
     ],
 )
