@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .calls import Caller
+from .calls import CallDropped, Caller
 from .functions import Tool
 
 
@@ -124,7 +124,9 @@ class ToolSet:
                 return ToolResult(_content(call.result()), False, seconds)
             except Exception as problem:  # what is returned may have any __str__
                 error = problem
-        if self._on_failure is not None:
+        if isinstance(error, CallDropped):
+            self._one_less()
+        elif self._on_failure is not None:
             self._on_failure(name, error)
         # the same text as TRL's
         return ToolResult(_text({"error": message_of(error)}), True, seconds, self._failure_ends)
