@@ -252,6 +252,15 @@ def test_conversations_that_wait_for_their_step_are_kept_in_a_checkpoint(tmp_pat
     assert {json.dumps(row[4]["messages"]) for row in kept} <= trained
 
 
+@pytest.mark.parametrize("now", [{"environment_factory": Room}, {"tools": []}])
+def test_what_was_sampled_with_other_tools_is_sampled_again_after_a_resume(now, tmp_path):
+    before = stopped(tmp_path)
+    after = ahead(tmp_path, 2, **now)
+    after.train(resume_from_checkpoint=True)
+    assert numbers_of(before) + numbers_of(after) == Counter(dict.fromkeys(range(len(ROWS)), K))
+    assert not any(scored.rewards.isnan().any() for scored in after.scored)
+
+
 def test_an_environment_cannot_be_kept_so_that_its_trajectory_is_sampled_again(tmp_path):
     before = stopped(tmp_path, environment_factory=Room)
     assert not before.source.rounds._pending
