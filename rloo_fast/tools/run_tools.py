@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 EMPTY_PROMPT = [{"role": "user", "content": ""}]  # of a row whose environment writes the prompt
 MAIN_THREAD_HINT = (
-    " It ran in a thread; with tool_threads=0 tools run one after another in the trainer's own."
+    " It ran in a thread; with tool_threads=0, and without max_staleness, tools run one after "
+    "another in the trainer's own."
 )
 
 
