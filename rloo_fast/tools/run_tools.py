@@ -169,7 +169,7 @@ class RunTools:
     def _with_observation(self, text: Any, kind: EnvironmentKind, reset: Future[Any]) -> Any:
         try:
             return with_observation(text, reset.result())
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # other processes do not hear of an exit
             raise EnvironmentFailed(
                 f"{kind.label}.reset failed ({type(error).__name__}: {message_of(error)}), so that "
                 "a trajectory cannot begin."

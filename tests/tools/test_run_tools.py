@@ -47,6 +47,11 @@ class Slow(Plain):
         wait(5)
 
 
+class Exits(Plain):
+    def reset(self, **row):
+        raise SystemExit("no room")
+
+
 class AsyncReset(Plain):
     async def reset(self, **row):
         return "later"
@@ -163,7 +168,11 @@ def test_an_async_reset_and_reward():
 
 @pytest.mark.parametrize(
     ("factory", "message"),
-    [(Broken, "KeyError: 'map'"), (Slow, "reset did not return within 0.2 s")],
+    [
+        (Broken, "KeyError: 'map'"),
+        (Slow, "reset did not return within 0.2 s"),
+        (Exits, "SystemExit: no room"),
+    ],
 )
 def test_a_reset_that_fails_ends_the_run_by_name(factory, message):
     with pytest.raises(EnvironmentFailed, match=rf"{factory.__name__}.reset failed.*{message}"):
