@@ -20,7 +20,7 @@ records (`record_rows.py`) follows the fields, so that a new one cannot be lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -98,6 +98,12 @@ class Sampling:
         if self.max_length is None:
             return self.max_new_tokens
         return min(self.max_new_tokens, self.max_length - num_prompt)
+
+    def behind(self, num_prompt: int) -> Sampling:
+        """The same with max_new_tokens alone, for one prompt of so many tokens."""
+        if self.max_length is None:
+            return self
+        return replace(self, max_new_tokens=self.num_new(num_prompt), max_length=None)
 
 
 @dataclass(frozen=True)

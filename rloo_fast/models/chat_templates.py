@@ -22,6 +22,7 @@ TRIAL_MEMORY = 2**30  # bytes beyond what the process has
 CPU_S = 20.0  # of this process, all threads
 
 _tried: set[tuple[str, str]] = set()
+_trying = threading.Lock()  # threads that sample ahead meet a template at the same time
 
 
 class TemplateLimit(ValueError):
@@ -37,9 +38,10 @@ def apply_template(tokenizer: Any, messages: Any, **options: Any) -> Any:
     template = tokenizer.chat_template
     key = (template if isinstance(template, str) else repr(template), repr(options))
     if key not in _tried:
-        if sys.platform == "linux":
-            _try(tokenizer, messages, options)
-        _tried.add(key)
+        with _trying:
+            if key not in _tried and sys.platform == "linux":
+                _try(tokenizer, messages, options)
+            _tried.add(key)
     with _limited():
         return tokenizer.apply_chat_template(messages, **options)
 

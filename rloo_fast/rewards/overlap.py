@@ -114,6 +114,11 @@ class Scoring:
         self._at_work = self._ended = self._stopped = False
         self._error: BaseException | None = None
 
+    @property
+    def may_be_at_work(self) -> bool:
+        """Whether a function may still run on some rows, in a thread of this process."""
+        return self._at_work or self._error is not None
+
     def __enter__(self) -> Scoring:
         return self
 

@@ -284,6 +284,8 @@ class AheadRounds:
             batch["number"]: Drawn(batch["prompts"], None, found_from_plain(batch["found"], shift))
             for batch in state["batches"]
         }
+        for drawn in self._drawn.values():
+            drawn.leave_out_unfit(self.collector.tools)
 
     def close(self) -> None:
         """End the threads; what is drawn stays drawn, and what is there is kept for a next call."""

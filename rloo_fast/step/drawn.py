@@ -7,6 +7,7 @@ from typing import Any
 
 from ..records import Prompt, Strand, Trajectory
 from ..rollout.ahead import Sampled
+from ..tools import RunTools
 
 Found = list[list[Sampled | None]]  # completions of each group, None: not there
 
@@ -19,6 +20,15 @@ class Drawn:
     numbers: list[int]
     prompts: list[Prompt] | Exception | None = None
     found: Found | None = None
+
+    def leave_out_unfit(self, tools: RunTools | None) -> None:
+        """What a run with other tools has sampled: trajectories where there are none now, the other
+        way round, or trajectories without the environment that `tools` give each."""
+        if tools is not None and tools.has_environments:
+            self.found = None
+        for rows in self.found or []:
+            fits = [row is not None and (row.trajectory is None) == (tools is None) for row in rows]
+            rows[:] = [row if fit else None for row, fit in zip(rows, fits, strict=True)]
 
 
 def found_to_plain(found: Found | None) -> list[list[Any]] | None:

@@ -65,15 +65,16 @@ class Pending:
         """A completion is there; in any thread."""
         index = row.group.place * self.num_generations + row.sample
         with self._lock:
+            if self._stopped:
+                if sampled.held is not None:
+                    sampled.held.close()
+                return
             if sampled.held is not None:
                 self._hold(index, sampled.held)
             with suppress(Exception):  # what a reward raises, `scored` raises again
                 self.scoring.finished(index, self._kept(index, sampled))
 
     def _hold(self, index: int, held: Held) -> None:
-        if self._stopped:
-            held.close()
-            return
         self._held[index], self.rows[index] = held, held.prompt
         self.scoring.batch.set_row(index, held.prompt.text, {ENVIRONMENTS: held.environment})
 
@@ -88,8 +89,7 @@ class Pending:
         with self._lock:
             self._end_rewards()
             rows = [row for group in found for row in group]
-            for index in [i for i, row in enumerate(rows) if row is None and i in self._held]:
-                self._held.pop(index).close()
+            self._let_go([i for i, row in enumerate(rows) if row is None and i in self._held])
             self._begin_rewards()
         for group, samples in zip(self.groups, found, strict=True):
             for sample, sampled in enumerate(samples):
@@ -106,7 +106,7 @@ class Pending:
         self.collector.hidden(self.scoring.hidden_s)
         looks = self.collector.with_texts
         completions = self.scoring.batch.completions(range(len(self.rows))) if looks else []
-        self._let_go()
+        self._let_go([*self._held])
         return Scored(self.rows, rollout, rewards, completions, self.given)
 
     def stop(self) -> None:
@@ -114,12 +114,14 @@ class Pending:
         with self._lock:
             self._stopped = True
             self._end_rewards()
-            self._let_go()
+            self._let_go([*self._held])
 
     def _end_rewards(self) -> None:
         self.scoring.__exit__(RuntimeError, None, None)
 
-    def _let_go(self) -> None:
-        held, self._held = self._held, {}
-        for one in held.values():
-            one.close()
+    def _let_go(self, rows: list[int]) -> None:
+        """Others may have their environments, unless a reward function still looks at them: once
+        begun it cannot be stopped."""
+        reuse = not self.scoring.may_be_at_work
+        for row in rows:
+            self._held.pop(row).close(reuse=reuse)

@@ -23,6 +23,10 @@ class ToolTimeout(TimeoutError):
     """A call took longer than its time limit, and was given up."""
 
 
+class CallDropped(RuntimeError):
+    """The threads were ended before a call had begun."""
+
+
 class _Call(NamedTuple):
     """`run()` is the function's call; the future gets what comes of it, unless it was given up."""
 
@@ -30,6 +34,10 @@ class _Call(NamedTuple):
     run: Callable[[], Any]
     name: str
     limit_s: float | None
+
+    def drop(self) -> None:
+        with suppress(InvalidStateError):
+            self.future.set_exception(CallDropped(f"{self.name} was not called: the run has ended"))
 
     def settle(self) -> None:
         try:
@@ -106,11 +114,12 @@ class Caller:
         elif self._threads is None:
             call.settle()
         else:
-            self._enter_lane(lane, future, partial(self._start_in_thread, call, self._threads))
+            self._enter_lane(lane, call, partial(self._start_in_thread, call, self._threads))
         return future
 
     def close(self) -> None:
-        """End the threads that have nothing to do. A later `start` starts new ones."""
+        """End the threads that have nothing to do; calls that none has begun end with CallDropped.
+        A later `start` starts new ones."""
         with self._lock:
             if self._watcher is not None:
                 self._running.put(None)
@@ -120,19 +129,22 @@ class Caller:
         if self._threads is not None:
             self._threads.close()
 
-    def _enter_lane(self, lane: Any, future: Future[Any], begin: Callable[[], None]) -> None:
-        """`begin()` once the call before it in the lane has ended, or was given up."""
+    def _enter_lane(self, lane: Any, call: _Call, begin: Callable[[], None]) -> None:
+        """`begin()` once the call before it in the lane has ended, or was given up; it is dropped
+        with that."""
         if lane is None:
             begin()
             return
         with self._lock:
             before = self._lanes.get(lane)
-            self._lanes[lane] = future
-        future.add_done_callback(lambda done: self._leave_lane(lane, done))
+            self._lanes[lane] = call.future
+        call.future.add_done_callback(lambda done: self._leave_lane(lane, done))
         if before is None:
             begin()
         else:
-            before.add_done_callback(lambda _: begin())
+            before.add_done_callback(
+                lambda done: call.drop() if isinstance(done.exception(), CallDropped) else begin()
+            )
 
     def _leave_lane(self, lane: Any, done: Future[Any]) -> None:
         with self._lock:
@@ -144,7 +156,7 @@ class Caller:
             self._watch(call, lambda: threads.give_up(job))
             call.settle()
 
-        threads.submit(run)
+        threads.submit(run, call.drop)
 
     def _start_in_loop(self, call: _Call) -> None:
         loop = self._event_loop()

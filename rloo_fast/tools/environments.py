@@ -35,6 +35,7 @@ class EnvironmentKind:
     free: list[Any]
     has_reward: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
+    making: threading.Lock = field(default_factory=threading.Lock)  # a factory may count
 
     @property
     def label(self) -> str:
@@ -45,7 +46,8 @@ class EnvironmentKind:
         with self.lock:
             if self.free:
                 return self.free.pop()
-        return _made(self.factory, self.name)
+        with self.making:
+            return _made(self.factory, self.name)
 
     def give_back(self, environment: Any) -> None:
         with self.lock:

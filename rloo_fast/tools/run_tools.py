@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 EMPTY_PROMPT = [{"role": "user", "content": ""}]  # of a row whose environment writes the prompt
 MAIN_THREAD_HINT = (
-    " It ran in a thread; with tool_threads=0 tools run one after another in the trainer's own."
+    " It ran in a thread; with tool_threads=0, and without max_staleness, tools run one after "
+    "another in the trainer's own."
 )
 
 
@@ -127,13 +128,13 @@ class RunTools:
             opened.append(Opened(tool_set, text))
         return opened
 
-    def close(self, tool_sets: Iterable[ToolSet]) -> None:
+    def close(self, tool_sets: Iterable[ToolSet], *, reuse: bool = True) -> None:
         """Give the environments of these to whoever opens the next; one that a call still works on
-        is left to it."""
+        is left to it. reuse=False: something else does."""
         for tool_set in tool_sets:
             with self._lock:
                 kind, _ = self._open.pop(id(tool_set), (None, None))
-            if kind is not None and tool_set.is_free:
+            if kind is not None and reuse and tool_set.is_free:
                 kind.give_back(tool_set.environment)
 
     def end(self) -> None:
@@ -168,7 +169,7 @@ class RunTools:
     def _with_observation(self, text: Any, kind: EnvironmentKind, reset: Future[Any]) -> Any:
         try:
             return with_observation(text, reset.result())
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # other processes do not hear of an exit
             raise EnvironmentFailed(
                 f"{kind.label}.reset failed ({type(error).__name__}: {message_of(error)}), so that "
                 "a trajectory cannot begin."

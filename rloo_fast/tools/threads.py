@@ -10,10 +10,11 @@ from ..rewards.calls import daemon
 
 
 class Job:
-    """What a thread is to do; `given_up`: nobody waits for it any more."""
+    """What a thread is to do, or `drop()` where none has begun it; `given_up`: nobody waits for it
+    any more."""
 
-    def __init__(self, run: Callable[[Job], None]):
-        self.run = run
+    def __init__(self, run: Callable[[Job], None], drop: Callable[[], None]):
+        self.run, self.drop = run, drop
         self.given_up = self.done = False
 
 
@@ -35,9 +36,10 @@ class Threads:
         """Threads that still run a job that was given up."""
         return self._hung
 
-    def submit(self, run: Callable[[Job], None]) -> Job:
-        """`run(job)`, which raises nothing, in the next thread that is free."""
-        job = Job(run)
+    def submit(self, run: Callable[[Job], None], drop: Callable[[], None]) -> Job:
+        """`run(job)`, which raises nothing, in the next thread that is free; `drop()` where `close`
+        comes first."""
+        job = Job(run, drop)
         with self._changed:
             self._closed = False
             self._waiting.append(job)
@@ -57,8 +59,10 @@ class Threads:
         """End the threads once their jobs are done. A later `submit` starts new ones."""
         with self._changed:
             self._closed = True
-            self._waiting.clear()
+            dropped, self._waiting = self._waiting, deque()
             self._changed.notify_all()
+        for job in dropped:
+            job.drop()
 
     def _give_out(self) -> None:
         if self._idle >= len(self._waiting):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .calls import Caller
+from .calls import CallDropped, Caller
 from .functions import Tool
 
 
@@ -124,7 +124,9 @@ class ToolSet:
                 return ToolResult(_content(call.result()), False, seconds)
             except Exception as problem:  # what is returned may have any __str__
                 error = problem
-        if self._on_failure is not None:
+        if isinstance(error, CallDropped):
+            self._one_less()
+        elif self._on_failure is not None:
             self._on_failure(name, error)
         # the same text as TRL's
         return ToolResult(_text({"error": message_of(error)}), True, seconds, self._failure_ends)
@@ -139,14 +141,26 @@ def message_of(error: BaseException) -> str:
 
 
 def _content(value: Any) -> str | list[dict[str, Any]]:
-    """A list of content blocks as it is, anything else as its text. Raises ValueError for blocks
-    that are no text."""
+    """A list of content blocks as `_plain` has it, anything else as its text. Raises ValueError for
+    blocks that are no text."""
     if isinstance(value, list) and value and all(_is_block(item) for item in value):
         if other := sorted({str(item["type"]) for item in value} - {"text"}):
             raise ValueError(
                 f"A tool returned content of type {', '.join(other)}; only text can be read."
             )
-        return [{**item, "text": _text(item.get("text", ""))} for item in value]
+        return [_plain({**item, "text": _text(item.get("text", ""))}) for item in value]
+    return _text(value)
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists and numbers as they are, anything else as its text: what JSON has, so that
+    messages can be sent to other processes and kept in a checkpoint."""
+    if value is None or type(value) in (int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {_text(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return _text(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -85,3 +86,24 @@ def test_a_template_is_tried_once(monkeypatch):
     with pytest.raises(TemplateLimit):
         apply_template(tokenizer, FIRST, tokenize=False)
     assert len(forks) == 2
+
+
+def test_threads_that_meet_a_template_at_once_try_it_once(monkeypatch):
+    tried = []
+
+    def slowly(*_):
+        tried.append(1)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(chat_templates, "_try", slowly)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    threads = [
+        threading.Thread(target=lambda: apply_template(tokenizer, FIRST, tokenize=False))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tried) == 1

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -293,6 +294,14 @@ def test_what_ends_a_call_ends_its_other_requests():
         asking.wait()
         assert len(asking.errors) == 2
         assert time.monotonic() - begin < 10
+
+
+def test_requests_of_a_call_have_the_room_that_their_prompts_leave_them():
+    # as turns of conversations, of which the longest and the one with most room are not the same
+    turns = replace(SAMPLING, max_new_tokens=120, max_length=128)
+    with servers_of(StandInServer(0.0)) as engine:
+        found = engine.generate([[5] * 8, [6] * 100], turns, [0, 1], version=1)
+        assert [len(ids) for ids in found.completion_ids] == [120, 28]
 
 
 def test_after_hanging_up_dead_servers_are_taken_out_as_before():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -251,6 +252,15 @@ def test_conversations_that_wait_for_their_step_are_kept_in_a_checkpoint(tmp_pat
     assert {json.dumps(row[4]["messages"]) for row in kept} <= trained
 
 
+@pytest.mark.parametrize("now", [{"environment_factory": Room}, {"tools": []}])
+def test_what_was_sampled_with_other_tools_is_sampled_again_after_a_resume(now, tmp_path):
+    before = stopped(tmp_path)
+    after = ahead(tmp_path, 2, **now)
+    after.train(resume_from_checkpoint=True)
+    assert numbers_of(before) + numbers_of(after) == Counter(dict.fromkeys(range(len(ROWS)), K))
+    assert not any(scored.rewards.isnan().any() for scored in after.scored)
+
+
 def test_an_environment_cannot_be_kept_so_that_its_trajectory_is_sampled_again(tmp_path):
     before = stopped(tmp_path, environment_factory=Room)
     assert not before.source.rounds._pending
@@ -286,6 +296,36 @@ def test_what_is_over_age_is_said_in_a_room_of_its_own_again(tmp_path, monkeypat
             assert len(said) <= trajectory.num_calls
             assert sum(said) <= given
     assert not rewards.isnan().any()
+
+
+def test_a_room_that_a_reward_still_looks_at_is_nobody_elses(tmp_path, monkeypatch):
+    begun, undisturbed = list[int](), list[bool]()
+
+    def looks(environments: list[Room], n: list[int], **_: Any) -> list[float]:
+        heard = [room.heard for room in environments]
+        begun.extend(n)
+        time.sleep(0.3)
+        undisturbed.append(all(a.heard is b for a, b in zip(environments, heard, strict=True)))
+        return [float(len(words)) for words in heard]
+
+    trainer = ahead(
+        tmp_path, 1, looks, environment_factory=Room, max_steps=2, shuffle_dataset=False
+    )
+    rounds = trainer.source.rounds
+    over_age, asked = rounds._over_age, []
+
+    def once(pending: Any, found: Any) -> Any:
+        asked.append(0)
+        if len(asked) > 1:
+            return over_age(pending, found)
+        while 0 not in begun:
+            time.sleep(0.01)
+        return {(0, 0)}
+
+    monkeypatch.setattr(rounds, "_over_age", once)
+    trainer.train()
+    assert len(undisturbed) > 2, "those of the first batch were asked for twice"
+    assert all(undisturbed)
 
 
 def test_an_environment_that_cannot_begin_ends_the_run_with_the_steps_before_it_saved(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import pytest
 
@@ -43,6 +45,11 @@ class NoReset:
 class Slow(Plain):
     def reset(self, **row):
         wait(5)
+
+
+class Exits(Plain):
+    def reset(self, **row):
+        raise SystemExit("no room")
 
 
 class AsyncReset(Plain):
@@ -86,6 +93,25 @@ def test_instances_are_used_again_once_they_were_given_back():
     run.close([tools for tools, _ in [*first, *second]])
     run.open([{"prompt": USER}] * 3)
     assert len(made) == 3
+
+
+def test_threads_have_their_environments_made_one_after_another():
+    at_work, most = [], []
+
+    def factory():
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.05)
+        at_work.pop()
+        return Counter()
+
+    run = RunTools(None, factory)
+    threads = [threading.Thread(target=run.open, args=([{"prompt": USER}],)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_an_environment_that_a_call_still_works_on_is_left_to_it():
@@ -142,7 +168,11 @@ def test_an_async_reset_and_reward():
 
 @pytest.mark.parametrize(
     ("factory", "message"),
-    [(Broken, "KeyError: 'map'"), (Slow, "reset did not return within 0.2 s")],
+    [
+        (Broken, "KeyError: 'map'"),
+        (Slow, "reset did not return within 0.2 s"),
+        (Exits, "SystemExit: no room"),
+    ],
 )
 def test_a_reset_that_fails_ends_the_run_by_name(factory, message):
     with pytest.raises(EnvironmentFailed, match=rf"{factory.__name__}.reset failed.*{message}"):

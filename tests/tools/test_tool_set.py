@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 
@@ -49,6 +50,7 @@ ODD = {
     "silent": Silent(),
     "list": [1, 2],
     "blocks": [{"type": "text", "text": "two"}],
+    "odd blocks": [{"type": "text", "text": "two", "rank": Fraction(1, 2), "seen": {1: (True,)}}],
     "image": [{"type": "image", "image": "x.png"}],
     "dict": {"a": 1},
 }
@@ -107,6 +109,8 @@ def test_a_call_that_fails_answers_with_the_error(caller, name, arguments, conte
         ("surrogate", "a?b"),
         ("list", "[1, 2]"),
         ("blocks", [{"type": "text", "text": "two"}]),
+        # as a checkpoint can hold it
+        ("odd blocks", [{"type": "text", "text": "two", "rank": "1/2", "seen": {"1": [True]}}]),
         ("dict", "{'a': 1}"),
     ],
 )
@@ -213,3 +217,17 @@ def test_a_caller_works_again_after_it_was_closed(caller):
         assert result(tool_set(caller), "add", a=1, b=1).content == "2"
         assert result(tool_set(caller), "slow_add", a=1, b=1).content == "2"
         caller.close()
+
+
+def test_calls_that_no_thread_has_begun_end_with_the_threads():
+    caller, told = Caller(timeout_s=None, threads=1), []
+    busy, waiting = (tool_set(caller, on_failure=lambda *given: told.append(given)) for _ in "ab")
+    begun = busy.start("wait", {"seconds": 1})
+    time.sleep(0.2)
+    calls = [waiting.start("add", {"a": 1, "b": 1}) for _ in range(3)]  # one behind the other
+    caller.close()
+    found = [call.result(timeout=0.5) for call in calls]
+    assert all(one.failed and "the run has ended" in one.content for one in found)
+    assert waiting.is_free
+    assert begun.result(timeout=5).content == "waited"
+    assert not told, "it is no failure of the tool"

@@ -28,7 +28,7 @@ class Held(NamedTuple):
 
     prompt: Prompt  # with what the environment's `reset` said
     environment: Any
-    close: Callable[[], None]  # gives it to the next trajectory
+    close: Callable[..., None]  # gives it to the next trajectory; reuse=False: to none
 
 
 class Sampled(NamedTuple):

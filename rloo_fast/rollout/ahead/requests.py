@@ -55,11 +55,9 @@ class RequestEngine(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
-        prepared = self.prepare(sampling, max(map(len, prompt_ids), default=0))
-        rows = list(zip(prompt_ids, seeds, strict=True))
-        return self._asked(
-            [partial(self.complete, ids, seed, prepared) for ids, seed in rows], on_finished
-        )
+        prepared = self._prepared_for(prompt_ids, sampling)
+        rows = list(zip(prompt_ids, seeds, prepared, strict=True))
+        return self._asked([partial(self.complete, *row) for row in rows], on_finished)
 
     def _generate_raw(
         self,
@@ -69,11 +67,16 @@ class RequestEngine(RolloutEngine):
         seeds: Sequence[int],
         on_finished: OnFinished,
     ) -> Rollout:
-        prepared = self.prepare(sampling, max(map(len, prompt_ids), default=0))
-        rows = list(zip(prompt_ids, raw, seeds, strict=True))
-        return self._asked(
-            [partial(self.complete_raw, *row, prepared) for row in rows], on_finished
-        )
+        prepared = self._prepared_for(prompt_ids, sampling)
+        rows = list(zip(prompt_ids, raw, seeds, prepared, strict=True))
+        return self._asked([partial(self.complete_raw, *row) for row in rows], on_finished)
+
+    def _prepared_for(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Any]:
+        """For each prompt: max_length may leave one less room than another."""
+        if sampling.max_length is None:
+            longest = max(map(len, prompt_ids), default=0)
+            return [self.prepare(sampling, longest)] * len(prompt_ids)
+        return [self.prepare(sampling.behind(len(ids)), len(ids)) for ids in prompt_ids]
 
     def _asked(self, requests: list[Callable[[], Sampled]], on_finished: OnFinished) -> Rollout:
         self.begin()

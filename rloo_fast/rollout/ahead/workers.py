@@ -11,7 +11,8 @@ an engine of calls, all rows that may start are held as conversations side by si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from ...records import Rollout, Sampling
@@ -74,10 +75,9 @@ class RequestWorkers(Workers):
         self, flight: Flight, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> Rollout:
         """Of the one conversation of a thread, unless nobody waits for it any more."""
-        if flight.is_closed:
-            raise EngineError("the flight is closed")
         (ids,), (seed,) = prompt_ids, seeds
-        sampled = self.engine.complete(ids, seed, self.engine.prepare(sampling, len(ids)))
+        with _while_open(flight):
+            sampled = self.engine.complete(ids, seed, self.engine.prepare(sampling, len(ids)))
         return rollout_of([sampled], with_versions=True)
 
     def stop(self) -> None:
@@ -118,9 +118,21 @@ class CallWorker(Workers):
     def _turns(
         self, flight: Flight, prompt_ids: list[list[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> Rollout:
-        if flight.is_closed:
-            raise EngineError("the flight is closed")
-        return self.cycle.generate_as_loaded(prompt_ids, sampling, seeds, [])
+        with _while_open(flight):
+            return self.cycle.generate_as_loaded(prompt_ids, sampling, seeds, [])
+
+
+@contextmanager
+def _while_open(flight: Flight) -> Iterator[None]:
+    """Around a turn: once the flight is closed, none is asked for, and no tool called by one."""
+    _check_open(flight)
+    yield
+    _check_open(flight)
+
+
+def _check_open(flight: Flight) -> None:
+    if flight.is_closed:
+        raise EngineError("the flight is closed")
 
 
 def make_workers(cycle: SharedCycle, converse: Converse | None = None) -> Workers:
