@@ -31,7 +31,7 @@ def test_in_the_trainers_process(template, tmp_path):
     assert min(logged(trainer, "tools/turns")) > 1.5
 
 
-def test_by_a_server(tmp_path):
+def test_by_a_server_when_asked_and_ahead_of_the_step(tmp_path):
     """Whose requests have as much room as their conversations: its context holds no more."""
     tokenizer = noise_tokenizer()
     most = 464  # of the longest prompt with its tool, and 160 tokens
@@ -47,6 +47,14 @@ def test_by_a_server(tmp_path):
         )  # fmt: skip
         trainer.train()
         trainer.rollouts.close()
+        ahead = make_trainer(
+            tmp_path / "ahead", sizes=HEADS, use_vllm=True, vllm_mode="server", tool_threads=4,
+            vllm_server_base_url=server.url, max_steps=5, max_staleness=2, learning_rate=1e-3,
+        )  # fmt: skip
+        ahead.train()
+        ahead.rollouts.close()
     assert len(logged(trainer, "sampling/logp_diff_max")) == 3
-    assert max(logged(trainer, "sampling/logp_diff_max")) < 1e-4
-    assert min(logged(trainer, "tools/turns")) > 1.5
+    assert 0 < max(logged(ahead, "staleness/max")) <= 2
+    for run in (trainer, ahead):  # of young tokens
+        assert max(logged(run, "sampling/logp_diff_max")) < 1e-4
+        assert min(logged(run, "tools/turns")) > 1.5
