@@ -149,7 +149,7 @@ class Steps:
             self.trainer = RLOOTrainer(args=config, **common)
 
             @contextmanager
-            def open_session(asked: list[Any]) -> Iterator[Session]:
+            def open_session(asked: list[Any], sampling: Any) -> Iterator[Session]:
                 yield Session(asked, made)
 
             self.trainer.collector.open_session = open_session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.step.turns import Shape, trajectories, trl_tree_tokens
+from benchmarks.step.turns import Shape, run, trajectories, trl_tree_tokens
 from rloo_fast.batching.layouts import LAYOUTS, UnitIds
 
 SHAPE = Shape(turns=3, tools=40, question=12, reasoning=9, call=5, said=6)
@@ -30,3 +30,15 @@ def test_never_more_tokens_than_trls_tree(case):
         units.append(UnitIds(prompt, run, places))
     made = LAYOUTS["shared_prefix"].lines(units, pad_token_id=0, multiple_of=1, sizes=None)
     assert len(made.input_ids[0]) <= trl_tree_tokens(SHAPE, case)
+
+
+@pytest.mark.parametrize("case", ["kept", "dropped"])
+def test_all_trainers_make_the_update_and_ours_of_the_fewest_tokens(case):
+    """Their losses and norms of the gradient have passed the gate then."""
+    rows = {row.provider: row for row in run(case, SHAPE, "tiny", 1)}
+    ours = ("ours_padded", "ours_packed", "ours")
+    assert all(rows[name].seconds_median for name in ("trl", *ours))
+    assert "needs a GPU" in rows["trl_tree"].skipped
+    counts = [int(rows[name].note.split()[0].lstrip("(")) for name in ours]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < counts[0]
