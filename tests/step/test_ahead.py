@@ -3,7 +3,6 @@ are trained once whatever ends the run."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,9 +17,9 @@ from rloo_fast.data.row_errors import UnusableRow
 from rloo_fast.rollout.engine import EngineError
 from rloo_fast.step import build, loaders
 from rloo_fast.step.source import LoaderSource
-from tests.support.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_but_for_the_queue
 from tests.support.kill_ahead import ENGINE, PROMPTS, K, ledger_counts, slow_reward
-from tests.support.kill_resume import make_trainer, metrics_of
+from tests.support.kill_resume import make_trainer
 
 ROWS = Dataset.from_list([{"prompt": prompt, "n": n} for n, prompt in enumerate(PROMPTS[:16])])
 STEPS = 8  # an epoch: two prompts each
@@ -80,17 +79,7 @@ def test_with_bound_0_weights_and_metrics_are_those_of_the_synchronous_run(
     queued = make_trainer(tmp_path / "queued", **settings)
     assert type(queued.source) is not type(synchronous.source) is LoaderSource
     queued.train()
-    for trainer in (synchronous, queued):
-        for row in trainer.state.log_history:
-            for name in [name for name in row if name.startswith("async/")]:
-                del row[name]
-    path = tmp_path / "queued" / "metrics.jsonl"
-    lines = metrics_of(tmp_path / "queued")
-    assert any("async/queued" in line for line in lines)
-    path.write_text(
-        "".join(json.dumps({k: v for k, v in x.items() if "async/" not in k}) + "\n" for x in lines)
-    )
-    assert_same_run(synchronous, queued)
+    assert_same_but_for_the_queue(synchronous, queued)
 
 
 # The bound

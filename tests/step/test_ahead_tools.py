@@ -15,14 +15,14 @@ from datasets import Dataset
 
 from rloo_fast import RLOOConfig, RLOOTrainer
 from rloo_fast.checkpoint.files import checkpoints
+from rloo_fast.records import Rollout, Strand, Trajectory
 from rloo_fast.rollout.ahead.requests import rollout_of, sampled_of
 from rloo_fast.step import build, loaders
 from rloo_fast.tools.run_tools import EnvironmentFailed
 from tests.rollout.trajectories.test_runs import noise_model
 from tests.support.chats import echo, noise_tokenizer
-from tests.support.interrupted import assert_same_run
+from tests.support.interrupted import assert_same_but_for_the_queue
 from tests.support.kill_ahead import ENGINE, ledger_counts
-from tests.support.kill_resume import metrics_of
 
 K, STEPS = 2, 6
 ROWS = Dataset.from_list(
@@ -144,16 +144,7 @@ def test_with_bound_0_weights_and_metrics_are_those_of_the_synchronous_run(
         one.__class__(**{**vars(one), "seconds": other.seconds})
         for one, other in zip(trajectories_of(synchronous), trajectories_of(queued), strict=True)
     ]
-    for trainer in (synchronous, queued):
-        for row in trainer.state.log_history:
-            for name in [name for name in row if name.startswith("async/")]:
-                del row[name]
-    path = tmp_path / "queued" / "metrics.jsonl"
-    lines = metrics_of(tmp_path / "queued")
-    path.write_text(
-        "".join(json.dumps({k: v for k, v in x.items() if "async/" not in k}) + "\n" for x in lines)
-    )
-    assert_same_run(synchronous, queued)
+    assert_same_but_for_the_queue(synchronous, queued)
 
 
 # The bound
@@ -378,8 +369,6 @@ def test_a_tool_that_hangs_as_a_run_ends_does_not_hold_it_up(tmp_path):
 
 def test_trajectories_go_through_what_is_asked_for_row_by_row():
     """rollout_of and sampled_of are each other's inverse."""
-    from rloo_fast.records import Rollout, Strand, Trajectory
-
     trajectory = Trajectory([Strand([1, 2, 3, 4], [2, 3])], [])
     rollout = Rollout(
         [[3, 4]], ["stop"], [[-0.5, -0.25]], weights_version=3, token_versions=[[2, 3]],

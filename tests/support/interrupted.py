@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,19 @@ def assert_same_run(one: Any, other: Any) -> None:
     assert len(moments[0]) == len(moments[1]) > 0
     for i, state in moments[0].items():
         assert all(torch.equal(value, moments[1][i][name]) for name, value in state.items())
+
+
+def assert_same_but_for_the_queue(synchronous: Any, queued: Any) -> None:
+    """The same, of a run by the queue, whose own figures are left out."""
+    for row in queued.state.log_history:
+        for name in [name for name in row if name.startswith("async/")]:
+            del row[name]
+    path = Path(queued.args.output_dir) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert any("async/queued" in line for line in lines)
+    kept = [{name: x for name, x in line.items() if "async/" not in name} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert_same_run(synchronous, queued)
 
 
 def lora() -> Any:

@@ -22,7 +22,7 @@ from ..transfer import to_device
 from .chunks import Chunk, plan_chunks
 from .gradients import GradientAccumulator
 from .piece import forward_piece, forward_rows
-from .piece_torch import Room
+from .piece_torch import LogitsBuffer
 from .types import LMHead, LogitGradient
 from .vocab_shards import Labels, SplitLabels
 from .waves import LEAST_INACTIVE_ROWS, Pieces
@@ -75,7 +75,7 @@ class ChunkedLoss:
         self.entropy = torch.zeros_like(self.logps) if want_entropy else None
         self.coefficients = torch.zeros_like(self.logps)
         self.table = self.logps.new_zeros(len(TABLE_FIELDS), len(self.bounds) - 1)
-        self.room = Room()
+        self.buffer = LogitsBuffer()
 
     def run(self) -> LossAndGradients:
         """Gradients are those at dL/dloss = 1."""
@@ -90,7 +90,7 @@ class ChunkedLoss:
             self._set_coefficients(everything)
         else:
             sums = self._chunk_by_chunk()
-        self.room = Room()  # its memory is free for what the sums become
+        self.buffer = LogitsBuffer()  # its memory is free for what the sums become
         return self._result(*sums.finish(self.weight_dtype))
 
     def _log_mode(self) -> None:
@@ -220,7 +220,7 @@ class ChunkedLoss:
             self.token_ids[rows],
             want_entropy=self.entropy is not None,
             want_gradient=True,
-            room=self.room,
+            buffer=self.buffer,
         )
         assert gradient is not None
         self.logps[rows] = found.logps

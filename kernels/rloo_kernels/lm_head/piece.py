@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dispatch import use_triton
 from ..logprob.types import RowStatistics, accumulation_dtype
-from .piece_torch import Room, forward_piece_torch
+from .piece_torch import LogitsBuffer, forward_piece_torch
 from .types import LMHead, LogitGradient
 from .vocab_shards import Labels, SplitLabels
 from .vocab_split import SplitArguments, split_piece
@@ -145,19 +145,18 @@ def forward_piece(
     want_entropy: bool = False,
     want_gradient: bool = False,
     upstream: tuple[Tensor, Tensor] | None = None,
-    room: Room | None = None,
+    buffer: LogitsBuffer | None = None,
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """Statistics of the rows hidden (n, D) at token_ids (n,), and M with `want_gradient`: 2nDV.
 
-    `room`: memory that M may lie in until the next piece.
-
-    With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw.
+    With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw. `buffer`: where M
+    may lie until the next piece.
     """
     if isinstance(token_ids, SplitLabels):
         return split_piece(hidden, head, token_ids, want_entropy, want_gradient, upstream)
     if not use_triton(hidden):
         return forward_piece_torch(
-            hidden, head, token_ids, want_entropy, want_gradient, upstream, room
+            hidden, head, token_ids, want_entropy, want_gradient, upstream, buffer
         )
     from .piece_triton import forward_piece_triton
 

@@ -36,8 +36,10 @@ from ..logprob.rows_torch import LOWEST, block_statistics
 from ..logprob.types import RowStatistics, accumulation_dtype
 from .types import LMHead, LogitGradient
 
+BLOCK_BYTES = 8 << 20  # of the fp32 copy of a block of rows; a row per thread may take more
 
-class Room:
+
+class LogitsBuffer:
     """Memory on a CPU for the logits of one piece after another: fresh pages, 100 ms for 400 MiB,
     would cost each of them a tenth of the product."""
 
@@ -56,9 +58,6 @@ class Room:
         return torch.addmm(head.bias, hidden, head.weight.t(), out=out)
 
 
-BLOCK_BYTES = 8 << 20  # of the fp32 copy of a block of rows; a row per thread may take more
-
-
 def forward_piece_torch(
     hidden: Tensor,
     head: LMHead,
@@ -66,18 +65,18 @@ def forward_piece_torch(
     want_entropy: bool,
     want_gradient: bool,
     upstream: tuple[Tensor, Tensor] | None,
-    room: Room | None = None,
+    buffer: LogitsBuffer | None = None,
 ) -> tuple[RowStatistics, LogitGradient | None]:
     """Statistics of the rows hidden (n, D) at token_ids (n,), and M with `want_gradient`.
 
-    With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw. `room`: where M
+    With `upstream` = (dL/d(log-prob), dL/d(entropy)), each (n,), M is dL / d raw. `buffer`: where M
     lies until the next piece takes it. The statistics are log-prob, 1 - p and entropy: `top` and
     `log_total` are empty.
     """
-    if room is None or hidden.device.type != "cpu":
+    if buffer is None or hidden.device.type != "cpu":
         raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
     else:
-        raw = room.product(hidden, head)
+        raw = buffer.product(hidden, head)
     dtype, want_entropy = accumulation_dtype(raw.dtype), want_entropy or upstream is not None
     # allocated first: small tensors kept from each block would cut up the memory of the next ones
     logps, rest, scale = (raw.new_empty(len(raw), dtype=dtype) for _ in range(3))

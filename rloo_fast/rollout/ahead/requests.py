@@ -114,11 +114,11 @@ def rollout_of(rows: Sequence[Sampled], *, with_versions: bool = False) -> Rollo
 
 def sampled_of(rollout: Rollout) -> list[Sampled]:
     """The inverse, of a rollout whose weights are known."""
-    count = len(rollout.completion_ids)
-    version, versions = rollout.weights_version, rollout.token_versions
+    versions = rollout.token_versions
     if versions is None:
-        versions = [[version] * n if version is not None else [] for n in rollout.num_sampled]
-    nothing: list[Any] = [None] * count
+        assert rollout.weights_version is not None
+        versions = [[rollout.weights_version] * count for count in rollout.num_sampled]
+    nothing: list[Any] = [None] * len(versions)
     return [
         Sampled(*row)
         for row in zip(

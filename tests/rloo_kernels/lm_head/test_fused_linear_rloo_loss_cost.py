@@ -4,6 +4,8 @@ import pytest
 import torch
 from rloo_kernels import fused_linear_rloo_loss
 from rloo_kernels.dispatch import log_once
+from rloo_kernels.lm_head.piece_torch import LogitsBuffer
+from rloo_kernels.lm_head.types import LMHead
 
 from tests.support.kernel_helpers import Watch, bounds, nan_in_new_memory, plain_head  # noqa: F401
 from tests.support.kernel_losses import (
@@ -140,3 +142,31 @@ def test_what_costs_how_much_is_said_once(caplog, beta, chunk_bytes, level, sent
     said = [r.getMessage() for r in caplog.records if r.levelname == level]
     assert len(said) == 1
     assert sentence in said[0]
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_the_logits_of_all_pieces_lie_in_the_same_memory(rows, monkeypatch):
+    product, made = LogitsBuffer.product, []
+
+    def noted(self, *args):
+        made.append(product(self, *args))
+        return made[-1]
+
+    monkeypatch.setattr(LogitsBuffer, "product", noted)
+    hidden, weight, ids, _ = make_head(torch.float32, bias=False)
+    loss = make_loss("reinforce", plain_head(hidden, weight, ids)[0])
+    fused(hidden.requires_grad_(), weight, ids, bounds(LENGTHS), rows=rows, **loss)
+    assert len(made) > 1
+    assert all(len(logits) <= rows for logits in made)
+    assert len({logits.data_ptr() for logits in made}) == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_grows_for_a_larger_piece_and_serves_a_smaller_one(dtype, bias):
+    hidden, weight = torch.randn(5, 16, dtype=dtype), torch.randn(7, 16, dtype=dtype)
+    head = LMHead(weight, torch.randn(7, dtype=dtype) if bias else None, 1.0, None, 1.0)
+    buffer = LogitsBuffer()
+    for n in (2, 5, 3):
+        expected = torch.nn.functional.linear(hidden[:n], weight, head.bias)
+        torch.testing.assert_close(buffer.product(hidden[:n], head), expected)
